@@ -1,0 +1,375 @@
+"""From rewards to one advantage per sample and denoising step: normalise -> shape -> weight -> clamp.
+
+Four pure stages over tensors, chained by `combine_advantages`; `step_advantages` is the paper's choice.
+
+Shapes: P prompts (one group each), G samples of a group, R rewards in the order (prompt, identity), T steps.
+`valid[p, g, r]` is False where a reward could not be computed. Such an entry takes part in no statistic,
+whatever number (or NaN) stands in its place, and its whole sample ends with advantage 0.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+EPS = 1e-8
+
+
+class Shaped(NamedTuple):
+    """What a shaper returns: `advantages [P, G, R]`, to be weighted, and `bonus [P, G]`, added afterwards."""
+
+    advantages: Tensor
+    bonus: Tensor
+
+
+Normaliser = Callable[[Tensor, Tensor | None], Tensor]
+Shaper = Callable[[Tensor, Tensor, float], Shaped]
+Stage = TypeVar("Stage")
+
+
+def hinge_rewards(rewards: Tensor, thresholds: Sequence[float] | Tensor) -> Tensor:
+    """Let each reward count only up to its threshold: `min(r, threshold)`, `[P, G, R]`.
+
+    Works on raw rewards, so that a threshold is in the reward's own units: identity that is already good
+    enough earns nothing more. `thresholds`: one per reward `[R]`, `inf` for no limit. Raises ValueError on
+    another number of them.
+    """
+    limits = torch.as_tensor(thresholds, dtype=_dtype(rewards), device=rewards.device)
+    if limits.shape != rewards.shape[-1:]:
+        raise ValueError(
+            f"thresholds must hold one value for each of the {rewards.shape[-1]} rewards, "
+            f"found shape {list(limits.shape)}"
+        )
+    return torch.minimum(rewards.to(limits.dtype), limits)
+
+
+def group_advantages(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Z-score of each reward within its group, `(r - mean_G) / (std_G + 1e-8)`, `[P, G, R]`, unbiased std.
+
+    GRPO's advantage (arXiv 2402.03300, section 4.1.2), each reward on its own. Invalid entries get 0. So do
+    all entries of a group that says nothing: fewer than two valid rewards, or rewards equal up to the
+    round-off of their magnitude (dividing by such a std would blow noise up to full-size advantages).
+
+    Raises ValueError on wrong shapes and on a NaN or infinite reward that is marked valid.
+    """
+    rewards, valid = _checked(rewards, valid)
+    advantages = _zscore(rewards, valid, dims=(1,))
+    return torch.where(valid & ~_all_equal(rewards, valid), advantages, 0.0)
+
+
+def group_then_batch_advantages(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Group z-score, then a z-score of each reward over the whole batch (after GDPO, arXiv 2601.05242).
+
+    Groups that say nothing keep advantage 0 but count in the batch's std, so the fewer groups speak, the
+    louder they are. P must be the whole batch (gathered from all ranks). GDPO whitens the *weighted sum* of
+    its rewards; here the weights change from step to step, so each reward is whitened on its own. Errors as
+    in `group_advantages`.
+    """
+    rewards, valid = _checked(rewards, valid)
+    advantages = group_advantages(rewards, valid)
+    return torch.where(advantages == 0, 0.0, _zscore(advantages, valid, dims=(0, 1)))
+
+
+def rank_advantages(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Z-score of the ranks within each group: mean 0, unbiased std 1, whatever the distribution of the
+    reward.
+
+    Ties share the mean of their ranks. Invalid entries, groups that say nothing and errors as in
+    `group_advantages`.
+    """
+    rewards, valid = _checked(rewards, valid)
+    mine, other = rewards.unsqueeze(2), rewards.unsqueeze(1)
+    comparable = valid.unsqueeze(1)
+    below = ((other < mine) & comparable).sum(2)
+    tied = ((other == mine) & comparable).sum(2)
+    ranks = below + 0.5 * (tied - 1)
+    return torch.where(_all_equal(rewards, valid), 0.0, group_advantages(ranks.to(rewards.dtype), valid))
+
+
+NORMALISERS: dict[str, Normaliser] = {
+    "group": group_advantages,
+    "group_then_batch": group_then_batch_advantages,
+    "rank": rank_advantages,
+}
+
+
+def synergy_shaping(advantages: Tensor, gamma: float) -> Tensor:
+    """Synergy-aware reward shaping (SARS), the bonus `S [P, G]` of the paper, within `[-gamma, gamma]`.
+
+    `S = gamma s tanh(A_prompt A_identity)`, `s = +1` if at least one of the two is positive, else -1: a bonus
+    where both are good, a penalty where they conflict and where both are bad. For R > 2 rewards, the mean
+    over all pairs. Raises ValueError for R < 2.
+    """
+    num_rewards = advantages.shape[-1]
+    if num_rewards < 2:
+        raise ValueError(f"synergy shaping compares rewards: it needs at least 2, found {num_rewards}")
+    pairs = []
+    for i, j in combinations(range(num_rewards), 2):
+        a, b = advantages[..., i], advantages[..., j]
+        bonus = torch.tanh(a * b)
+        pairs.append(torch.where((a > 0) | (b > 0), bonus, -bonus))
+    return gamma * torch.stack(pairs).mean(dim=0)
+
+
+def _no_shaping(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
+    return Shaped(advantages, torch.zeros_like(advantages[..., 0]))
+
+
+def _sars(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
+    return Shaped(advantages, synergy_shaping(advantages, gamma))
+
+
+def _minimum(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
+    return _one_signal(advantages.amin(dim=-1), advantages)
+
+
+def _maximum(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
+    return _one_signal(advantages.amax(dim=-1), advantages)
+
+
+def _harmonic(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
+    mean = advantages.shape[-1] / (1 / torch.sigmoid(advantages)).sum(dim=-1)
+    return _one_signal(_renormalised(mean, valid), advantages)
+
+
+def _product(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
+    return _one_signal(_renormalised(torch.sigmoid(advantages).prod(dim=-1), valid), advantages)
+
+
+def _renormalised(signal: Tensor, valid: Tensor) -> Tensor:
+    return group_advantages(signal.unsqueeze(-1), valid.all(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def _one_signal(signal: Tensor, advantages: Tensor) -> Shaped:
+    """The same signal in every reward channel: weights that sum to 1 at each step pass it on unchanged."""
+    return Shaped(signal.unsqueeze(-1).expand_as(advantages), torch.zeros_like(signal))
+
+
+SHAPERS: dict[str, Shaper] = {
+    "none": _no_shaping,
+    "sars": _sars,
+    "min": _minimum,
+    "max": _maximum,
+    "harmonic": _harmonic,
+    "product": _product,
+}
+"""Shapers by name, each `(advantages [P, G, R], valid [P, G, R], gamma) -> Shaped`.
+
+* `none`: advantages pass, no bonus (naive GRPO, TDW alone).
+* `sars`: advantages pass, the bonus is `synergy_shaping`; the only one to read `gamma`.
+* `min`, `max`: the smallest, largest of the R advantages, in place of each.
+* `harmonic`, `product`: harmonic mean and product ask for positive numbers, and advantages are not: each goes
+  through a sigmoid to (0, 1) first (0.5 is average), and the result is z-scored within its group again.
+"""
+
+
+def constant_weights(num_steps: int, weights: Sequence[float]) -> Tensor:
+    """The same weights, one per reward, at every step: `[num_steps, R]` float32.
+
+    Raises ValueError if `num_steps < 1` or a weight is negative or not finite.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, found {num_steps}")
+    return table_weights([list(weights)] * num_steps)
+
+
+def table_weights(table: Sequence[Sequence[float]] | Tensor) -> Tensor:
+    """Weights written out, `[T, R]` float32, row i for true denoising step i (0 is the noisiest).
+
+    Raises ValueError unless it is a table of finite, non-negative numbers.
+    """
+    try:
+        weights = torch.as_tensor(table, dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a weight table needs one row of numbers per step, all of one length: {error}") from error
+    if weights.ndim != 2 or weights.numel() == 0:
+        raise ValueError(f"a weight table has the shape [steps, rewards], found {list(weights.shape)}")
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        raise ValueError(f"weights must be finite and not negative, found {weights.tolist()}")
+    return weights
+
+
+def time_weights(
+    num_steps: int,
+    *,
+    early: float = 0.7,
+    late: float = 0.3,
+    final: float = 0.5,
+    start: float = 6.0,
+    end: float = 22.0,
+    slope: float = 0.8,
+    midpoint: float = 10.0,
+    reference_steps: float = 25,
+) -> Tensor:
+    """Time-aware dynamic weighting (TDW): `[num_steps, 2]` float32, (prompt, identity), each row summing to
+    1.
+
+    The weight of the prompt at true denoising step i (0 is the noisiest), where `u = reference_steps i /
+    num_steps` measures progress in steps of the paper's 25-step schedule:
+
+    * `early` for `u < start`: layout is decided here;
+    * `late + (early - late) (1 - sigmoid(slope (u - midpoint)))` for `start <= u < end`: a slide towards
+      identity;
+    * `final` from `end` on: both at once.
+
+    Defaults are the published ones. `early`, `late`, `final` are weights in [0, 1]; `start`, `end`,
+    `midpoint` are in reference steps, `slope` per reference step. Rows belong to true steps: a trainer that
+    shuffles or picks steps indexes them with the steps it picked. Raises ValueError on numbers out of range.
+    """
+    for name, weight in {"early": early, "late": late, "final": final}.items():
+        if not 0 <= weight <= 1:
+            raise ValueError(f"{name} is the weight of the prompt and must be in [0, 1], found {weight}")
+    if not start <= end:
+        raise ValueError(f"start must not come after end, found start={start}, end={end}")
+    if num_steps < 1 or not reference_steps > 0:
+        raise ValueError(
+            f"num_steps and reference_steps must be positive, found num_steps={num_steps}, "
+            f"reference_steps={reference_steps}"
+        )
+    u = reference_steps * torch.arange(num_steps, dtype=torch.float64) / num_steps
+    prompt = late + (early - late) * (1 - torch.sigmoid(slope * (u - midpoint)))
+    prompt = torch.where(u < start, early, torch.where(u < end, prompt, final))
+    return torch.stack([prompt, 1 - prompt], dim=-1).float()
+
+
+def weigh_advantages(
+    advantages: Tensor, weights: Tensor, bonus: Tensor | None = None, valid: Tensor | None = None
+) -> Tensor:
+    """`A[p, g, t] = sum_r weights[t, r] advantages[p, g, r] + bonus[p, g]`, `[P, G, T]`.
+
+    `weights [T, R]` holds the rows of the steps that are trained. A sample with any invalid reward gets 0 at
+    every step, bonus included. Raises ValueError where the numbers of rewards differ.
+    """
+    if weights.ndim != 2 or weights.shape[-1] != advantages.shape[-1]:
+        raise ValueError(
+            f"weights must have the shape [steps, {advantages.shape[-1]}], one column per reward, "
+            f"found {list(weights.shape)}"
+        )
+    weights = weights.to(advantages)
+    weighed = (advantages.unsqueeze(-2) * weights).sum(dim=-1)
+    if bonus is not None:
+        weighed = weighed + bonus.unsqueeze(-1)
+    return weighed if valid is None else torch.where(valid.all(dim=-1, keepdim=True), weighed, 0.0)
+
+
+def clamp_advantages(advantages: Tensor, clamp: float = 5.0) -> Tensor:
+    """Limit advantages to `[-clamp, clamp]` (published: 5). Raises ValueError if `clamp <= 0`."""
+    if not clamp > 0:
+        raise ValueError(f"clamp must be greater than 0, found {clamp}")
+    return advantages.clamp(-clamp, clamp)
+
+
+def combine_advantages(
+    rewards: Tensor,
+    valid: Tensor | None = None,
+    *,
+    weights: Tensor,
+    normalise: str = "group",
+    shape: str = "sars",
+    gamma: float = 0.4,
+    thresholds: Sequence[float] | Tensor | None = None,
+    clamp: float = 5.0,
+) -> Tensor:
+    """Advantages `[P, G, T]` of rewards `[P, G, R]`, by the named stages.
+
+    `normalise` is a key of NORMALISERS, `shape` of SHAPERS; `weights [T, R]` holds the rows of the trained
+    steps. `gamma` is the strength of SARS (published: 0.4), read by `shape="sars"` only. `thresholds`
+    switches the hinge on, before everything else. Raises ValueError on an unknown name, listing the known
+    ones, and as the stages do.
+    """
+    normaliser = _named(NORMALISERS, normalise, "normaliser")
+    shaper = _named(SHAPERS, shape, "shaper")
+    rewards, valid = _checked(rewards, valid)
+    if thresholds is not None:
+        rewards = hinge_rewards(rewards, thresholds)
+    shaped = shaper(normaliser(rewards, valid), valid, gamma)
+    return clamp_advantages(weigh_advantages(shaped.advantages, weights, shaped.bonus, valid), clamp)
+
+
+def step_advantages(
+    rewards: Tensor, *, gamma: float, weights: Tensor, valid: Tensor | None = None, clamp: float = 5.0
+) -> Tensor:
+    """The paper's advantages `[P, G, T]`: group z-score, SARS, per-step weights `[T, R]`, clamp.
+
+    `clamp(sum_k w_k(i) A_k + S, -clamp, clamp)`. Errors as in `combine_advantages`.
+    """
+    return combine_advantages(rewards, valid, weights=weights, gamma=gamma, clamp=clamp)
+
+
+def quadrants(advantages: Tensor, valid: Tensor | None = None) -> dict[str, float]:
+    """Shares of samples by which of their two advantages `[P, G, 2]` are good (above 0); they sum to 1.
+
+    Keys: both_good, only_prompt, only_identity, both_bad. Counts samples whose rewards are both valid;
+    without any, every share is 0. Raises ValueError unless there are exactly two rewards.
+    """
+    prompt, identity = (_usable_samples(advantages, valid) > 0).unbind(dim=-1)
+    counts = {
+        "both_good": prompt & identity,
+        "only_prompt": prompt & ~identity,
+        "only_identity": ~prompt & identity,
+        "both_bad": ~prompt & ~identity,
+    }
+    return {name: int(hits.sum()) / max(hits.numel(), 1) for name, hits in counts.items()}
+
+
+def conflict_rate(advantages: Tensor, valid: Tensor | None = None) -> float:
+    """Share of samples whose two advantages `[P, G, 2]` have opposite signs, 0 having none.
+
+    Counts the same samples as `quadrants`.
+    """
+    pairs = _usable_samples(advantages, valid)
+    return int((pairs[:, 0] * pairs[:, 1] < 0).sum()) / max(len(pairs), 1)
+
+
+def _usable_samples(advantages: Tensor, valid: Tensor | None) -> Tensor:
+    if advantages.shape[-1] != 2:
+        raise ValueError(f"quadrants are of two rewards (prompt, identity), found {advantages.shape[-1]}")
+    return advantages.reshape(-1, 2) if valid is None else advantages[valid.all(dim=-1)]
+
+
+def _dtype(rewards: Tensor) -> torch.dtype:
+    return torch.float64 if rewards.dtype == torch.float64 else torch.float32
+
+
+def _checked(rewards: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rewards as floats, 0 in place of invalid entries, and the mask, by default all True."""
+    if rewards.ndim != 3:
+        raise ValueError(f"rewards must have the shape [prompts, group, rewards], found {list(rewards.shape)}")
+    if valid is None:
+        valid = torch.ones_like(rewards, dtype=torch.bool)
+    if valid.dtype != torch.bool or valid.shape != rewards.shape:
+        raise ValueError(
+            f"valid must be bool of shape {list(rewards.shape)}, found {valid.dtype} of {list(valid.shape)}"
+        )
+    rewards = torch.where(valid, rewards, 0).to(_dtype(rewards))
+    if not bool(rewards.isfinite().all()):
+        p, g, r = (~rewards.isfinite()).nonzero()[0].tolist()
+        raise ValueError(
+            f"rewards[{p}, {g}, {r}] is {rewards[p, g, r].item()} yet counts as valid: "
+            "mark a reward that failed as invalid"
+        )
+    return rewards, valid
+
+
+def _zscore(values: Tensor, valid: Tensor, dims: tuple[int, ...]) -> Tensor:
+    count = valid.sum(dims, keepdim=True)
+    mean = torch.where(valid, values, 0.0).sum(dims, keepdim=True) / count.clamp(min=1)
+    centred = values - mean
+    squares = torch.where(valid, centred.square(), 0.0).sum(dims, keepdim=True)
+    return centred / (torch.sqrt(squares / (count - 1).clamp(min=1)) + EPS)
+
+
+def _all_equal(rewards: Tensor, valid: Tensor) -> Tensor:
+    """Groups `[P, 1, R]` whose valid rewards differ by a few units in the last place of the largest."""
+    high = torch.where(valid, rewards, -torch.inf).amax(dim=1, keepdim=True)
+    low = torch.where(valid, rewards, torch.inf).amin(dim=1, keepdim=True)
+    magnitude = torch.where(valid, rewards.abs(), 0.0).amax(dim=1, keepdim=True)
+    return high - low <= 8 * torch.finfo(rewards.dtype).eps * magnitude
+
+
+def _named(stages: Mapping[str, Stage], name: str, what: str) -> Stage:
+    if name not in stages:
+        raise ValueError(f"unknown {what} {name!r}; choose one of {', '.join(stages)}")
+    return stages[name]

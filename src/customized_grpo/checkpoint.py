@@ -1,0 +1,125 @@
+"""Resumable checkpoints: trained tensors, optimiser state and progress, in safetensors and JSON.
+
+A checkpoint is a folder named after its iteration. It is written under another name, flushed to disk and
+renamed, so a folder
+of that name is complete. Nothing random is stored: every draw is a function of the seed and the iteration.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from customized_grpo.errors import UserError
+
+TENSORS = "state.safetensors"
+MANIFEST = "manifest.json"
+PARAMETER, MOMENT = "parameter/", "optimizer/"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: `iteration` iterations done, the sizes of its two logs in bytes, seconds spent."""
+
+    iteration: int
+    log_bytes: dict[str, int]
+    seconds: float
+
+
+def save_checkpoint(
+    folder: Path,
+    progress: Progress,
+    config: dict[str, Any],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> Path:
+    """Write `folder/<iteration>` and remove all but the newest `keep`. `config` is what must be equal on resuming."""
+    target = folder / f"{progress.iteration:06d}"
+    temporary = folder / f".{target.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    named = list(parameters)
+    tensors: dict[str, Tensor] = {PARAMETER + name: parameter.detach() for name, parameter in named}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"{MOMENT}{named[index][0]}/{key}": torch.as_tensor(value) for key, value in state.items()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
+    manifest = {
+        "iteration": progress.iteration,
+        "log_bytes": progress.log_bytes,
+        "seconds": progress.seconds,
+        "config": config,
+        "sha256": {TENSORS: _sha256(temporary / TENSORS)},
+    }
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    for path in (*temporary.iterdir(), temporary):
+        _flush(path)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    _flush(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name.isdigit() and (path / MANIFEST).is_file())
+
+
+def load_checkpoint(
+    path: Path,
+    config: dict[str, Any],
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+) -> Progress:
+    """Bring `parameters` and `optimizer` back to where `path` left them.
+
+    Raises `UserError` when a file is damaged or `config` is not the one the checkpoint was made with, naming
+    the fields.
+    """
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    changed = sorted(key for key in {*config, *manifest["config"]} if config.get(key) != manifest["config"].get(key))
+    if changed:
+        fields = "; ".join(f"{key}: {manifest['config'].get(key)} -> {config.get(key)}" for key in changed)
+        raise UserError(
+            f"{path}: cannot resume with another configuration ({fields}). Restore it, or use a new --output"
+        )
+    if _sha256(path / TENSORS) != manifest["sha256"][TENSORS]:
+        raise UserError(
+            f"{path / TENSORS}: damaged (its hash is not the manifest's); delete {path} to resume from before it"
+        )
+    tensors = load_file(path / TENSORS)
+    moments: dict[int, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(parameters):
+            parameter.copy_(tensors[PARAMETER + name])
+            prefix = f"{MOMENT}{name}/"
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if state:
+                moments[index] = state
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return Progress(manifest["iteration"], manifest["log_bytes"], manifest["seconds"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

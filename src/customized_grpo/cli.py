@@ -1,0 +1,220 @@
+"""The command line. torch is loaded by the commands that need it, not by --help."""
+
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+from pydantic import BaseModel, ValidationError
+
+from customized_grpo import __version__
+from customized_grpo.config import Config
+from customized_grpo.errors import UserError
+
+USAGE_ERROR = 2
+FAILURE = 1
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; exits 0, or 2 on bad input, 1 when training cannot go on, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments:
+        arguments = ["--help"]
+    options = _parser().parse_args(arguments)
+    try:
+        _run(options)
+    except UserError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted; `train --resume` goes on from the last checkpoint", INTERRUPTED)
+
+
+def _run(options: Namespace) -> None:
+    command = options.subcommand
+    chosen = options[command]
+    if command == "train":
+        _train(chosen)
+    elif command == "evaluate":
+        from customized_grpo.display import Display
+        from customized_grpo.run import evaluate_run
+
+        print(f"report: {evaluate_run(chosen.run, chosen.data, chosen.pairs, Display())}")
+    elif command == "generate":
+        from customized_grpo.generate import generate
+
+        print(generate(chosen.run, chosen.reference, chosen.prompt, chosen.out, chosen.base, chosen.seed, chosen.count))
+    elif command == "report":
+        from customized_grpo.report import write_report
+
+        print(f"report: {write_report(chosen.run)}")
+    elif command == "env":
+        from customized_grpo.environment import describe
+
+        for name, value in describe().items():
+            print(f"{name}: {value}")
+    else:
+        _toybox(chosen)
+
+
+def _train(options: Namespace) -> None:
+    settings = {key: value for key, value in options.as_dict().items() if key not in ("config", "resume", "overwrite")}
+    try:
+        config = Config.model_validate(settings)
+    except ValidationError as error:
+        _fail("; ".join(_worded(each) for each in error.errors()))
+    from customized_grpo.display import Display
+    from customized_grpo.run import train
+    from customized_grpo.trainer import TrainingError
+
+    try:
+        report = train(config, Display(), resume=options.resume, overwrite=options.overwrite)
+    except TrainingError as error:
+        _fail(str(error), FAILURE)
+    print(f"report: {report}")
+
+
+def _toybox(options: Namespace) -> None:
+    action = options.subcommand
+    chosen = options[action]
+    if action == "export":
+        from customized_grpo.toybox.export import export
+
+        print(export(chosen.folder, chosen.split, chosen.count, chosen.seed))
+        return
+    from customized_grpo.display import Display
+    from customized_grpo.toybox.pretrain import pretrain
+
+    pretrain(chosen.output, chosen.seed, chosen.only, chosen.threads, Display())
+
+
+class _Parser(ArgumentParser):
+    """Says what is wrong in one line, with the nearest name of a field that is not known."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        _fail(f"{_tidy(message)}\nSee: {self.prog.replace(' [options]', '')} --help")
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser(
+        prog="customized-grpo", description="Online RL for subject-driven image generators.", version=__version__
+    )
+    commands = parser.add_subcommands(required=True, title="commands")
+    commands.add_subcommand("train", _train_parser(), help="tune a generator")
+
+    evaluate = _Parser(description="Compare a run's tuned generator with its base on a data folder; renews the report.")
+    evaluate.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
+    evaluate.add_argument(
+        "--data", type=Path | None, help="data folder; default: the run's test, validation or training data"
+    )
+    evaluate.add_argument(
+        "--pairs", type=int | None, help="number of pairs, from the first; default: the run's test_pairs"
+    )
+    commands.add_subcommand("evaluate", evaluate, help="compare base and tuned on a data folder")
+
+    generate = _Parser(description="Draw pictures with a tuned generator.")
+    generate.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
+    generate.add_argument("--reference", type=Path, required=True, help="picture of the subject")
+    generate.add_argument("--prompt", type=str, required=True, help="what to draw")
+    generate.add_argument(
+        "--out", type=Path, default=Path("out.png"), help="PNG file to write; %(default)s if left out"
+    )
+    generate.add_argument("--base", action="store_true", help="use the generator as it was before training")
+    generate.add_argument("--seed", type=int, default=0, help="seed of the noise")
+    generate.add_argument("--count", type=int, default=1, help="pictures, side by side")
+    commands.add_subcommand("generate", generate, help="draw pictures with a tuned generator")
+
+    report = _Parser(description="Write a run's report.html anew.")
+    report.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
+    commands.add_subcommand("report", report, help="write a run's report anew")
+
+    commands.add_subcommand(
+        "env", _Parser(description="Versions and hardware, for a bug report."), help="versions and hardware"
+    )
+    toybox = _Parser(description="ToyBox, a small complete subject-driven world.")
+    commands.add_subcommand("toybox", toybox, help="the CPU-scale subject world")
+    _add_toybox_actions(toybox)
+    return parser
+
+
+def _train_parser() -> ArgumentParser:
+    train = _Parser(
+        usage="customized-grpo train --config FILE [--resume | --overwrite] [--output DIR] [--any.field VALUE ...]",
+        description="Tune a subject-driven generator with GRPO, SARS and TDW.",
+    )
+    train.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
+    train.add_class_arguments(Config)
+    return train
+
+
+def _add_toybox_actions(toybox: ArgumentParser) -> None:
+    actions = toybox.add_subcommands(required=True, title="actions")
+    export = _Parser(description="Write prompts, references and masks of ToyBox as a data folder.")
+    export.add_argument("folder", type=Path, help="folder to write; new or empty")
+    export.add_argument(
+        "--split", choices=("train", "validation", "test"), default="train", help="identities to draw from"
+    )
+    export.add_argument("--count", type=int, default=256, help="number of prompts")
+    export.add_argument("--seed", type=int, default=0, help="seed of the draw")
+    actions.add_subcommand("export", export, help="write a data folder")
+    pretrain = _Parser(description="Make all shipped weights again from a seed (about an hour on two cores).")
+    pretrain.add_argument("--output", type=Path, default=Path("toybox-weights"), help="folder to write")
+    pretrain.add_argument("--seed", type=int, default=0, help="seed of everything")
+    pretrain.add_argument(
+        "--only",
+        type=list[str] | None,
+        help="make only these, as [name,name]: clean_generator, generator, identity_encoder, prompt_encoder, judge",
+    )
+    pretrain.add_argument("--threads", type=int | None, help="CPU threads; default: all cores")
+    actions.add_subcommand("pretrain", pretrain, help="make the shipped weights again")
+
+
+def _fail(message: str, status: int = USAGE_ERROR) -> NoReturn:
+    print(f"customized-grpo: error: {message}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields, sections included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _nearest(name: str) -> str:
+    """A hint at the known field most like `name`: the same last part in another section counts as near."""
+    names = field_names()
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    last = name.split(".")[-1]
+    near = near or [known for known in names if known.split(".")[-1] == last]
+    near = near or [k for k in names if difflib.get_close_matches(last, [k.split(".")[-1]], n=1, cutoff=0.75)]
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def _tidy(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    lines = [line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line]
+    text = " ".join(lines)
+    text = re.sub(r" \[type=.*?input_type=\w+\]", "", text)
+    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
+    unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
+    unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
+    if unknown:
+        return f"unknown option or configuration field '{unknown[1]}'.{_nearest(unknown[1])}"
+    return text
+
+
+def _worded(error: Any) -> str:
+    """A pydantic error in our words: field, what is wrong, what was found."""
+    place = ".".join(str(part) for part in error["loc"])
+    text = error["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
+    return f"{place}: {text}{found}" if place else text

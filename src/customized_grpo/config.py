@@ -1,0 +1,256 @@
+"""Every setting of a run. Fields hold units and ranges; those of the paper (arXiv 2510.18263) cite it.
+
+Nothing here loads torch: the command line builds its help from these models.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the configuration: fixed once made, and strict about its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class PolicyConfig(Section):
+    """The generator to tune."""
+
+    kind: Literal["toybox"] = "toybox"
+    """Which generator: 'toybox' is the CPU-scale one whose weights ship with the package."""
+    weights: Path | None = None
+    """Folder of ToyBox weights (generator.safetensors, ...) to use instead of the shipped ones."""
+    adapter: Literal["lora", "full"] = "lora"
+    """Train LoRA factors, or every weight of the denoiser."""
+    lora_rank: int = Field(32, ge=1)
+    """Rank of the LoRA factors (paper: 512, for a 12 B model)."""
+    lora_alpha: int = Field(32, ge=1)
+    """Scale of the LoRA update is lora_alpha / lora_rank."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of the generator's matrix products; log-probabilities are always fp32."""
+
+
+class DataConfig(Section):
+    """Folders with a metadata.jsonl each (see docs/data.md)."""
+
+    path: Path = Path("data/toybox/train")
+    """Training prompts and references."""
+    validation: Path | None = None
+    """Prompts and references to validate on during training; unset: the first ones of the training folder."""
+    test: Path | None = None
+    """Prompts and references for the before-and-after evaluation when training ends; unset: none is made."""
+    max_pixels: int = Field(50_000_000, ge=1)
+    """Largest image that is accepted, in pixels."""
+
+
+class RewardsConfig(Section):
+    """The two rewards, in the order (prompt, identity)."""
+
+    prompt: Literal["toybox"] = "toybox"
+    """Prompt reward: 'toybox' is the cosine of the shipped image-text encoder, in [-1, 1]."""
+    identity: Literal["toybox"] = "toybox"
+    """Identity reward: 'toybox' is the cosine to the reference in the shipped image encoder, in [-1, 1]."""
+    identity_reference: Literal["whole", "segmented"] = "whole"
+    """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented)."""
+    max_invalid_share: Share = 0.5
+    """Stop when more than this share of an iteration's scores could not be computed."""
+
+
+class RolloutConfig(Section):
+    """How groups of images are sampled."""
+
+    prompts_per_iteration: int = Field(6, ge=1)
+    """Prompts (groups) per iteration."""
+    group_size: int = Field(12, ge=2)
+    """Images per prompt, G (paper: 12)."""
+    num_steps: int = Field(10, ge=2)
+    """Denoising steps, T (paper: 25)."""
+    shift: float = Field(2.0, gt=0)
+    """Shift of the sigma schedule (paper: 3; the ToyBox generator was trained at 2)."""
+    sde: Literal["dance", "flow", "cps"] = "dance"
+    """Stochastic step: Dance-SDE (paper), Flow-SDE, or coefficient-preserving sampling."""
+    eta: float = Field(0.5, gt=0)
+    """Noise of a stochastic step (paper: 0.4)."""
+    initial_noise: Literal["shared", "separate"] = "separate"
+    """One initial noise per group (paper: shared), or one per image: more variance within a group."""
+    steps: Literal["subset", "window"] = "subset"
+    """Trained steps: a random subset of all steps, all of them stochastic; or a window, the only stochastic part."""
+    subset_share: float = Field(0.6, gt=0, le=1)
+    """Share of the T - 1 trainable steps trained in an iteration (paper: 0.6)."""
+    window_size: int = Field(4, ge=1)
+    """Steps in the window."""
+    window_start: int | None = Field(None, ge=0)
+    """First step of the window; unset: it slides on by one step every window_period iterations."""
+    window_period: int = Field(5, ge=1)
+    """Iterations that a sliding window stays in one place."""
+    micro_batch: int = Field(36, ge=1)
+    """Images that go through the generator at once: bounds memory, does not change the result."""
+
+    @model_validator(mode="after")
+    def _window_inside(self) -> "RolloutConfig":
+        start = self.window_start or 0
+        if self.steps == "window" and start + self.window_size > self.num_steps - 1:
+            raise ValueError(
+                f"the window of window_size={self.window_size} steps from window_start={start} does not fit: "
+                f"of num_steps={self.num_steps} steps, 0 to {self.num_steps - 2} are trainable"
+                " (the last is deterministic). Make the window smaller or start it earlier"
+            )
+        if self.sde == "cps" and self.eta > 1:
+            raise ValueError(f"eta={self.eta} is too large for sde='cps': it must be in (0, 1]")
+        return self
+
+
+class TimeWeightsConfig(Section):
+    """TDW: the prompt's weight by progress u, in units of a 25-step schedule (paper, and its published recipe)."""
+
+    early: Share = 0.7
+    """Prompt weight while u < start."""
+    late: Share = 0.3
+    """Prompt weight that the slide between start and end tends to."""
+    final: Share = 0.5
+    """Prompt weight from u = end on."""
+    start: float = 6.0
+    """Where the slide begins, in reference steps."""
+    end: float = 22.0
+    """Where the slide ends, in reference steps."""
+    slope: float = 0.8
+    """Steepness of the slide, per reference step."""
+    midpoint: float = 10.0
+    """Middle of the slide, in reference steps."""
+    reference_steps: float = Field(25.0, gt=0)
+    """Length of the schedule the constants are written for."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TimeWeightsConfig":
+        if self.start > self.end:
+            raise ValueError(f"start={self.start} comes after end={self.end}; expected start <= end")
+        return self
+
+
+class AdvantagesConfig(Section):
+    """Normalise -> shape -> weight -> clamp."""
+
+    normalise: Literal["group", "group_then_batch", "rank"] = "group"
+    """Z-score within the group (GRPO), then over the batch too (GDPO), or of the ranks."""
+    shape: Literal["none", "sars", "min", "max", "harmonic", "product"] = "sars"
+    """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
+    gamma: float = Field(0.4, ge=0)
+    """Strength of SARS (paper's recipe: 0.4)."""
+    thresholds: tuple[float | None, float | None] | None = None
+    """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
+    weights: Literal["constant", "tdw", "table"] = "tdw"
+    """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
+    constant: tuple[Weight, Weight] = (0.5, 0.5)
+    """(prompt, identity) weights for weights='constant'; naive 1:1 is [0.5, 0.5], 1:1.5 is [0.4, 0.6]."""
+    tdw: TimeWeightsConfig = TimeWeightsConfig()
+    """Constants of weights='tdw'."""
+    table: tuple[tuple[Weight, Weight], ...] | None = None
+    """One (prompt, identity) row per denoising step for weights='table'."""
+    clamp: float = Field(5.0, gt=0)
+    """Advantages are clamped to [-clamp, clamp] (paper: 5)."""
+
+
+class ObjectiveConfig(Section):
+    """The clipped surrogate."""
+
+    clip_range: float = Field(1e-4, gt=0)
+    """Ratios count only within 1 +- clip_range (paper: 1e-4)."""
+    kl_weight: Weight = 0.0
+    """Weight of the KL divergence to the untuned generator (paper: 0)."""
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(3e-4, gt=0)
+    """Learning rate (paper: 2e-5 for a 12 B model)."""
+    weight_decay: Weight = 1e-4
+    """Weight decay (paper: 1e-4)."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of the moments."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm (paper: 1.0)."""
+    updates_per_iteration: int = Field(2, ge=1)
+    """Optimizer steps per iteration, each on its share of the images."""
+    micro_batch: int = Field(36, ge=1)
+    """(image, step) pairs per backward pass: bounds memory, does not change the result."""
+
+
+class CheckpointConfig(Section):
+    """Resumable checkpoints."""
+
+    every: int = Field(20, ge=1)
+    """Iterations between checkpoints; the last iteration always leaves one."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+
+
+class EvaluationConfig(Section):
+    """Validation during training and the evaluation at its end; both sample the deterministic ODE."""
+
+    every: int = Field(20, ge=1)
+    """Iterations between validations."""
+    pairs: int = Field(96, ge=1)
+    """Validation pairs, the first of the folder."""
+    test_pairs: int = Field(384, ge=2)
+    """Pairs of the before-and-after evaluation, the first of the folder."""
+    gallery: int = Field(8, ge=1)
+    """Pairs shown in a gallery."""
+    judge: Literal["toybox", "none"] = "toybox"
+    """Who says whether the prompt is satisfied and identity kept: the ToyBox judge, or nobody."""
+
+
+class LogConfig(Section):
+    """Where measurements go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events too (needs customized-grpo[tensorboard])."""
+
+
+class Config(Section):
+    """A training run."""
+
+    output: Path = Path("runs/toybox")
+    """Folder of results; must be empty or absent, unless --resume or --overwrite."""
+    iterations: int = Field(60, ge=1)
+    """Training iterations."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything random."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads; unset: as many as there are cores."""
+    policy: PolicyConfig = PolicyConfig()
+    """The generator to tune."""
+    data: DataConfig = DataConfig()
+    """Training, validation and test folders."""
+    rewards: RewardsConfig = RewardsConfig()
+    """The two rewards."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How groups are sampled."""
+    advantages: AdvantagesConfig = AdvantagesConfig()
+    """From rewards to advantages."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """What is minimised."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """How it is minimised."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Resumable checkpoints."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation and test."""
+    log: LogConfig = LogConfig()
+    """Loggers."""
+
+    @model_validator(mode="after")
+    def _table_fits(self) -> "Config":
+        advantages, steps = self.advantages, self.rollout.num_steps
+        rows = len(advantages.table or ())
+        if advantages.weights == "table" and rows != steps:
+            raise ValueError(
+                f"advantages.table has {rows} rows, but rollout.num_steps is {steps}; "
+                "give one (prompt, identity) row per denoising step"
+            )
+        return self

@@ -1,0 +1,26 @@
+"""Subject datasets on disk -> typed samples and tensors."""
+
+from customized_grpo.data.dataset import Sample, SubjectDataset, batch_indices, write_metadata
+from customized_grpo.data.images import (
+    MAX_PIXELS,
+    image_grid,
+    inspect_image,
+    load_image,
+    load_mask,
+    resize_square,
+    save_image,
+)
+
+__all__ = [
+    "MAX_PIXELS",
+    "Sample",
+    "SubjectDataset",
+    "batch_indices",
+    "image_grid",
+    "inspect_image",
+    "load_image",
+    "load_mask",
+    "resize_square",
+    "save_image",
+    "write_metadata",
+]

@@ -1,0 +1,130 @@
+"""Live progress on a terminal, plain lines elsewhere."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+NAMES = {
+    "prompt_satisfied": "prompt satisfied",
+    "identity_kept": "identity kept",
+    "joint_success": "joint success",
+    "reward/prompt": "prompt reward",
+    "reward/identity": "identity reward",
+}
+
+
+class Training:
+    """What is shown while a run trains."""
+
+    def __init__(self, console: Console, progress: Progress, task: TaskID) -> None:
+        self._console, self._progress, self._task = console, progress, task
+
+    def phase(self, name: str, share: float) -> None:
+        """Show which phase of the iteration runs and how far it is."""
+        self._progress.update(self._task, phase=f"{name} {share:4.0%}")
+
+    def iteration(self, metrics: Mapping[str, Any]) -> None:
+        """Show an iteration's figures: on the bar of a terminal, else as a line."""
+        text = (
+            f"prompt {metrics['reward/prompt/mean']:.3f}  identity {metrics['reward/identity/mean']:.3f}  "
+            f"conflict {metrics['conflict_rate']:.0%}  grad {metrics['grad_norm']:.2f}"
+            f"  {metrics['seconds/total']:.1f} s"
+        )
+        self._progress.update(self._task, completed=metrics["iteration"], figures=text)
+        if not self._console.is_terminal:
+            total = self._progress.tasks[0].total
+            self._console.print(f"iteration {metrics['iteration']}/{total:.0f}  {text}", highlight=False)
+
+
+class Display:
+    """Says what happens on `console`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+
+    def note(self, text: str) -> None:
+        """A line of information."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """A line that asks for attention."""
+        self.console.print(f"WARNING: {text}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def training(self, iterations: int, done: int) -> Iterator[Training]:
+        """Show a run of `iterations`, of which `done` are behind it."""
+        progress = self._bar(TextColumn("{task.fields[phase]:<13}"), TextColumn("{task.fields[figures]}"))
+        with progress:
+            task = progress.add_task("training", total=iterations, completed=done, phase="", figures="")
+            yield Training(self.console, progress, task)
+
+    @contextmanager
+    def stages(self) -> Iterator["Stages"]:
+        """Show a sequence of named stages, each with its own bar."""
+        with self._bar(TextColumn("{task.fields[figures]}")) as progress:
+            yield Stages(self.console, progress)
+
+    def validation(self, row: Mapping[str, Any]) -> None:
+        """A validation's figures."""
+        figures = "  ".join(f"{label} {_figure(name, row[name])}" for name, label in NAMES.items() if name in row)
+        self.note(f"validation at iteration {row['iteration']} ({row['pairs']} pairs): {figures}")
+
+    def comparison(self, base: Mapping[str, Mapping[str, float]], tuned: Mapping[str, Mapping[str, float]]) -> None:
+        """The before-and-after table."""
+        table = Table(title="before and after, with 95 % intervals", title_justify="left")
+        for column in ("", "base", "tuned"):
+            table.add_column(column)
+        for name, label in NAMES.items():
+            if name in base:
+                table.add_row(label, *(_interval(name, side[name]) for side in (base, tuned)))
+        self.console.print(table)
+
+    def table(self, title: str, rows: Mapping[str, str]) -> None:
+        """Names and values."""
+        table = Table(title=title, title_justify="left", show_header=False)
+        for name, value in rows.items():
+            table.add_row(name, value)
+        self.console.print(table)
+
+    def _bar(self, *columns: TextColumn) -> Progress:
+        return Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), *columns,
+            TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+
+
+class Stages:
+    """A bar for each stage on a terminal, a line every tenth of a stage elsewhere."""
+
+    def __init__(self, console: Console, progress: Progress) -> None:
+        self._console, self._progress = console, progress
+        self._tasks: dict[str, TaskID] = {}
+
+    def update(self, stage: str, step: int, steps: int, loss: float) -> None:
+        """`stage` has done `step` of `steps`."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=steps, figures="")
+        self._progress.update(self._tasks[stage], completed=step, figures=f"loss {loss:.3f}")
+        if not self._console.is_terminal and step % max(1, steps // 10) == 0:
+            self._console.print(f"{stage}: step {step}/{steps}  loss {loss:.3f}", highlight=False)
+
+
+def _figure(name: str, value: float) -> str:
+    return f"{value:.3f}" if name.startswith("reward/") else f"{value:.1%}"
+
+
+def _interval(name: str, value: Mapping[str, float]) -> str:
+    mean, low, high = (_figure(name, value[key]) for key in ("mean", "low", "high"))
+    return f"{mean}  ({low} to {high})"

@@ -1,0 +1,87 @@
+"""Evaluation: deterministic samples of fixed pairs, scored by the rewards and by a judge that no policy is
+trained against."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customized_grpo.data import Sample, SubjectDataset
+from customized_grpo.policies import ConditionT, Policy
+from customized_grpo.randomness import batched_normal
+from customized_grpo.report.statistics import mean_interval
+from customized_grpo.rewards import Reward, Task
+from customized_grpo.rollout import sample_ode
+from customized_grpo.toybox.judge import Judge
+
+JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success")
+REWARD_METRICS = ("reward/prompt", "reward/identity")
+PURPOSE = "evaluation"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Images [N, 3, H, W] of N pairs, their references, and each metric [N] (float; judge metrics 0 or 1)."""
+
+    samples: Sequence[Sample]
+    references: Tensor
+    images: Tensor
+    metrics: dict[str, Tensor]
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the pairs whose reward could be computed."""
+        return {name: float(values.nanmean()) for name, values in self.metrics.items()}
+
+    def records(self) -> list[dict[str, Any]]:
+        """One JSON object for each pair."""
+        rows = []
+        for index, sample in enumerate(self.samples):
+            row: dict[str, Any] = {"id": sample.id, "prompt": sample.prompt, "subject": sample.subject}
+            for name, values in self.metrics.items():
+                row[name] = bool(values[index]) if name in JUDGE_METRICS else _number(values[index])
+            rows.append(row)
+        return rows
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Mean and 95 % interval of each metric."""
+        intervals = {name: mean_interval(values.tolist()) for name, values in self.metrics.items()}
+        return {name: {"mean": mean, "low": low, "high": high} for name, (mean, low, high) in intervals.items()}
+
+
+def evaluate(
+    policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Sequence[Reward], judge: Judge | None, *, pairs: int,
+    num_steps: int, shift: float, seed: int, micro_batch: int,
+) -> Evaluation:  # fmt: skip
+    """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise."""
+    samples = list(dataset)[:pairs]
+    references = dataset.references(samples, policy.resolution)
+    masks = dataset.masks(samples, policy.resolution)
+    prompts = [sample.prompt for sample in samples]
+    condition = policy.encode(prompts, references)
+    rows = range(len(samples))
+    noise = batched_normal(seed, 0, rows, [0] * len(samples), PURPOSE, policy.latent_shape)
+    with torch.no_grad():
+        images = sample_ode(policy, condition, noise, policy.sigmas(num_steps, shift), micro_batch)
+    task = Task(prompts, references, masks)
+    scores = [reward.score(images.unsqueeze(1), task) for reward in rewards]
+    metrics = {
+        name: torch.where(score.valid, score.values, torch.nan).squeeze(1)
+        for name, score in zip(REWARD_METRICS, scores, strict=True)
+    }
+    if judge is not None:
+        verdict = judge.judge(images, prompts, references[:, 0])
+        metrics = {name: getattr(verdict, name).float() for name in JUDGE_METRICS} | metrics
+    return Evaluation(samples, references, images, metrics)
+
+
+def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:
+    """What the judge says when every picture is held against the next pair's prompt and reference."""
+    prompts = [sample.prompt for sample in evaluation.samples]
+    verdict = judge.judge(evaluation.images.roll(1, 0), prompts, evaluation.references[:, 0])
+    return {name: float(getattr(verdict, name).float().mean()) for name in JUDGE_METRICS}
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if bool(value.isfinite()) else None

@@ -1,0 +1,302 @@
+"""The charts of a report. One hue a reward throughout: prompt, identity, and ink for both together."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from customized_grpo.report.svg import Array, Frame, nice_ticks, power_of_ten, tick_text
+
+QUADRANTS = ("both_good", "only_prompt", "only_identity", "both_bad")
+Interval = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Key:
+    """A legend entry: `mark` is the drawn sign (line, pale, dash, dot, area), `hue` its colour class."""
+
+    label: str
+    hue: str
+    mark: str = "line"
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure: heading, what the vertical axis shows, the drawing, its legend."""
+
+    title: str
+    unit: str
+    svg: Markup
+    keys: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True)
+class Series:
+    """A curve over iterations. `style`: line, pale (behind a smoothed line), or dots (line and dots)."""
+
+    label: str
+    x: Array
+    y: Array
+    hue: str
+    style: str = "line"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A horizontal reference line."""
+
+    value: float
+    label: str
+    hue: str = "muted"
+
+
+def smooth(values: Array, share: float = 1 / 40) -> Array:
+    """Gaussian moving average, as wide as `share` of the curve but at least one value; NaNs carry no weight.
+
+    A NaN stays a NaN: a gap in the data is a gap in the curve. Fewer than eight values stay as they are.
+    """
+    if len(values) < 8:
+        return values
+    width = max(1.0, share * len(values))
+    reach = min(math.ceil(3 * width), len(values) - 1)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / width) ** 2)
+    finite = np.isfinite(values)
+    middle = slice(reach, reach + len(values))
+    total = np.convolve(np.where(finite, values, 0.0), kernel)[middle]
+    weight = np.convolve(finite.astype(np.float64), kernel)[middle]
+    return np.where(finite, total / np.where(finite, weight, 1.0), np.nan)
+
+
+def line_chart(
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    *,
+    percent: bool = False,
+    include: Sequence[float] = (),
+    band: tuple[Array, Array, Array] | None = None,
+    rules: Sequence[Rule] = (),
+    small: bool = False,
+    height: int = 250,
+) -> Chart | None:
+    """Curves over iterations, or None where there is not one finite value to draw.
+
+    `include`: values the vertical range must contain; `band`: x, low, high of a range to be shaded.
+    """
+    values = np.concatenate([s.y for s in series] + (list(band[1:]) if band else []))
+    if not np.isfinite(values).any():
+        return None
+    values = np.concatenate([values[np.isfinite(values)], [*include, *(rule.value for rule in rules)]])
+    y_ticks = nice_ticks(float(values.min()), float(values.max()), 4 if small else 5)
+    power = 0 if percent else _power(y_ticks)
+    x_range = _x_range(np.concatenate([s.x for s in series]))
+    frame = Frame(x_range, (y_ticks[0], y_ticks[-1]), width=320 if small else 440, height=height)
+    frame.y_axis(y_ticks, percent, 10.0**power)
+    frame.x_axis(_inner_ticks(x_range, 5 if small else 6), "iteration")
+    if band:
+        frame.area(*band, f"{series[0].hue} faint")
+    for rule in rules:
+        level = frame.y(rule.value)
+        frame.add("path", d=f"M{frame.left} {level:.1f}H{frame.width - frame.right}", class_=f"line dash {rule.hue}")
+        if rule.label:
+            frame.text(rule.label, frame.width - frame.right, level - 4, f"tick {rule.hue}", "end")
+    for one in series:
+        frame.curve(one.x, one.y, f"{one.hue} {one.style}")
+        if one.style == "dots":
+            for a, b in zip(one.x, one.y, strict=True):
+                if math.isfinite(b):
+                    tip = f"{one.label}, iteration {a:g}: {tick_text(round(float(b), 4), percent)}"
+                    frame.dot(a, b, one.hue, tip=tip)
+    keys = tuple(Key(s.label, s.hue, s.style) for s in series if s.label)
+    unit += f", in units of {power_of_ten(power)}" if power else ""
+    return Chart(title, unit, frame.svg(f"{title}. {_describe(series, percent)}"), keys)
+
+
+def plane(
+    path: tuple[Array, Array, Array],
+    tests: Mapping[str, tuple[Interval, Interval]],
+    names: tuple[str, str],
+    percent: bool,
+) -> Chart | None:
+    """The prompt-identity plane.
+
+    `path`: iteration, identity and prompt values of the validations; `tests`: identity and prompt intervals
+    of "base" and "tuned"; `names`: what the horizontal (identity) and vertical (prompt) axes show.
+    """
+    iterations, across, up = (column[np.isfinite(path[1]) & np.isfinite(path[2])] for column in path)
+    xs = np.concatenate([across, *(np.array(pair[0]) for pair in tests.values())])
+    ys = np.concatenate([up, *(np.array(pair[1]) for pair in tests.values())])
+    xs, ys = xs[np.isfinite(xs)], ys[np.isfinite(ys)]
+    if len(xs) == 0 or len(ys) == 0:
+        return None
+    x_ticks, y_ticks = (nice_ticks(*_padded(values, percent), 6) for values in (xs, ys))
+    frame = Frame((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), height=400, top=26, right=20, bottom=42)
+    for tick in x_ticks:
+        frame.add("path", d=f"M{frame.x(tick):.1f} {frame.top}V{frame.height - frame.bottom}", class_="grid")
+    frame.y_axis(y_ticks, percent)
+    frame.x_axis(x_ticks, f"{names[0]} \u2192", percent, "name identity")
+    frame.text(f"\u2191 {names[1]}", 4, 13, "name prompt")
+    frame.curve(across, up, "muted")
+    for number, (i, a, b) in enumerate(zip(iterations, across, up, strict=True)):
+        told = f"identity {tick_text(round(a, 3), percent)}, prompt {tick_text(round(b, 3), percent)}"
+        tip = f"validation, iteration {i:g}: {told}"
+        frame.dot(a, b, "muted hollow" if number == 0 else "muted", radius=2.8, tip=tip)
+    _test_points(frame, tests)
+    keys = [Key("validation, base to tuned", "muted", "dots")] if len(across) else []
+    keys += [Key("test with 95\u202f% interval", "joint", "dots")] if tests else []
+    told = "; ".join(
+        f"{name}: identity {tick_text(round(x[0], 3), percent)}, prompt {tick_text(round(y[0], 3), percent)}"
+        for name, (x, y) in tests.items()
+    )
+    return Chart(
+        "The prompt\u2013identity plane",
+        "up and to the right is better",
+        frame.svg(f"Prompt-identity plane. {told}"),
+        tuple(keys),
+    )
+
+
+def _test_points(frame: Frame, tests: Mapping[str, tuple[Interval, Interval]]) -> None:
+    if "base" in tests and "tuned" in tests:
+        (bx, by), (tx, ty) = ((frame.x(x[0]), frame.y(y[0])) for x, y in (tests["base"], tests["tuned"]))
+        length = math.hypot(tx - bx, ty - by)
+        if length > 24:
+            ux, uy = (tx - bx) / length, (ty - by) / length
+            ex, ey = tx - 9 * ux, ty - 9 * uy
+            frame.add("path", d=f"M{bx + 6 * ux:.1f} {by + 6 * uy:.1f}L{ex:.1f} {ey:.1f}", class_="line joint")
+            head = f"M{ex - 7 * ux - 4 * uy:.1f} {ey - 7 * uy + 4 * ux:.1f}L{ex:.1f} {ey:.1f}"
+            head += f"L{ex - 7 * ux + 4 * uy:.1f} {ey - 7 * uy - 4 * ux:.1f}"
+            frame.add("path", d=head, class_="line joint")
+    for name, ((x, x_low, x_high), (y, y_low, y_high)) in tests.items():
+        if all(map(math.isfinite, (x_low, x_high, y_low, y_high))):
+            bars = f"M{frame.x(x_low):.1f} {frame.y(y):.1f}H{frame.x(x_high):.1f}"
+            bars += f"M{frame.x(x):.1f} {frame.y(y_low):.1f}V{frame.y(y_high):.1f}"
+            frame.add("path", d=bars, class_="line joint thin")
+        frame.dot(x, y, "joint hollow" if name == "base" else "joint", radius=5.5)
+        upward = name == "tuned"
+        frame.text(
+            name,
+            frame.x(x) + (9 if upward else -9),
+            frame.y(y) + (-9 if upward else 17),
+            "name joint",
+            "start" if upward else "end",
+        )
+
+
+def quadrant_chart(x: Array, shares: Mapping[str, Array], conflict: Array) -> Chart | None:
+    """Shares of the four quadrants stacked over iterations, smoothed, with the conflict rate as a line."""
+    known = [np.isfinite(shares[name]) for name in QUADRANTS if name in shares]
+    if len(known) < len(QUADRANTS) or not np.logical_and.reduce(known).any():
+        return None
+    keep = np.logical_and.reduce(known)
+    x_kept = x[keep]
+    columns = [smooth(shares[name][keep]) for name in QUADRANTS]
+    if len(x_kept) == 1:
+        x_kept = np.array([x_kept[0] - 0.5, x_kept[0] + 0.5])
+        columns = [np.repeat(column, 2) for column in columns]
+    frame = Frame((float(x_kept[0]), float(x_kept[-1])), (0.0, 1.0), height=300)
+    # Best at the bottom: the height of the lowest band is then read straight off the axis.
+    floor = np.zeros_like(x_kept)
+    for name, column in zip(QUADRANTS, columns, strict=True):
+        frame.area(x_kept, floor, floor + column, name)
+        floor = floor + column
+    frame.y_axis([0, 0.25, 0.5, 0.75, 1], percent=True)
+    frame.x_axis(_inner_ticks(frame.x_range, 6), "iteration")
+    frame.curve(x[keep], smooth(conflict[keep]), "halo")
+    frame.curve(x[keep], smooth(conflict[keep]), "conflict dash")
+    keys = [Key(name.replace("_", " "), name, "area") for name in QUADRANTS]
+    ends = ", ".join(f"{k.label} {c[0]:.0%} to {c[-1]:.0%}" for k, c in zip(keys, columns, strict=True))
+    return Chart(
+        "Quadrants of the rollouts",
+        "share of rollouts, by sign of their two group advantages",
+        frame.svg(f"Quadrant shares from first to last iteration: {ends}"),
+        (*keys, Key("conflict rate", "conflict", "dash")),
+    )
+
+
+def weight_chart(sigmas: Array, weights: Array, trained: Sequence[int]) -> Chart:
+    """Time weights [T, 2] (prompt, identity) per denoising step; filled dots are steps that were trained."""
+    steps = np.arange(len(weights), dtype=np.float64)
+    frame = Frame((-0.5, len(weights) - 0.5), (0.0, 1.0), height=300, bottom=52)
+    frame.y_axis([0, 0.25, 0.5, 0.75, 1])
+    ticks = [t for t in nice_ticks(0, max(len(weights) - 1, 1), 6) if t == int(t) and t <= len(weights) - 1]
+    frame.x_axis(ticks, "denoising step and its \u03c3, noisiest first")
+    for tick in ticks:
+        frame.text(
+            f"\u03c3 {sigmas[int(tick)]:.2f}",
+            frame.x(tick),
+            frame.height - frame.bottom + 30,
+            "tick faded",
+            "middle",
+        )
+    for column, hue in enumerate(("prompt", "identity")):
+        frame.curve(steps, weights[:, column], hue)
+        for step, weight in enumerate(weights[:, column]):
+            tip = f"step {step}, \u03c3 {sigmas[step]:.3f}: {hue} {weight:.4f}"
+            frame.dot(step, weight, hue if step in trained else f"{hue} hollow", 3.4, tip)
+    keys = (
+        Key("prompt", "prompt", "dots"),
+        Key("identity", "identity", "dots"),
+        Key("never trained", "muted", "ring"),
+    )
+    told = (
+        f"Weights over {len(weights)} steps: prompt {weights[0, 0]:.2f} to {weights[-1, 0]:.2f}, "
+        f"identity {weights[0, 1]:.2f} to {weights[-1, 1]:.2f}"
+    )
+    return Chart("Time weights at the steps used", "weight of each reward in the advantage", frame.svg(told), keys)
+
+
+def strip(
+    base: Interval | None, tuned: Interval | None, chance: float | None, ceiling: float | None, hue: str
+) -> Markup:
+    """A row's intervals from 0 to 100 %: ticks at chance and ceiling, base hollow, tuned filled below it."""
+    frame = Frame((0.0, 1.0), (0.0, 1.0), width=180, height=34, left=7, right=7, top=0, bottom=0)
+    frame.add("path", d=f"M7 17H{frame.width - 7}", class_="axis")
+    for value in (chance, ceiling):
+        if value is not None and math.isfinite(value):
+            frame.add("path", d=f"M{frame.x(value):.1f} 8V26", class_="axis strong")
+    for interval, height, class_ in ((base, 0.7, f"{hue} hollow"), (tuned, 0.3, hue)):
+        if interval and math.isfinite(interval[0]):
+            mean, low, high = interval
+            if math.isfinite(low):
+                frame.add(
+                    "path",
+                    d=f"M{frame.x(low):.1f} {frame.y(height):.1f}H{frame.x(high):.1f}",
+                    class_=f"line {hue}",
+                )
+            frame.dot(mean, height, class_, radius=4)
+    return frame.svg("interval plot of the numbers in this row")
+
+
+def _x_range(x: Array) -> tuple[float, float]:
+    low, high = float(x.min()), float(x.max())
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _power(ticks: Sequence[float]) -> int:
+    """The power of ten to take out of tick labels that would be long, else 0."""
+    largest = max(abs(tick) for tick in ticks)
+    return 0 if 0.01 <= largest < 1e5 else math.floor(math.log10(largest) + 1e-9)
+
+
+def _inner_ticks(span: tuple[float, float], count: int) -> list[float]:
+    ticks = [t for t in nice_ticks(*span, count) if span[0] <= t <= span[1] and t == int(t)]
+    return ticks or [round(sum(span) / 2)]
+
+
+def _padded(values: Array, share: bool) -> tuple[float, float]:
+    low, high = float(values.min()), float(values.max())
+    pad = 0.06 * (high - low) or 0.02
+    return (max(low - pad, 0.0), min(high + pad, 1.0)) if share else (low - pad, high + pad)
+
+
+def _describe(series: Sequence[Series], percent: bool) -> str:
+    told = []
+    for one in series:
+        finite = one.y[np.isfinite(one.y)]
+        if len(finite) and one.label:
+            first, last = (tick_text(round(float(v), 3), percent) for v in (finite[0], finite[-1]))
+            told.append(f"{one.label}: {first} to {last}")
+    return "; ".join(told)

@@ -1,0 +1,169 @@
+"""The figures of a report: which columns of a run go into which chart."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from customized_grpo.report.charts import (
+    QUADRANTS,
+    Chart,
+    Rule,
+    Series,
+    line_chart,
+    plane,
+    quadrant_chart,
+    smooth,
+    weight_chart,
+)
+from customized_grpo.report.records import Columns, Run
+from customized_grpo.report.svg import Array
+
+FIRST_RATIO_ALARM = 1e-5
+
+
+def reward_charts(run: Run) -> list[Chart]:
+    """One chart a reward: raw mean of each iteration, the same smoothed, and the validations."""
+    charts = []
+    for name in ("prompt", "identity"):
+        x, y = run.metrics["iteration"], run.metrics[f"reward/{name}/mean"]
+        series = _raw_and_smooth(x, y, name)
+        if run.evaluations.has(f"reward/{name}"):
+            checks = run.evaluations
+            series.append(Series("validation", checks["iteration"], checks[f"reward/{name}"], "joint", "dots"))
+        charts.append(line_chart(f"{name.capitalize()} reward", "mean over the rollouts of an iteration", series))
+    return [chart for chart in charts if chart]
+
+
+def judge_chart(run: Run) -> Chart | None:
+    """Shares of the validation pairs the judge passes, over training."""
+    checks = run.evaluations
+    labels = {
+        "prompt_satisfied": ("prompt", "prompt satisfied"),
+        "identity_kept": ("identity", "identity kept"),
+        "joint_success": ("joint", "joint success"),
+    }
+    series = [
+        Series(label, checks["iteration"], checks[metric], hue, "dots")
+        for metric, (hue, label) in labels.items()
+        if checks.has(metric)
+    ]
+    if not series:
+        return None
+    return line_chart(
+        "Judge on the validation pairs", "share of pairs", series, percent=True, include=(0.0,), height=400
+    )
+
+
+def plane_chart(run: Run) -> Chart | None:
+    """The plane of the judge's two verdicts; of the two rewards where there was no judge."""
+    judged = run.evaluations.has("identity_kept") or any("identity_kept" in e.intervals for e in run.final.values())
+    across, up = ("identity_kept", "prompt_satisfied") if judged else ("reward/identity", "reward/prompt")
+    names = ("identity kept", "prompt satisfied") if judged else ("identity reward", "prompt reward")
+    checks = run.evaluations
+    tests = {
+        name: (found.intervals[across], found.intervals[up])
+        for name, found in run.final.items()
+        if across in found.intervals and up in found.intervals
+    }
+    return plane((checks["iteration"], checks[across], checks[up]), tests, names, percent=judged)
+
+
+def quadrants(run: Run) -> Chart | None:
+    metrics = run.metrics
+    shares = {name: metrics[f"quadrant/{name}"] for name in QUADRANTS}
+    return quadrant_chart(metrics["iteration"], shares, metrics["conflict_rate"])
+
+
+def weights(run: Run) -> Chart | None:
+    found = run.weights
+    return weight_chart(found.sigmas, found.weights, found.trained_steps) if found else None
+
+
+def first_ratio_error(metrics: Columns) -> dict[str, Any] | None:
+    """Largest |ratio - 1| on the first pass, its iteration, how many iterations exceed the alarm; or None."""
+    error = np.fmax(np.abs(metrics["first_ratio/min"] - 1), np.abs(metrics["first_ratio/max"] - 1))
+    if np.isnan(error).all():
+        return None
+    worst = int(np.nanargmax(error))
+    return {
+        "worst": float(error[worst]),
+        "iteration": int(metrics["iteration"][worst]),
+        "count": int((error > FIRST_RATIO_ALARM).sum()),
+    }
+
+
+def health_charts(metrics: Columns) -> list[Chart]:
+    """Small charts of what goes wrong first when training goes wrong."""
+    x = metrics["iteration"]
+    spread = [Series(name, x, smooth(metrics[f"reward/{name}/std"]), name) for name in ("prompt", "identity")]
+    charts = [
+        _ratio_chart("Ratio \u03c1 in the update", "\u03c1 \u2212 1, range shaded", metrics, "ratio"),
+        _ratio_chart("Ratio \u03c1 on the first pass", "\u03c1 \u2212 1", metrics, "first_ratio", FIRST_RATIO_ALARM),
+        line_chart(
+            "Clipped",
+            "share of ratios outside the clip range",
+            _plain(metrics, "clip_fraction"),
+            percent=True,
+            include=(0.0,),
+            small=True,
+            height=190,
+        ),
+        line_chart(
+            "Gradient norm",
+            "before clipping",
+            _plain(metrics, "grad_norm"),
+            include=(0.0,),
+            small=True,
+            height=190,
+        ),
+        line_chart(
+            "Spread within a group",
+            "standard deviation of each reward",
+            spread,
+            include=(0.0,),
+            small=True,
+            height=190,
+        ),
+        line_chart("Loss", "clipped surrogate and KL term", _plain(metrics, "loss"), small=True, height=190),
+    ]
+    for name, title, unit in (
+        ("kl", "KL to the base", "mean over the trained steps"),
+        ("invalid_share", "Invalid rewards", "share of samples left out"),
+    ):
+        if metrics.has(name) and np.nanmax(np.abs(metrics[name])) > 0:
+            charts.append(
+                line_chart(
+                    title,
+                    unit,
+                    _plain(metrics, name),
+                    percent=name == "invalid_share",
+                    include=(0.0,),
+                    small=True,
+                    height=190,
+                )
+            )
+    return [chart for chart in charts if chart]
+
+
+def _raw_and_smooth(x: Array, y: Array, hue: str) -> list[Series]:
+    smoothed = smooth(y)
+    if smoothed is y:
+        return [Series("each iteration", x, y, hue)]
+    return [Series("each iteration", x, y, hue, "pale"), Series("smoothed", x, smoothed, hue)]
+
+
+def _plain(metrics: Columns, name: str) -> list[Series]:
+    return [replace(series, label="") for series in _raw_and_smooth(metrics["iteration"], metrics[name], "plain")]
+
+
+def _ratio_chart(title: str, unit: str, metrics: Columns, name: str, alarm: float | None = None) -> Chart | None:
+    """Deviation of the ratio from 1, its extremes shaded; `alarm` draws the bound it must stay within."""
+    x = metrics["iteration"]
+    low, high, mean = (metrics[f"{name}/{which}"] - 1 for which in ("min", "max", "mean"))
+    series = [Series("mean", x, mean, "plain")]
+    rules = [Rule(0.0, "")]
+    if alarm:
+        series = [Series("smallest", x, low, "plain"), Series("", x, high, "plain")]
+        rules = [Rule(alarm, "alarm", "alarm"), Rule(-alarm, "", "alarm")]
+    return line_chart(title, unit, series, band=(x, low, high), rules=rules, small=True, height=190)

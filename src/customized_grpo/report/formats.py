@@ -1,0 +1,39 @@
+"""Numbers as a reader wants them: real minus signs, spaces that do not break, a dash for what is unknown."""
+
+import math
+
+from customized_grpo.report.svg import power_of_ten
+
+
+def percent(value: float) -> str:
+    if not math.isfinite(value):
+        return "\u2013"
+    return f"{100 * value:.2g}\u202f%" if 0 < value < 0.0005 else f"{100 * value:.1f}\u202f%"
+
+
+def points(value: float) -> str:
+    """A signed difference of shares in percentage points, without unit."""
+    return "\u2013" if not math.isfinite(value) else f"{100 * value:+.1f}".replace("-", "\u2212")
+
+
+def reward(value: float | None, signed: bool = False) -> str:
+    if value is None or not math.isfinite(value):
+        return "\u2013"
+    digits = 3 if abs(value) < 10 else 1
+    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "\u2212")
+
+
+def scientific(value: float) -> str:
+    """Two digits and a power of ten, as 2.4 x 10^-6 is written."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits}\u00a0\u00d7\u00a0{power_of_ten(int(power))}"
+
+
+def duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f}\u00a0s"
+    hours, minutes = divmod(whole // 60, 60)
+    return f"{hours}\u00a0h {minutes}\u00a0min" if hours else f"{minutes}\u00a0min {whole % 60}\u00a0s"

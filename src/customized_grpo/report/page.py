@@ -1,0 +1,334 @@
+"""`report.html`: one self-contained page about a run folder, no scripts in it and nothing from elsewhere."""
+
+import math
+import os
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from customized_grpo.report import figures
+from customized_grpo.report.charts import strip
+from customized_grpo.report.formats import duration, percent, points, reward, scientific
+from customized_grpo.report.records import (
+    METRICS,
+    SHARES,
+    Columns,
+    Evaluation,
+    Interval,
+    Run,
+    data_uri,
+    read_run,
+)
+from customized_grpo.report.statistics import paired_difference
+from customized_grpo.report.svg import Array
+
+LABELS = {
+    "joint_success": "Joint success",
+    "prompt_satisfied": "Prompt satisfied",
+    "identity_kept": "Identity kept",
+    "reward/prompt": "Prompt reward",
+    "reward/identity": "Identity reward",
+}
+HUES = {
+    "joint_success": "joint",
+    "prompt_satisfied": "prompt",
+    "identity_kept": "identity",
+    "reward/prompt": "prompt",
+    "reward/identity": "identity",
+}
+# Label and config keys of what was run: the first key present, at any depth, is shown.
+FACTS = (
+    ("Policy", ("policy.kind", "policy.name", "policy")),
+    ("Data", ("data.path",)),
+    ("Method", ("method.preset", "method.name", "preset", "method")),
+    ("Samples per group", ("group_size",)),
+    ("Groups per iteration", ("prompts_per_iteration", "groups_per_iteration", "num_prompts")),
+    ("Denoising steps", ("num_steps",)),
+    ("SDE", ("sde.kind", "sde_kind", "sampler.kind")),
+    ("SDE noise \u03b7", ("eta",)),
+    ("SARS \u03b3", ("gamma",)),
+    ("Clip range", ("clip_range",)),
+    ("Learning rate", ("learning_rate", "lr")),
+    ("Seed", ("seed",)),
+)
+SECRET = re.compile(r"(?im)^(\s*-?\s*[\w.]*(?:api_?key|secret|password|token)\s*:\s*)(?!null\b|\s*$).+$")
+GALLERY_SIZE = 24
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    Whatever the run has not written yet (final evaluation, validation, judge metrics, weights.json) is named
+    on the page with the command that adds it. Raises UserError where metrics.jsonl is missing or a file is
+    broken.
+    """
+    run = read_run(run_dir)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, points=points, reward=reward, duration=duration, scientific=scientific)
+    html = environment.get_template("template.html.j2").render(page_content(run))
+    path, unfinished = run_dir / "report.html", run_dir / "report.html.part"
+    unfinished.write_text(html, encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def page_content(run: Run) -> dict[str, Any]:
+    """Everything the template shows, by name."""
+    table = result_rows(run.final)
+    evaluation = run.final.get("tuned") or run.final.get("base")
+    return {
+        "name": run.folder.resolve().name,
+        "command": f"customized-grpo evaluate --run {shlex.quote(str(run.folder))}",
+        "facts": facts(run),
+        "split": evaluation.split if evaluation else "test",
+        "pairs": len(evaluation.records) if evaluation else 0,
+        "has_base": "base" in run.final,
+        "has_tuned": "tuned" in run.final,
+        "same_noise": len({side.seed for side in run.final.values()}) == 1 and len(run.final) == 2,
+        "judged": any(row["metric"] in SHARES for row in table),
+        "rows": table,
+        "headline": next((r for r in table if r["metric"] == "joint_success" and r["difference"]), None),
+        "secondary": [r for r in table if r["metric"] != "joint_success" and r["difference"]],
+        "last_validation": last_validation(run.evaluations),
+        "remarks": remarks(run),
+        "reward_charts": figures.reward_charts(run),
+        "judge_chart": figures.judge_chart(run),
+        "plane": figures.plane_chart(run),
+        "quadrants": figures.quadrants(run),
+        "weights": figures.weights(run),
+        "health": figures.health_charts(run.metrics),
+        "first_ratio": figures.first_ratio_error(run.metrics),
+        "timing": timing(run.metrics),
+        "gallery": gallery(run),
+        "validation_gallery": validation_gallery(run.folder),
+        "config": SECRET.sub(r"\1(not shown)", run.config_text),
+    }
+
+
+def facts(run: Run) -> list[tuple[str, str]]:
+    """What was run, as label and value: from the config where it says so, and from the metrics themselves."""
+    shown = []
+    for label, keys in FACTS:
+        value = _lookup(run.config, keys)
+        if value is not None:
+            shown.append((label, value))
+    done, asked = int(run.metrics["iteration"].max()), _lookup(run.config, ("iterations",))
+    shown.append(("Iterations", f"{done} of {asked}" if asked and asked != str(done) else str(done)))
+    seconds = np.nansum(run.metrics["seconds/total"])
+    if seconds > 0:
+        shown.append(("Training time", duration(float(seconds))))
+    if run.metrics.has("samples_per_second"):
+        shown.append(("Throughput", f"{np.nanmedian(run.metrics['samples_per_second']):.3g} samples/s"))
+    return shown
+
+
+def result_rows(final: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+    """Rows of the before/after table: the metrics at least one evaluation has, joint success first."""
+    base, tuned = final.get("base"), final.get("tuned")
+    rows = []
+    for metric in METRICS:
+        sides = [side.intervals.get(metric) if side else None for side in (base, tuned)]
+        if not any(sides):
+            continue
+        known = [side for side in (tuned, base) if side]
+        chance, ceiling = (
+            next((getattr(side, name)[metric] for side in known if metric in getattr(side, name)), None)
+            for name in ("chance", "ceiling")
+        )
+        share = metric in SHARES
+        rows.append(
+            {
+                "metric": metric,
+                "label": LABELS[metric],
+                "hue": HUES[metric],
+                "share": share,
+                "base": sides[0],
+                "tuned": sides[1],
+                "chance": chance,
+                "ceiling": ceiling,
+                "strip": strip(sides[0], sides[1], chance, ceiling, HUES[metric]) if share else Markup(""),
+                **_difference(base, tuned, metric),
+            }
+        )
+    return rows
+
+
+def _difference(base: Evaluation | None, tuned: Evaluation | None, metric: str) -> dict[str, Any]:
+    if not (base and tuned):
+        return {"difference": None, "pairs": 0, "gained": 0, "lost": 0, "verb": ""}
+    before, after = paired_values(base, tuned, metric)
+    difference = paired_difference(before, after)
+    return {
+        "difference": difference if math.isfinite(difference[0]) else None,
+        "pairs": len(before),
+        "gained": int((after > before).sum()),
+        "lost": int((after < before).sum()),
+        "verb": _verb(difference),
+    }
+
+
+def paired_values(base: Evaluation, tuned: Evaluation, metric: str) -> tuple[Array, Array]:
+    """Values [N] of a metric before and after, over the pairs for which both evaluations have one."""
+
+    def value(side: Evaluation, key: str) -> float:
+        found = side.records[key].get(metric)
+        return float(found) if found is not None else math.nan
+
+    both = [(value(base, key), value(tuned, key)) for key in base.records if key in tuned.records]
+    pairs = np.array(both, dtype=np.float64).reshape(-1, 2)
+    pairs = pairs[np.isfinite(pairs).all(axis=1)]
+    return pairs[:, 0], pairs[:, 1]
+
+
+def _verb(difference: Interval) -> str:
+    _, low, high = difference
+    if low > 0:
+        return "rose"
+    return "fell" if high < 0 else "did not change measurably"
+
+
+def last_validation(evaluations: Columns) -> dict[str, Any] | None:
+    """The last validation's figures by metric name, or None where there was no validation."""
+    if evaluations.length == 0:
+        return None
+    last = {name: float(evaluations[name][-1]) for name in METRICS}
+    return {
+        "iteration": int(evaluations["iteration"][-1]),
+        "values": [
+            {"label": LABELS[name].lower(), "value": value, "share": name in SHARES}
+            for name, value in last.items()
+            if math.isfinite(value)
+        ],
+    }
+
+
+def remarks(run: Run) -> list[tuple[str, str]]:
+    """What a reader must know before trusting the figures, as (WARNING or Note, text); often nothing."""
+    metrics, found = run.metrics, []
+    error = figures.first_ratio_error(metrics)
+    if error and error["count"]:
+        text = (
+            f"The first-pass ratio is not 1: |\u03c1 \u2212 1| reaches {scientific(error['worst'])} at "
+            f"iteration {error['iteration']} and is above 10\u207b\u2075 in {error['count']} of "
+            f"{metrics.length} iterations. The update does not see the probabilities the rollout drew from: "
+            "clipping and gradients are off."
+        )
+        found.append(("WARNING", text))
+    names = ("loss", "grad_norm", "reward/prompt/mean", "reward/identity/mean")
+    broken = {name: int((~np.isfinite(metrics[name])).sum()) for name in names}
+    if any(broken.values()):
+        told = ", ".join(f"{name} in {count}" for name, count in broken.items() if count)
+        found.append(
+            (
+                "WARNING",
+                f"Not a finite number, of {metrics.length} iterations: {told}. Curves have gaps there.",
+            )
+        )
+    invalid = metrics["invalid_share"]
+    if metrics.has("invalid_share") and np.nanmax(invalid) > 0:
+        text = (
+            f"Some rewards could not be computed and were left out: "
+            f"{percent(float(np.nanmean(invalid)))} of all samples, at worst "
+            f"{percent(float(np.nanmax(invalid)))} in one iteration."
+        )
+        found.append(("Note", text))
+    base, tuned = run.final.get("base"), run.final.get("tuned")
+    if base and tuned and base.records.keys() != tuned.records.keys():
+        both = len(base.records.keys() & tuned.records.keys())
+        text = (
+            f"Base ({len(base.records)} pairs) and tuned ({len(tuned.records)} pairs) were evaluated on "
+            f"different pairs; differences use the {both} they share."
+        )
+        found.append(("Note", text))
+    return found
+
+
+def timing(metrics: Columns) -> list[dict[str, Any]]:
+    """Seconds by phase: total, per iteration, share of the whole; `other` is what no phase accounts for."""
+    total = metrics["seconds/total"]
+    phases = {name: metrics[f"seconds/{name}"] for name in ("rollout", "score", "update")}
+    if not np.isfinite(total).any() or not np.nansum(total) > 0:
+        return []
+    phases["other"] = np.maximum(total - sum(np.nan_to_num(p) for p in phases.values()), 0.0)
+    return [
+        {
+            "name": name,
+            "total": float(np.nansum(seconds)),
+            "mean": float(np.nansum(seconds)) / int(np.isfinite(total).sum()),
+            "share": float(np.nansum(seconds) / np.nansum(total)),
+        }
+        for name, seconds in phases.items()
+    ]
+
+
+def gallery(run: Run) -> list[dict[str, Any]]:
+    """The first pairs of the final evaluation that have pictures, in their order: nothing is selected."""
+    folder = run.folder / "evaluation" / "images"
+    sides = {name: run.final[name].records for name in ("base", "tuned") if name in run.final}
+    ordered = sides.get("tuned") or sides.get("base") or {}
+    cards: list[dict[str, Any]] = []
+    for key, record in ordered.items():
+        if len(cards) == GALLERY_SIZE:
+            break
+        shots = [(name, data_uri(folder / f"{key}_{name}.png", folder)) for name in ("reference", "base", "tuned")]
+        if not any(uri for _, uri in shots):
+            continue
+        pictures = [{"name": name, "uri": uri, **_verdict(sides.get(name, {}).get(key))} for name, uri in shots]
+        cards.append(
+            {
+                "id": key,
+                "prompt": record.get("prompt", ""),
+                "subject": record.get("subject") or "",
+                "pictures": pictures,
+            }
+        )
+    return cards
+
+
+def _verdict(record: Mapping[str, Any] | None) -> dict[str, Any]:
+    lines = []
+    for hue, verdict in (("prompt", "prompt_satisfied"), ("identity", "identity_kept")):
+        passed, score = (record or {}).get(verdict), (record or {}).get(f"reward/{hue}")
+        if passed is not None or score is not None:
+            lines.append({"hue": hue, "passed": passed, "score": score})
+    return {"lines": lines, "joint": bool((record or {}).get("joint_success"))}
+
+
+def validation_gallery(folder: Path) -> dict[str, str] | None:
+    pictures = sorted((folder / "galleries").glob("*.png"))
+    if not pictures:
+        return None
+    return {
+        "iteration": pictures[-1].stem.lstrip("0") or "0",
+        "uri": data_uri(pictures[-1], folder, limit=1600),
+    }
+
+
+def _lookup(config: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
+    """The first of `keys` that names a scalar of the config, by the whole or the end of its dotted path."""
+    scalars = dict(_flatten(config))
+    for key in keys:
+        for dotted, value in scalars.items():
+            if dotted == key or dotted.endswith("." + key):
+                return value
+    return None
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif value is not None and not isinstance(value, list):
+            yield f"{prefix}{key}", str(value)

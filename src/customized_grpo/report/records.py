@@ -1,0 +1,199 @@
+"""Reads a run folder into arrays. What a run did not write is empty here; only metrics.jsonl must exist."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from PIL import Image, UnidentifiedImageError
+
+from customized_grpo.errors import UserError
+from customized_grpo.report.statistics import mean_interval
+from customized_grpo.report.svg import Array
+
+Interval = tuple[float, float, float]
+SHARES = ("joint_success", "prompt_satisfied", "identity_kept")
+METRICS = (*SHARES, "reward/prompt", "reward/identity")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Flat JSON lines as float columns [N]; a missing, null or non-numeric entry is NaN."""
+
+    values: Mapping[str, Array]
+    length: int
+
+    def __getitem__(self, name: str) -> Array:
+        return self.values.get(name, np.full(self.length, np.nan))
+
+    def has(self, name: str) -> bool:
+        return bool(np.isfinite(self[name]).any())
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One final evaluation: `records` by id, and what is known of the metrics on all of them."""
+
+    split: str
+    seed: int | None
+    records: Mapping[str, Mapping[str, Any]]
+    intervals: Mapping[str, Interval]
+    chance: Mapping[str, float]
+    ceiling: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Time weights [T, 2] (prompt, identity), the sigmas [T + 1], and the steps that were trained."""
+
+    sigmas: Array
+    weights: Array
+    trained_steps: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+    config: Mapping[str, Any]
+    config_text: str
+    metrics: Columns
+    evaluations: Columns
+    final: Mapping[str, Evaluation]
+    weights: Weights | None
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder. Raises UserError where metrics.jsonl is missing or empty, or a file is broken."""
+    lines = read_lines(folder / "metrics.jsonl")
+    if not lines:
+        raise UserError(
+            f"{folder / 'metrics.jsonl'}: no training iteration in it, so there is nothing to report. "
+            "Expected one JSON object an iteration, as `customized-grpo train` writes: is it a run folder?"
+        )
+    config_text = (folder / "config.yaml").read_text() if (folder / "config.yaml").is_file() else ""
+    try:
+        config = yaml.safe_load(config_text) if config_text else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{folder / 'config.yaml'}: not readable as YAML ({error}); restore the file") from error
+    final = {
+        name: _evaluation(folder / "evaluation" / f"{name}.json")
+        for name in ("base", "tuned")
+        if (folder / "evaluation" / f"{name}.json").is_file()
+    }
+    return Run(
+        folder=folder,
+        config=config if isinstance(config, dict) else {},
+        config_text=config_text,
+        metrics=to_columns(lines),
+        evaluations=to_columns(read_lines(folder / "evaluations.jsonl")),
+        final=final,
+        weights=_weights(folder / "weights.json", lines),
+    )
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON objects of a .jsonl file, one per iteration in order; of a repeated iteration the last one counts.
+
+    An unfinished last line (a run that is being written, or was killed) is left out; any other broken line
+    is a UserError. A missing file has no lines.
+    """
+    if not path.is_file():
+        return []
+    rows: dict[float, dict[str, Any]] = {}
+    texts = path.read_text().splitlines()
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(texts):
+                break
+            raise UserError(f"{path}:{number}: broken JSON ({error.msg}); expected one JSON object a line") from error
+        if not isinstance(row, dict) or not _is_number(row.get("iteration")):
+            raise UserError(f"{path}:{number}: expected a JSON object with a numeric field 'iteration'")
+        rows[row["iteration"]] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def to_columns(rows: list[dict[str, Any]]) -> Columns:
+    names = {name for row in rows for name in row}
+    return Columns({name: np.array([_as_float(row.get(name)) for row in rows]) for name in names}, len(rows))
+
+
+def data_uri(path: Path, inside: Path, limit: int = 256) -> str:
+    """A picture as a PNG data URI, at most `limit` pixels a side; "" if absent, broken or not in `inside`."""
+    if not path.resolve().is_relative_to(inside.resolve()) or not path.is_file():
+        return ""
+    content = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            if picture.format != "PNG" or max(picture.size) > limit:
+                picture.thumbnail((limit, limit))
+                shrunk = io.BytesIO()
+                picture.convert("RGB").save(shrunk, "PNG")
+                content = shrunk.getvalue()
+    except (UnidentifiedImageError, OSError):
+        return ""
+    return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
+
+
+def _evaluation(path: Path) -> Evaluation:
+    content = _object(path)
+    records = {str(record["id"]): record for record in content.get("records", []) if "id" in record}
+    summary = content.get("summary", {})
+    intervals = {}
+    for name in METRICS:
+        if summary.get(name):
+            mean, low, high = (_as_float(summary[name].get(key)) for key in ("mean", "low", "high"))
+            interval = mean, low, high
+        else:
+            interval = mean_interval([_as_float(record.get(name)) for record in records.values()])
+        if math.isfinite(interval[0]):
+            intervals[name] = interval
+    chance, ceiling = (
+        {name: float(value) for name, value in (content.get(key) or {}).items() if _is_number(value)}
+        for key in ("chance", "ceiling")
+    )
+    return Evaluation(str(content.get("split", "test")), content.get("seed"), records, intervals, chance, ceiling)
+
+
+def _weights(path: Path, rows: list[dict[str, Any]]) -> Weights | None:
+    if not path.is_file():
+        return None
+    content = _object(path)
+    sigmas = np.asarray(content.get("sigmas"), dtype=np.float64)
+    weights = np.asarray(content.get("weights"), dtype=np.float64)
+    if weights.ndim != 2 or weights.shape[1] != 2 or sigmas.shape != (len(weights) + 1,):
+        raise UserError(
+            f"{path}: found weights of shape {weights.shape} and sigmas of shape {sigmas.shape}; "
+            "expected weights [T, 2] (prompt, identity) and sigmas [T + 1]"
+        )
+    trained = content.get("trained_steps") or sorted({step for row in rows for step in row.get("steps") or ()})
+    return Weights(sigmas, weights, tuple(trained))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}: broken JSON (line {error.lineno}: {error.msg}); delete it and write it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: found a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_float(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan

@@ -1,0 +1,36 @@
+"""What a reward must do. `toybox.rewards` holds two."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task:
+    """What P groups were asked for: the prompts, the references [P, K, 3, H, W] in [0, 1] and their masks
+    [P, K, 1, H, W], None where the data has none."""
+
+    prompts: Sequence[str]
+    references: Tensor
+    masks: Tensor | None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One reward of every image: `values` [P, G], and `valid` [P, G], False where it could not be computed.
+
+    A failure is never a number: an invalid sample leaves its group's statistics and gets advantage 0.
+    """
+
+    values: Tensor
+    valid: Tensor
+
+
+class Reward(Protocol):
+    """Scores images; deterministic. What the group shares (its prompt, its reference) is computed once per group."""
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        """Scores of `images` [P, G, 3, H, W] in [0, 1], higher is better."""
+        ...

@@ -1,0 +1,282 @@
+"""A training run: its folder, its loop, what it logs and what it leaves to look at."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from customized_grpo import build
+from customized_grpo.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from customized_grpo.config import Config
+from customized_grpo.data import SubjectDataset, image_grid, save_image
+from customized_grpo.display import Display
+from customized_grpo.errors import UserError
+from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
+from customized_grpo.report import write_report
+from customized_grpo.runtime import configure
+from customized_grpo.toybox.policy import ToyBoxPolicy
+from customized_grpo.toybox.weights import read_quality
+from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl")
+GALLERY_SCALE = 4
+REPORTED_IMAGES = 24
+MAY_CHANGE = ("output", "iterations", "threads", "data.validation", "data.test", "checkpoint.", "evaluation.", "log.")
+"""Fields in which a resumed run may differ from the one it resumes."""
+
+
+def train(config: Config, display: Display, *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Train as `config` says; returns the path of the report. Raises `UserError` on bad input, before any work."""
+    configure(config.threads)
+    output = config.output
+    _check_output(output, resume=resume, overwrite=overwrite)
+    policy = build.build_policy(config.policy, config.seed)
+    datasets = {
+        name: build.open_dataset(path, config, policy)
+        for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()
+        if path is not None
+    }
+    if overwrite and output.exists():
+        shutil.rmtree(output)
+    trainer = Trainer(config, policy, build.build_rewards(config), datasets["path"])
+    session = _Session(config, trainer, datasets, display)
+    session.start(resume=resume)
+    session.loop()
+    return session.finish()
+
+
+def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Display) -> Path:
+    """Evaluate a finished run's base and tuned generator on `data` (default: the run's test, validation or training
+    data), write `evaluation/` and the report. Returns the report's path."""
+    config = load_run_config(run)
+    configure(config.threads)
+    policy = build.build_policy(config.policy, config.seed)
+    path = data or config.data.test or config.data.validation or config.data.path
+    dataset = build.open_dataset(path, config, policy)
+    policy.load_adapter(run / "adapter")
+    pairs = pairs or config.evaluation.test_pairs
+    base, tuned = write_evaluation(config, policy, dataset, run / "evaluation", pairs)
+    display.comparison(base.summary(), tuned.summary())
+    return write_report(run)
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration of the run in the folder `run`. Raises `UserError` where there is none."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{run} is not the folder of a run: it has no config.yaml; name the --output of a train command"
+        )
+    return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def write_evaluation(
+    config: Config, policy: ToyBoxPolicy, dataset: SubjectDataset, folder: Path, pairs: int
+) -> tuple[Evaluation, Evaluation]:
+    """Evaluate the untuned and the tuned generator on the same pairs from the same noise, and write both to
+    `folder`."""
+    judge = build.build_judge(config)
+    rewards = build.build_rewards(config)
+    settings: dict[str, Any] = {
+        "pairs": pairs,
+        "num_steps": config.rollout.num_steps,
+        "shift": config.rollout.shift,
+        "seed": config.seed,
+        "micro_batch": config.rollout.micro_batch,
+    }
+    with policy.untuned():
+        base = evaluate(policy, dataset, rewards, judge, **settings)
+    tuned = evaluate(policy, dataset, rewards, judge, **settings)
+    for name, evaluation in (("base", base), ("tuned", tuned)):
+        result = {
+            "split": dataset.folder.name,
+            "pairs": len(evaluation.samples),
+            "seed": config.seed,
+            "chance": chance_levels(evaluation, judge) if judge else {},
+            "ceiling": read_quality(config.policy.weights)["ceiling"] if judge else {},
+            "records": evaluation.records(),
+            "summary": evaluation.summary(),
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
+            save_image(image, folder / "images" / f"{sample.id}_{name}.png")
+    for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
+        save_image(reference[0], folder / "images" / f"{sample.id}_reference.png")
+    return base, tuned
+
+
+class _Session:
+    """The files of a run and the loop that fills them."""
+
+    def __init__(
+        self, config: Config, trainer: Trainer[Any], datasets: dict[str, SubjectDataset], display: Display
+    ) -> None:
+        self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
+        self.policy: ToyBoxPolicy = trainer.policy  # type: ignore[assignment]
+        self.output = config.output
+        self.judge = build.build_judge(config)
+        self.trained_steps: set[int] = set()
+        self.seconds = 0.0
+        self.base_images: torch.Tensor | None = None
+        self.tensorboard = _tensorboard(self.output) if config.log.tensorboard else None
+
+    def start(self, *, resume: bool) -> None:
+        """Make the folder, or go back to the newest checkpoint in it."""
+        self.output.mkdir(parents=True, exist_ok=True)
+        checkpoints = list_checkpoints(self.output / "checkpoints") if resume else []
+        log_bytes = dict.fromkeys(LOGS, 0)
+        if checkpoints:
+            progress = load_checkpoint(
+                checkpoints[-1], _pinned(self.config), self.policy.trainable_parameters(), self.trainer.optimizer
+            )
+            self.trainer.iteration, self.seconds, log_bytes = progress.iteration, progress.seconds, progress.log_bytes
+            self.display.note(f"resuming after iteration {progress.iteration}, from {checkpoints[-1]}")
+        elif resume:
+            self.display.note(f"{self.output} has no checkpoint yet: starting from the first iteration")
+        for name in LOGS:
+            with (self.output / name).open("ab") as log:
+                log.truncate(log_bytes[name])
+        for line in (self.output / LOGS[0]).read_text(encoding="utf-8").splitlines():
+            self.trained_steps |= set(json.loads(line)["steps"])
+        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        (self.output / "config.yaml").write_text(config, encoding="utf-8")
+
+    def loop(self) -> None:
+        """Train to the last iteration, with validations and checkpoints on the way."""
+        last = self.config.iterations
+        self._remember_base()
+        with self.display.training(last, self.trainer.iteration) as show:
+            if self.trainer.iteration == 0:
+                self._validate()
+            while self.trainer.iteration < last:
+                start = time.perf_counter()
+                metrics = self.trainer.train_step(show.phase)
+                self.trained_steps |= set(metrics["steps"])
+                self._log(LOGS[0], metrics)
+                self._watch_ratio(metrics)
+                show.iteration(metrics)
+                iteration = self.trainer.iteration
+                if iteration % self.config.evaluation.every == 0 or iteration == last:
+                    self._validate()
+                self.seconds += time.perf_counter() - start
+                if iteration % self.config.checkpoint.every == 0 or iteration == last:
+                    self._checkpoint()
+
+    def finish(self) -> Path:
+        """Write the adapter, the final evaluation and the report."""
+        self.policy.save_adapter(self.output / "adapter")
+        weights = {
+            "sigmas": self.trainer.sigmas.tolist(),
+            "weights": self.trainer.weights.tolist(),
+            "trained_steps": sorted(self.trained_steps),
+        }
+        (self.output / "weights.json").write_text(json.dumps(weights), encoding="utf-8")
+        if "test" in self.datasets:
+            self.display.note("evaluating before and after on the test data ...")
+            base, tuned = write_evaluation(
+                self.config,
+                self.policy,
+                self.datasets["test"],
+                self.output / "evaluation",
+                self.config.evaluation.test_pairs,
+            )
+            self.display.comparison(base.summary(), tuned.summary())
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        return write_report(self.output)
+
+    def _evaluate(self, pairs: int) -> Evaluation:
+        rollout = self.config.rollout
+        return evaluate(
+            self.policy, self.datasets.get("validation", self.datasets["path"]), self.trainer.rewards, self.judge,
+            pairs=pairs, num_steps=rollout.num_steps, shift=rollout.shift, seed=self.config.seed,
+            micro_batch=rollout.micro_batch,
+        )  # fmt: skip
+
+    def _remember_base(self) -> None:
+        with self.policy.untuned():
+            self.base_images = self._evaluate(self.config.evaluation.gallery).images
+
+    def _validate(self) -> None:
+        evaluation = self._evaluate(self.config.evaluation.pairs)
+        row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
+        self._log(LOGS[1], row)
+        self.display.validation(row)
+        shown = min(self.config.evaluation.gallery, len(evaluation.images))
+        assert self.base_images is not None
+        rows = [evaluation.references[:shown, 0], self.base_images[:shown], evaluation.images[:shown]]
+        grid = image_grid(torch.cat(rows), columns=shown, scale=GALLERY_SCALE, padding=GALLERY_SCALE)
+        save_image(grid, self.output / "galleries" / f"{self.trainer.iteration:06d}.png")
+
+    def _watch_ratio(self, metrics: Metrics) -> None:
+        off = max(abs(metrics["first_ratio/min"] - 1), abs(metrics["first_ratio/max"] - 1))
+        if off > RATIO_TOLERANCE:
+            self.display.warn(
+                f"iteration {metrics['iteration']}: the first-pass ratio is {off:.1e} away from 1 (more than "
+                f"{RATIO_TOLERANCE:.0e}): rollout and update do not compute the same thing. Use policy.precision=fp32, "
+                "or equal rollout.micro_batch and optimizer.micro_batch"
+            )
+
+    def _checkpoint(self) -> None:
+        sizes = {name: (self.output / name).stat().st_size for name in LOGS}
+        save_checkpoint(
+            self.output / "checkpoints",
+            Progress(self.trainer.iteration, sizes, self.seconds),
+            _pinned(self.config),
+            self.policy.trainable_parameters(),
+            self.trainer.optimizer,
+            self.config.checkpoint.keep,
+        )
+
+    def _log(self, name: str, row: Metrics) -> None:
+        clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
+        with (self.output / name).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(clean) + "\n")
+        if self.tensorboard is not None:
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "iteration":
+                    self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
+
+
+def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("--resume continues a run and --overwrite deletes it; pass one of them")
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise UserError(f"output: {output} is a file; name a folder")
+    if not any(output.iterdir()):
+        return
+    if not (resume or overwrite):
+        raise UserError(
+            f"output: the folder {output} is not empty. Pass --resume to go on with the run in it, --overwrite to "
+            "delete it and start anew, or another --output"
+        )
+    if not (output / "config.yaml").is_file():
+        raise UserError(f"output: {output} holds other files than a run's (no config.yaml); name another folder")
+
+
+def _pinned(config: Config) -> dict[str, Any]:
+    """The fields that decide the result of a run, by dotted name."""
+    flat = _flatten(config.model_dump(mode="json"))
+    return {name: value for name, value in flat.items() if not name.startswith(MAY_CHANGE)}
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _tensorboard(output: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("log.tensorboard needs TensorBoard: pip install 'customized-grpo[tensorboard]'") from error
+    return SummaryWriter(output / "tensorboard")

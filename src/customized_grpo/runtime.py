@@ -1,0 +1,25 @@
+"""Settings of the process: threads and the allocator."""
+
+import ctypes
+import os
+import sys
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEEP = 1 << 30
+
+
+def configure(threads: int | None) -> None:
+    """Use `threads` CPU threads (all cores if None), and keep freed memory in the process.
+
+    glibc returns large blocks to the system on every free, so each tensor's pages are faulted in anew; on a
+    small model that
+    took as long as the arithmetic.
+    """
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_THRESHOLD, _KEEP)
+            mallopt(_M_TRIM_THRESHOLD, _KEEP)

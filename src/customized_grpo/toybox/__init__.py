@@ -1,0 +1,1 @@
+"""A small, complete subject-driven world for a CPU: see docs/toybox.md."""

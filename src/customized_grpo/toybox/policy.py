@@ -1,0 +1,132 @@
+"""The ToyBox generator as a policy: LoRA factors or the whole denoiser are trained, the context tower never is."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from customized_grpo.algorithm import shift_sigmas
+from customized_grpo.errors import UserError
+from customized_grpo.toybox.drawing import SIZE
+from customized_grpo.toybox.language import tokenize, words_of
+from customized_grpo.toybox.network import Context, Denoiser, Generator
+from customized_grpo.toybox.weights import load_network
+
+LORA_TARGETS = ["qkv", "out", "up", "down", "modulation"]
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+class ToyBoxPolicy:
+    """A `policies.Policy` whose latents are the pixels [3, 32, 32] in [-1, 1]."""
+
+    resolution = SIZE
+    latent_shape = torch.Size((3, SIZE, SIZE))
+
+    def __init__(
+        self,
+        generator: Generator,
+        *,
+        adapter: Literal["lora", "full"] = "lora",
+        lora_rank: int = 32,
+        lora_alpha: int = 32,
+        precision: Literal["fp32", "bf16"] = "bf16",
+        seed: int = 0,
+    ) -> None:
+        """`seed` draws the LoRA factors' starting point, at which they change nothing."""
+        self._context = generator.context.requires_grad_(False)
+        self._base = generator.denoiser.requires_grad_(False)
+        self._autocast = precision == "bf16"
+        self._tuned: Denoiser | PeftModel
+        if adapter == "lora":
+            config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self._tuned = get_peft_model(self._base, config)
+        else:
+            self._tuned = copy.deepcopy(self._base).requires_grad_(True)
+        self._active: nn.Module = self._tuned
+
+    @classmethod
+    def load(cls, weights: Path | None = None, **settings: object) -> "ToyBoxPolicy":
+        """The shipped generator, or the one in the folder `weights`; `settings` as for the constructor."""
+        return cls(load_network(Generator(), "generator", weights), **settings)  # type: ignore[arg-type]
+
+    def check(self, prompt: str, num_references: int) -> None:
+        """See `Policy.check`: words of its vocabulary, and one reference."""
+        words_of(prompt)
+        if num_references != 1:
+            raise UserError(f'ToyBox takes one reference image, not {num_references}; leave one in "references"')
+
+    def encode(self, prompts: Sequence[str], references: Tensor) -> Context:
+        """See `Policy.encode`; `references` [B, 1, 3, 32, 32]."""
+        with torch.no_grad(), self._precision():
+            context: Context = self._context(tokenize(prompts), references[:, 0] * 2 - 1)
+        return context
+
+    def sigmas(self, num_steps: int, shift: float) -> Tensor:
+        """See `Policy.sigmas`."""
+        return shift_sigmas(num_steps, shift)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Context) -> Tensor:
+        """See `Policy.velocity`."""
+        with self._precision():
+            velocity: Tensor = self._active(latents, sigma, condition)
+        return velocity
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Policy.decode`."""
+        return (latents / 2 + 0.5).clamp(0, 1)
+
+    def trainable_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """See `Policy.trainable_parameters`."""
+        return [(name, p) for name, p in self._tuned.named_parameters() if p.requires_grad]
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """See `Policy.untuned`."""
+        if isinstance(self._tuned, PeftModel):
+            with self._tuned.disable_adapter():
+                yield
+        else:
+            self._active = self._base
+            try:
+                yield
+            finally:
+                self._active = self._tuned
+
+    def save_adapter(self, folder: Path) -> None:
+        """See `Policy.save_adapter`: PEFT's file for LoRA, the denoiser's state otherwise."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = (
+            get_peft_model_state_dict(self._tuned) if isinstance(self._tuned, PeftModel) else self._tuned.state_dict()
+        )
+        save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / ADAPTER_FILE)
+
+    def load_adapter(self, folder: Path) -> None:
+        """See `Policy.load_adapter`."""
+        path = folder / ADAPTER_FILE
+        if not path.is_file():
+            raise UserError(f"{path}: no adapter there; name the folder of a finished run, or pass --base")
+        try:
+            state = load_file(path)
+            if isinstance(self._tuned, PeftModel):
+                if state.keys() != get_peft_model_state_dict(self._tuned).keys():
+                    raise RuntimeError("its tensors have other names")
+                set_peft_model_state_dict(self._tuned, state)
+            else:
+                self._tuned.load_state_dict(state)
+        except (SafetensorError, RuntimeError) as error:
+            raise UserError(
+                f"{path}: this adapter does not fit the policy of the run's config ({error}); "
+                "check policy.adapter and policy.lora_rank"
+            ) from error
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self._autocast)

@@ -1,0 +1,156 @@
+"""`customized-grpo toybox pretrain`: every network in turn, and a table of what was measured of them."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from customized_grpo.algorithm import shift_sigmas
+from customized_grpo.display import Display, Stages
+from customized_grpo.errors import UserError
+from customized_grpo.rollout import sample_ode
+from customized_grpo.runtime import configure
+from customized_grpo.toybox.drawing import render
+from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
+from customized_grpo.toybox.judge import HUE_TOLERANCE, Judge
+from customized_grpo.toybox.language import caption, tokenize
+from customized_grpo.toybox.network import Generator
+from customized_grpo.toybox.pairs import Pairs, draw_pairs
+from customized_grpo.toybox.policy import ToyBoxPolicy
+from customized_grpo.toybox.pretraining import (
+    IDENTITY_RECIPE,
+    JUDGE_RECIPE,
+    PROMPT_RECIPE,
+    GeneratorRecipe,
+    train_clean_generator,
+    train_identity_encoder,
+    train_judge,
+    train_noisy_generator,
+    train_prompt_encoder,
+)
+from customized_grpo.toybox.weights import QUALITY, load_network, save_network
+from customized_grpo.toybox.world import hue_distance, sample_scenes
+
+CLEAN_GENERATOR = "clean_generator"
+STAGES = (CLEAN_GENERATOR, "generator", "identity_encoder", "prompt_encoder", "judge")
+MEASURED_PAIRS = 1000
+NUM_STEPS, SHIFT = 10, 2.0
+
+
+def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int | None, display: Display) -> None:
+    """Train the networks named in `only` (default: all of `STAGES`, each from its own seed) into `output`,
+    print the quality table.
+
+    `generator` starts from the `clean_generator` in `output`. Raises `UserError` on unknown names.
+    """
+    unknown = set(only or ()) - set(STAGES)
+    if unknown:
+        raise UserError(f"--only: unknown {', '.join(sorted(unknown))}; choose among {', '.join(STAGES)}")
+    configure(threads)
+    output.mkdir(parents=True, exist_ok=True)
+    with display.stages() as stages:
+        for index, name in enumerate(STAGES):
+            if only is None or name in only:
+                save_network(_train(name, output, 10 * seed + index, stages), output, name)
+    quality = measure_quality(output)
+    (output / QUALITY).write_text(json.dumps(quality, indent=1), encoding="utf-8")
+    for title, rows in quality.items():
+        display.table(title.replace("_", " "), {name: f"{value:.3f}" for name, value in rows.items()})
+
+
+def _train(name: str, output: Path, seed: int, stages: Stages) -> nn.Module:
+    recipe = GeneratorRecipe()
+    makers: dict[str, Callable[[], nn.Module]] = {
+        CLEAN_GENERATOR: lambda: train_clean_generator(recipe, seed, stages.update),
+        "generator": lambda: train_noisy_generator(
+            load_network(Generator(), CLEAN_GENERATOR, output).requires_grad_(True), recipe, seed, stages.update
+        ),
+        "identity_encoder": lambda: train_identity_encoder(IDENTITY_RECIPE, seed, stages.update),
+        "prompt_encoder": lambda: train_prompt_encoder(PROMPT_RECIPE, seed, stages.update),
+        "judge": lambda: train_judge(JUDGE_RECIPE, seed, stages.update),
+    }
+    return makers[name]()
+
+
+@torch.no_grad()
+def measure_quality(folder: Path, pairs: int = MEASURED_PAIRS) -> dict[str, dict[str, float]]:
+    """Measure the weights in `folder` on fresh pairs of the test split; shares in [0, 1].
+
+    judge: how often it reads each attribute of a clean render right. ceiling: what it says of clean renders of
+    the prompt.
+    base: what it says of the untuned generator's pictures; chance: of those held against another pair's prompt
+    and reference.
+    identity_encoder, prompt_encoder: see `_measure_encoders`.
+    """
+    draw = torch.Generator().manual_seed(2026)
+    test = draw_pairs(pairs, "test", draw)
+    judge = Judge(folder)
+    seen = judge.read(test.targets)
+    truth = {"shape": test.subjects.shape, "pattern": test.subjects.pattern}
+    truth |= {name: getattr(test.target_scenes, name) for name in ("scene", "accessory", "position")}
+    reading = {name: _share(seen.attributes[name] == value) for name, value in truth.items()}
+    hue_error = hue_distance(seen.hues, test.subjects.hues)
+    reading["both hues within tolerance"] = _share((hue_error <= HUE_TOLERANCE).all(-1))
+    images = _draw(folder, test, draw)
+    order = torch.arange(pairs).roll(1)
+    return {
+        "judge": reading,
+        "ceiling": _verdict(judge, test.targets, test),
+        "base": _verdict(judge, images, test),
+        "chance": _verdict(judge, images[order], test),
+        **_measure_encoders(folder, test, draw),
+    }
+
+
+def _draw(folder: Path, pairs: Pairs, draw: torch.Generator) -> Tensor:
+    """What the base draws for the pairs, by the deterministic ODE."""
+    policy = ToyBoxPolicy.load(folder)
+    noise = torch.randn(len(pairs.captions), *policy.latent_shape, generator=draw)
+    condition = policy.encode(pairs.captions, pairs.references.unsqueeze(1))
+    with policy.untuned():
+        return sample_ode(policy, condition, noise, shift_sigmas(NUM_STEPS, SHIFT), micro_batch=50)
+
+
+def _verdict(judge: Judge, images: Tensor, pairs: Pairs) -> dict[str, float]:
+    verdict = judge.judge(images, pairs.captions, pairs.references)
+    return {name: _share(getattr(verdict, name)) for name in ("prompt_satisfied", "identity_kept", "joint_success")}
+
+
+def _measure_encoders(folder: Path, pairs: Pairs, draw: torch.Generator) -> dict[str, dict[str, float]]:
+    """How informative and how hackable the rewards are.
+
+    identity_encoder: AUC at telling the reference's subject in another scene from another subject in the reference's
+    scene; how often a copy of the reference, and the right subject in the reference's scene, score above a
+    correct render
+    of the prompt. prompt_encoder: how often the right caption beats one for another setting of the same subject.
+    """
+    identity = load_network(IdentityEncoder(), "identity_encoder", folder)
+    prompt = load_network(PromptEncoder(), "prompt_encoder", folder)
+    order = torch.arange(len(pairs.captions)).roll(1)
+    reference = identity(pairs.references)
+    same = (reference * identity(pairs.targets)).sum(-1)
+    other = (reference * identity(render(pairs.subjects.take(order), pairs.reference_scenes)[0])).sum(-1)
+    copy = (reference * identity(pairs.references)).sum(-1)
+    stayed_home = sample_scenes(len(order), draw)
+    stayed_home = type(stayed_home)(
+        pairs.reference_scenes.scene, stayed_home.accessory, stayed_home.position, stayed_home.variation
+    )
+    home = (reference * identity(render(pairs.subjects, stayed_home)[0])).sum(-1)
+    image = prompt.image(pairs.targets)
+    wrong = caption(pairs.subjects, sample_scenes(len(order), draw, other_than=pairs.target_scenes.scene), draw)
+    right_score = (image * prompt.text(tokenize(pairs.captions))).sum(-1)
+    wrong_score = (image * prompt.text(tokenize(wrong))).sum(-1)
+    return {
+        "identity_encoder": {
+            "AUC same subject elsewhere against other subject here": _share(same[:, None] > other),
+            "copy of the reference above a correct render": _share(copy > same),
+            "subject left in the reference's scene above a correct render": _share(home > same),
+        },
+        "prompt_encoder": {"right caption above a wrong one": _share(right_score > wrong_score)},
+    }
+
+
+def _share(hits: Tensor) -> float:
+    return float(hits.float().mean())

@@ -1,0 +1,55 @@
+"""ToyBox's two rewards: cosines in the shipped encoders. Learned and hackable, as the real ones are."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from customized_grpo.errors import UserError
+from customized_grpo.rewards import Scores, Task
+from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
+from customized_grpo.toybox.language import tokenize
+from customized_grpo.toybox.weights import load_network
+
+BACKDROP = 0.5
+"""Grey level behind a segmented reference."""
+
+
+class PromptReward:
+    """Cosine of the image with its prompt, in [-1, 1]."""
+
+    def __init__(self, weights: Path | None = None) -> None:
+        self._encoder = load_network(PromptEncoder(), "prompt_encoder", weights)
+
+    @torch.no_grad()
+    def score(self, images: Tensor, task: Task) -> Scores:
+        """See `Reward.score`."""
+        return _cosines(self._encoder.image(images.flatten(0, 1)), self._encoder.text(tokenize(task.prompts)))
+
+
+class IdentityReward:
+    """Cosine of the image with its reference, in [-1, 1], as DINO's is used."""
+
+    def __init__(self, reference: Literal["whole", "segmented"] = "whole", weights: Path | None = None) -> None:
+        self._encoder = load_network(IdentityEncoder(), "identity_encoder", weights)
+        self._segmented = reference == "segmented"
+
+    @torch.no_grad()
+    def score(self, images: Tensor, task: Task) -> Scores:
+        """See `Reward.score`. Raises `UserError` when it is to segment and the data has no masks."""
+        references = task.references[:, 0]
+        if self._segmented:
+            if task.masks is None:
+                raise UserError(
+                    "rewards.identity_reference is 'segmented', but the data has no masks; "
+                    'add "masks" to its metadata.jsonl or set rewards.identity_reference=whole'
+                )
+            references = torch.lerp(torch.full_like(references, BACKDROP), references, task.masks[:, 0])
+        return _cosines(self._encoder(images.flatten(0, 1)), self._encoder(references))
+
+
+def _cosines(images: Tensor, targets: Tensor) -> Scores:
+    """`images` [P * G, E] against their group's target [P, E], unit vectors; not finite is not valid."""
+    values = torch.einsum("pge,pe->pg", images.unflatten(0, (len(targets), -1)), targets)
+    return Scores(values, values.isfinite())

@@ -1,0 +1,53 @@
+"""The shipped ToyBox weights: safetensors in half precision, beside `quality.json`, what was measured of them."""
+
+import json
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from customized_grpo.errors import UserError
+
+NetworkT = TypeVar("NetworkT", bound=nn.Module)
+NAMES = ("generator", "identity_encoder", "prompt_encoder", "judge")
+QUALITY = "quality.json"
+
+
+def shipped_folder() -> Path:
+    """Where the installed package keeps its weights."""
+    return Path(str(resources.files("customized_grpo.toybox"))) / "weights"
+
+
+def save_network(network: nn.Module, folder: Path, name: str) -> Path:
+    """Write `folder/name.safetensors` in bfloat16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.safetensors"
+    save_file({key: value.detach().bfloat16().contiguous() for key, value in network.state_dict().items()}, path)
+    return path
+
+
+def load_network(network: NetworkT, name: str, folder: Path | None = None) -> NetworkT:
+    """Fill `network` with `name`'s weights, in fp32, for evaluation. Raises `UserError` where they are absent
+    or do not fit."""
+    path = (folder or shipped_folder()) / f"{name}.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: no such weights. Make them with: customized-grpo toybox pretrain --output FOLDER")
+    try:
+        network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(
+            f"{path}: these are not weights of ToyBox's {name} ({error}). "
+            "Make them with: customized-grpo toybox pretrain --output FOLDER"
+        ) from error
+    return network.requires_grad_(False).eval()
+
+
+@cache
+def read_quality(folder: Path | None = None) -> dict[str, Any]:
+    """What was measured of the weights when they were made: see `pretraining.measure_quality`."""
+    quality: dict[str, Any] = json.loads(((folder or shipped_folder()) / QUALITY).read_text(encoding="utf-8"))
+    return quality

@@ -1,0 +1,294 @@
+"""Online RL on a subject-driven generator: the paper's algorithm, and the loop around it.
+
+Where we depart from a textbook GRPO: a weight for each reward *and denoising step* (TDW), a bonus for agreeing
+rewards (SARS), the
+first-pass ratio is watched, and a sample whose reward failed drops out instead of scoring 0.
+
+Shape legend: P prompts, G samples of a group, B = P * G samples, R = 2 rewards (prompt, identity), S trained steps.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic
+
+import torch
+from torch import Tensor
+
+from customized_grpo.algorithm import (
+    ClippedObjective,
+    SdeStep,
+    clipped_objective,
+    combine_advantages,
+    conflict_rate,
+    constant_weights,
+    gaussian_kl,
+    group_advantages,
+    quadrants,
+    sde_step,
+    table_weights,
+    time_weights,
+)
+from customized_grpo.config import AdvantagesConfig, Config
+from customized_grpo.data import SubjectDataset, batch_indices
+from customized_grpo.policies import ConditionT, Policy
+from customized_grpo.randomness import generator
+from customized_grpo.rewards import Reward, Task
+from customized_grpo.rollout import Plan, Rollout, plan_steps, sample_groups
+
+REWARD_NAMES = ("prompt", "identity")
+RATIO_TOLERANCE = 1e-5
+"""The ratio is 1 before the first update, up to rounding. Beyond this, rollout and update compute different things."""
+
+Metrics = dict[str, Any]
+OnPhase = Callable[[str, float], None]
+"""Called as (phase, share of it done)."""
+
+
+class TrainingError(Exception):
+    """Training cannot go on: a number is not finite, or the rewards failed. Says at which iteration, and what to do."""
+
+
+def step_weights(config: AdvantagesConfig, num_steps: int) -> Tensor:
+    """The weights [T, 2] of (prompt, identity) at every true denoising step."""
+    if config.weights == "constant":
+        return constant_weights(num_steps, config.constant)
+    if config.weights == "table":
+        return table_weights(config.table or ())
+    return time_weights(num_steps, **config.tdw.model_dump())
+
+
+@dataclass
+class Trainer(Generic[ConditionT]):
+    """One iteration at a time; `iteration` counts those done."""
+
+    config: Config
+    policy: Policy[ConditionT]
+    rewards: Sequence[Reward]
+    dataset: SubjectDataset
+    iteration: int = 0
+    optimizer: torch.optim.AdamW = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self.policy.trainable_parameters()],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+        )
+        rollout = self.config.rollout
+        self.sigmas = self.policy.sigmas(rollout.num_steps, rollout.shift)
+        self.weights = step_weights(self.config.advantages, rollout.num_steps)
+
+    def train_step(self, on_phase: OnPhase = lambda phase, share: None) -> Metrics:
+        """Sample groups, score them, turn rewards into advantages for each step, update. Returns the
+        iteration's metrics."""
+        config, iteration = self.config, self.iteration
+        clock = _Clock(on_phase)
+
+        clock.start("rollout")
+        task = self._task(iteration)
+        condition = self.policy.encode(task.prompts, task.references)
+        plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
+        rollout = sample_groups(
+            self.policy, condition, len(task.prompts), plan, config.rollout,
+            seed=config.seed, iteration=iteration, on_progress=clock.share,
+        )  # fmt: skip
+
+        clock.start("score")
+        rewards, valid = self._score(rollout.images, task)
+        advantages = self._advantages(rewards, valid, plan)
+
+        clock.start("update")
+        update = self._update(rollout, plan, advantages, clock.share)
+
+        self.iteration += 1
+        seconds = clock.stop()
+        return {
+            "iteration": self.iteration,
+            "steps": list(plan.trained),
+            **_reward_metrics(rewards, valid),
+            **update,
+            **{f"seconds/{phase}": value for phase, value in seconds.items()},
+            "samples_per_second": valid[..., 0].numel() / seconds["total"],
+            "forwards": rollout.forwards,
+        }
+
+    def _task(self, iteration: int) -> Task:
+        wanted = batch_indices(
+            len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
+        )
+        samples = [self.dataset[index] for index in wanted]
+        size = self.policy.resolution
+        return Task(
+            [sample.prompt for sample in samples],
+            self.dataset.references(samples, size),
+            self.dataset.masks(samples, size),
+        )
+
+    def _score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+        """Rewards [P, G, R] and which of them are valid. Raises `TrainingError` when too many failed."""
+        scores = [reward.score(images, task) for reward in self.rewards]
+        rewards = torch.stack([score.values for score in scores], dim=-1)
+        valid = torch.stack([score.valid for score in scores], dim=-1)
+        failed, limit = 1 - float(valid.float().mean()), self.config.rewards.max_invalid_share
+        if failed > limit:
+            raise TrainingError(
+                f"iteration {self.iteration + 1}: {failed:.0%} of the rewards could not be computed, more than "
+                f"rewards.max_invalid_share={limit:.0%}. Mend the reward, then --resume"
+            )
+        return rewards, valid
+
+    def _advantages(self, rewards: Tensor, valid: Tensor, plan: Plan) -> Tensor:
+        """Advantages [P, G, S]: weights are looked up by the true step, whatever the order of training."""
+        settings = self.config.advantages
+        thresholds = settings.thresholds and [math.inf if t is None else t for t in settings.thresholds]
+        return combine_advantages(
+            rewards,
+            valid,
+            weights=self.weights[list(plan.trained)],
+            normalise=settings.normalise,
+            shape=settings.shape,
+            gamma=settings.gamma,
+            thresholds=thresholds,
+            clamp=settings.clamp,
+        )
+
+    def _update(
+        self, rollout: Rollout[ConditionT], plan: Plan, advantages: Tensor, on_progress: Callable[[float], None]
+    ) -> Metrics:
+        """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples."""
+        num_samples, num_steps = advantages[..., 0].numel(), len(plan.trained)
+        shuffled = torch.randperm(num_samples, generator=generator(self.config.seed, self.iteration, "update order"))
+        updates = min(self.config.optimizer.updates_per_iteration, num_samples)
+        flat = advantages.flatten(0, 1).T.contiguous()
+        parts: list[_Part] = []
+        norms, losses = [], []
+        done, total = 0, num_samples * num_steps
+        for number, rows in enumerate(shuffled.tensor_split(updates)):
+            items = torch.cartesian_prod(torch.arange(num_steps), rows)
+            loss = 0.0
+            for chunk in items.split(self.config.optimizer.micro_batch):
+                result, kl = self._objective(rollout, plan, flat, chunk)
+                part = result.loss * (len(chunk) / len(items))
+                part.backward()
+                loss += part.item()
+                parts.append(_Part(number, len(chunk), result, kl))
+                done += len(chunk)
+                on_progress(done / total)
+            losses.append(loss)
+            norms.append(self._optimizer_step(loss))
+        return _update_metrics(parts, losses, norms)
+
+    def _objective(
+        self, rollout: Rollout[ConditionT], plan: Plan, advantages: Tensor, items: Tensor
+    ) -> tuple[ClippedObjective, float]:
+        """The objective of (trained step, sample) pairs `items` [M, 2], and their mean KL to the untuned generator."""
+        steps, rows = items.unbind(1)
+        objective = self.config.objective
+        transition = self._transition(rollout, plan, steps, rows)
+        kl = None
+        if objective.kl_weight > 0:
+            with torch.no_grad(), self.policy.untuned():
+                reference = self._transition(rollout, plan, steps, rows)
+            kl = gaussian_kl(transition.mean, reference.mean, transition.std)
+        result = clipped_objective(
+            transition.log_prob,
+            rollout.log_probs[steps, rows],
+            advantages[steps, rows],
+            objective.clip_range,
+            kl=kl,
+            kl_weight=objective.kl_weight,
+        )
+        return result, 0.0 if kl is None else float(kl.detach().mean())
+
+    def _transition(self, rollout: Rollout[ConditionT], plan: Plan, steps: Tensor, rows: Tensor) -> SdeStep:
+        """The stochastic step that led each sample from its state to its next state, under the present weights."""
+        settings = self.config.rollout
+        true_steps = torch.tensor(plan.trained)[steps]
+        sigma, sigma_next = plan.sigmas[true_steps], plan.sigmas[true_steps + 1]
+        states = rollout.states[steps, rows]
+        condition = rollout.condition.take(rows // settings.group_size)
+        velocity = self.policy.velocity(states, sigma, condition)
+        next_states = rollout.next_states[steps, rows]
+        return sde_step(states, velocity, sigma, sigma_next, kind=settings.sde, eta=settings.eta, next_x=next_states)
+
+    def _optimizer_step(self, loss: float) -> float:
+        """Clip the gradient, check it, step. Returns the norm before clipping."""
+        parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}; the weights were "
+                "not touched. Lower optimizer.learning_rate or rollout.eta, then --resume from the last checkpoint"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One micro-batch of an update."""
+
+    update: int
+    size: int
+    result: ClippedObjective
+    kl: float
+
+
+class _Clock:
+    """Seconds by phase."""
+
+    def __init__(self, on_phase: OnPhase) -> None:
+        self._on_phase = on_phase
+        self._starts: list[tuple[str, float]] = []
+
+    def start(self, phase: str) -> None:
+        self._starts.append((phase, time.perf_counter()))
+        self.share(0.0)
+
+    def share(self, share: float) -> None:
+        self._on_phase(self._starts[-1][0], share)
+
+    def stop(self) -> dict[str, float]:
+        ends = [start for _, start in self._starts[1:]] + [time.perf_counter()]
+        seconds = {phase: end - start for (phase, start), end in zip(self._starts, ends, strict=True)}
+        return seconds | {"total": sum(seconds.values())}
+
+
+def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:
+    metrics: Metrics = {}
+    known = torch.where(valid, rewards, torch.nan)
+    centred = known - known.nanmean(1, keepdim=True)
+    std = (centred.square().nansum(1) / (valid.sum(1) - 1).clamp(min=1)).sqrt()
+    for index, name in enumerate(REWARD_NAMES):
+        metrics[f"reward/{name}/mean"] = float(known[..., index].nanmean())
+        metrics[f"reward/{name}/std"] = float(std[:, index].mean())
+    advantages = group_advantages(rewards, valid)
+    metrics |= {f"quadrant/{name}": share for name, share in quadrants(advantages, valid).items()}
+    metrics["conflict_rate"] = conflict_rate(advantages, valid)
+    metrics["invalid_share"] = 1 - float(valid.float().mean())
+    return metrics
+
+
+def _update_metrics(parts: Sequence[_Part], losses: Sequence[float], norms: Sequence[float]) -> Metrics:
+    total = sum(part.size for part in parts)
+    first = [part.result for part in parts if part.update == 0]
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(value * part.size for value, part in zip(values, parts, strict=True)) / total
+
+    return {
+        "ratio/mean": mean([float(part.result.ratio_mean) for part in parts]),
+        "ratio/min": min(float(part.result.ratio_min) for part in parts),
+        "ratio/max": max(float(part.result.ratio_max) for part in parts),
+        "first_ratio/min": min(float(result.ratio_min) for result in first),
+        "first_ratio/max": max(float(result.ratio_max) for result in first),
+        "clip_fraction": mean([float(part.result.clip_fraction) for part in parts]),
+        "loss": sum(losses) / len(losses),
+        "kl": mean([part.kl for part in parts]),
+        "grad_norm": max(norms),
+    }
