@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageDraw
 
+from customized_grpo.config import Config
 from customized_grpo.report import mean_interval
 from customized_grpo.report.charts import QUADRANTS
 
@@ -118,7 +120,7 @@ def make_run(folder: Path, iterations: int = 80, pairs: int = 384, pictures: int
     generator = np.random.default_rng(0)
     (folder / "evaluation").mkdir(parents=True)
     (folder / "config.yaml").write_text(
-        f"seed: 0\niterations: {iterations}\npolicy:\n  kind: toybox\ndata:\n  path: data/toybox-train\n"
+        yaml.safe_dump(Config(iterations=iterations).model_dump(mode="json"), sort_keys=False)
     )
     write_lines(folder / "metrics.jsonl", metric_rows(iterations, generator))
     checks = []

@@ -11,6 +11,7 @@ from PIL import Image
 
 from customized_grpo.errors import UserError
 from customized_grpo.report import paired_difference, write_report
+from customized_grpo.report.page import FACTS
 from customized_grpo.report.records import data_uri
 
 
@@ -252,3 +253,8 @@ def test_broken_files_are_user_errors(run: Path, tmp_path: Path) -> None:
     (run / "weights.json").write_text('{"sigmas": [1, 0], "weights": [[0.5, 0.5], [0.5, 0.5]]}')
     with pytest.raises(UserError, match=r"expected weights \[T, 2\]"):
         write_report(run)
+
+
+def test_the_head_states_every_fact_of_the_configuration(run: Path) -> None:
+    page = Page(write_report(run).read_text(encoding="utf-8"))
+    assert [label for label, _ in FACTS if label not in page.text] == []

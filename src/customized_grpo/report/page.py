@@ -44,19 +44,22 @@ HUES = {
 }
 # Label and config keys of what was run: the first key present, at any depth, is shown.
 FACTS = (
-    ("Policy", ("policy.kind", "policy.name", "policy")),
-    ("Data", ("data.path",)),
-    ("Method", ("method.preset", "method.name", "preset", "method")),
-    ("Samples per group", ("group_size",)),
-    ("Groups per iteration", ("prompts_per_iteration", "groups_per_iteration", "num_prompts")),
-    ("Denoising steps", ("num_steps",)),
-    ("SDE", ("sde.kind", "sde_kind", "sampler.kind")),
-    ("SDE noise \u03b7", ("eta",)),
-    ("SARS \u03b3", ("gamma",)),
-    ("Clip range", ("clip_range",)),
-    ("Learning rate", ("learning_rate", "lr")),
-    ("Seed", ("seed",)),
+    ("Policy", "policy.kind"),
+    ("Trained", "policy.adapter"),
+    ("Data", "data.path"),
+    ("Shaping", "advantages.shape"),
+    ("SARS \u03b3", "advantages.gamma"),
+    ("Weights", "advantages.weights"),
+    ("Samples per group", "rollout.group_size"),
+    ("Groups per iteration", "rollout.prompts_per_iteration"),
+    ("Denoising steps", "rollout.num_steps"),
+    ("SDE", "rollout.sde"),
+    ("SDE noise \u03b7", "rollout.eta"),
+    ("Clip range", "objective.clip_range"),
+    ("Learning rate", "optimizer.learning_rate"),
+    ("Seed", "seed"),
 )
+"""What the head of the page says was run: label, and dotted name of the configuration's field."""
 SECRET = re.compile(r"(?im)^(\s*-?\s*[\w.]*(?:api_?key|secret|password|token)\s*:\s*)(?!null\b|\s*$).+$")
 GALLERY_SIZE = 24
 
@@ -119,12 +122,9 @@ def page_content(run: Run) -> dict[str, Any]:
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """What was run, as label and value: from the config where it says so, and from the metrics themselves."""
-    shown = []
-    for label, keys in FACTS:
-        value = _lookup(run.config, keys)
-        if value is not None:
-            shown.append((label, value))
-    done, asked = int(run.metrics["iteration"].max()), _lookup(run.config, ("iterations",))
+    settings = dict(_flatten(run.config))
+    shown = [(label, settings[name]) for label, name in FACTS if name in settings]
+    done, asked = int(run.metrics["iteration"].max()), settings.get("iterations")
     shown.append(("Iterations", f"{done} of {asked}" if asked and asked != str(done) else str(done)))
     seconds = np.nansum(run.metrics["seconds/total"])
     if seconds > 0:
@@ -314,16 +314,6 @@ def validation_gallery(folder: Path) -> dict[str, str] | None:
         "iteration": pictures[-1].stem.lstrip("0") or "0",
         "uri": data_uri(pictures[-1], folder, limit=1600),
     }
-
-
-def _lookup(config: Mapping[str, Any], keys: tuple[str, ...]) -> str | None:
-    """The first of `keys` that names a scalar of the config, by the whole or the end of its dotted path."""
-    scalars = dict(_flatten(config))
-    for key in keys:
-        for dotted, value in scalars.items():
-            if dotted == key or dotted.endswith("." + key):
-                return value
-    return None
 
 
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -17,7 +17,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
 from customized_grpo.toybox.network import Context, Denoiser, Generator
-from customized_grpo.toybox.weights import load_network
+from customized_grpo.toybox.weights import first_misfit, load_network
 
 LORA_TARGETS = ["qkv", "out", "up", "down", "modulation"]
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -124,7 +124,7 @@ class ToyBoxPolicy:
                 self._tuned.load_state_dict(state)
         except (SafetensorError, RuntimeError) as error:
             raise UserError(
-                f"{path}: this adapter does not fit the policy of the run's config ({error}); "
+                f"{path}: this adapter does not fit the policy of the run's config ({first_misfit(error)}); "
                 "check policy.adapter and policy.lora_rank"
             ) from error
 

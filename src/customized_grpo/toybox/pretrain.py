@@ -34,7 +34,7 @@ from customized_grpo.toybox.weights import QUALITY, load_network, save_network
 from customized_grpo.toybox.world import hue_distance, sample_scenes
 
 CLEAN_GENERATOR = "clean_generator"
-STAGES = (CLEAN_GENERATOR, "generator", "identity_encoder", "prompt_encoder", "judge")
+STAGES = (CLEAN_GENERATOR, "identity_encoder", "prompt_encoder", "judge", "generator")
 MEASURED_PAIRS = 1000
 NUM_STEPS, SHIFT = 10, 2.0
 

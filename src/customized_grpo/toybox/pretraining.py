@@ -1,9 +1,8 @@
 """Trains every network that ToyBox ships, each from a seed and on its own.
 
-The generator is trained first on clean pairs and then for a while on noisy ones, which is what leaves RL room
-to improve it
-(`PairNoise`). All losses are standard: rectified flow for the generator, InfoNCE for the encoders,
-cross-entropy for the judge.
+The generator is trained first on clean pairs and then for a while on noisy ones, which is what leaves RL room to improve
+it (`PairNoise`). All losses are standard: rectified flow for the generator, InfoNCE for the encoders, cross-entropy for
+the judge.
 """
 
 import math
@@ -37,7 +36,7 @@ class GeneratorRecipe:
     """How the generator is pre-trained."""
 
     clean_steps: int = 4000
-    noisy_steps: int = 800
+    noisy_steps: int = 600
     batch_size: int = 64
     matrix_lr: float = 3e-2
     other_lr: float = 2e-3
@@ -73,7 +72,7 @@ class EncoderRecipe:
     """Share of the identity encoder's positives that show one subject in two scenes: the dial of its leak."""
 
 
-IDENTITY_RECIPE = EncoderRecipe(1200, 96, 2e-3, cross_scene=0.25)
+IDENTITY_RECIPE = EncoderRecipe(1200, 96, 2e-3, cross_scene=0.1)
 PROMPT_RECIPE = EncoderRecipe(1200, 96, 2e-3)
 JUDGE_RECIPE = EncoderRecipe(1500, 64, 3e-3)
 MAX_JUDGE_NOISE = 0.12

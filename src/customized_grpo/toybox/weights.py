@@ -40,10 +40,16 @@ def load_network(network: NetworkT, name: str, folder: Path | None = None) -> Ne
         network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
-            f"{path}: these are not weights of ToyBox's {name} ({error}). "
+            f"{path}: these are not weights of ToyBox's {name} ({first_misfit(error)}). "
             "Make them with: customized-grpo toybox pretrain --output FOLDER"
         ) from error
     return network.requires_grad_(False).eval()
+
+
+def first_misfit(error: Exception) -> str:
+    """The first thing wrong, of all the tensors that an error of `load_state_dict` lists on lines of their own."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return lines[min(1, len(lines) - 1)].rstrip(".")
 
 
 @cache

@@ -1,0 +1,57 @@
+PYTHON ?= python3
+# More options for `make demo` and `make benchmark`: make demo ARGS="--seed 1 --iterations 20"
+ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+DATA := data/toybox
+SPLITS := train validation test
+MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint benchmark clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
+		while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
+
+setup: $(INSTALLED) ## Create .venv and install the package and its tools in tested versions
+
+demo: $(INSTALLED) $(MANIFESTS) ## Train on ToyBox from nothing to a report; a few minutes
+	$(BIN)/customized-grpo train --config configs/toybox.yaml --overwrite \
+		--data.validation $(DATA)/validation --data.test $(DATA)/test $(ARGS)
+
+test: $(INSTALLED) ## Run all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+benchmark: $(INSTALLED) ## Measure what a training iteration costs
+	$(BIN)/python benchmarks/toybox_step.py $(ARGS)
+
+clean: ## Remove .venv, caches and builds; data and runs stay
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed, and '$(PYTHON)' is not that: $$($(PYTHON) --version 2>&1 || true)" >&2; \
+		echo "Name another: make setup PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(DATA)/train/metadata.jsonl: COUNT = 256
+$(DATA)/validation/metadata.jsonl: COUNT = 96
+$(DATA)/test/metadata.jsonl: COUNT = 384
+
+# Written beside its place and renamed, so that an interrupted export leaves nothing half done there.
+$(MANIFESTS): | $(INSTALLED)
+	@test ! -e $(@D) || { echo "$(@D) has no metadata.jsonl; delete that folder first" >&2; exit 1; }
+	@rm -rf $(@D).partial
+	$(BIN)/customized-grpo toybox export $(@D).partial --split $(notdir $(@D)) --count $(COUNT)
+	@mv $(@D).partial $(@D)

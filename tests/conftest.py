@@ -1,0 +1,189 @@
+"""A ToyBox with untrained networks, data exported from it, and small runs on both."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from customized_grpo import build
+from customized_grpo.config import Config
+from customized_grpo.data import SubjectDataset
+from customized_grpo.display import Display
+from customized_grpo.rewards import Reward, Scores, Task
+from customized_grpo.run import train
+from customized_grpo.toybox.encoders import IdentityEncoder, JudgeNetwork, PromptEncoder
+from customized_grpo.toybox.export import export
+from customized_grpo.toybox.network import Generator
+from customized_grpo.toybox.policy import ToyBoxPolicy
+from customized_grpo.toybox.pretrain import measure_quality
+from customized_grpo.toybox.weights import QUALITY, save_network
+from customized_grpo.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {
+    "iterations": 2,
+    "threads": 1,
+    "policy.lora_rank": 4,
+    "policy.precision": "fp32",
+    "rollout.prompts_per_iteration": 2,
+    "rollout.group_size": 4,
+    "rollout.num_steps": 4,
+    "optimizer.updates_per_iteration": 1,
+    "evaluation.every": 2,
+    "evaluation.pairs": 2,
+    "evaluation.test_pairs": 3,
+    "evaluation.gallery": 2,
+}
+"""What makes a run take seconds, by dotted name."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained weights of the true architecture; the layers that start at zero do not, so outputs are not trivial."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    networks = {
+        "generator": Generator(),
+        "identity_encoder": IdentityEncoder(),
+        "prompt_encoder": PromptEncoder(),
+        "judge": JudgeNetwork(),
+    }
+    denoiser = networks["generator"].denoiser
+    for layer in (denoiser.modulation, denoiser.last_modulation, denoiser.last):
+        torch.nn.init.normal_(layer.weight, std=0.05)
+        torch.nn.init.normal_(layer.bias, std=0.05)
+    for name, network in networks.items():
+        save_network(network, folder, name)
+    (folder / QUALITY).write_text(json.dumps(measure_quality(folder, pairs=4)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toybox_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the exported datasets `train` (12 pairs) and `test` (4 pairs)."""
+    folder = tmp_path_factory.mktemp("data")
+    export(folder / "train", "train", 12)
+    export(folder / "test", "test", 4)
+    return folder
+
+
+@pytest.fixture
+def make_settings(tmp_path: Path, tiny_weights: Path, toybox_data: Path) -> Callable[..., dict[str, Any]]:
+    """The settings of a small run as a tree, changed by dotted names; by default its output is `tmp_path/run`."""
+
+    def make(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        paths = {"output": tmp_path / "run", "policy.weights": tiny_weights, "data.path": toybox_data / "train"}
+        tree: dict[str, Any] = {}
+        for name, value in (SMALL | paths | dict(changes or {})).items():
+            *sections, field = name.split(".")
+            branch = tree
+            for section in sections:
+                branch = branch.setdefault(section, {})
+            branch[field] = str(value) if isinstance(value, Path) else value
+        return tree
+
+    return make
+
+
+@pytest.fixture
+def make_config(make_settings: Callable[..., dict[str, Any]]) -> Callable[..., Config]:
+    """`make_settings`, validated."""
+    return lambda changes=None: Config.model_validate(make_settings(changes))
+
+
+@pytest.fixture
+def make_policy(tiny_weights: Path) -> Callable[..., ToyBoxPolicy]:
+    """An untrained generator in fp32 with LoRA factors of rank 4, or as the settings say."""
+    return lambda **settings: ToyBoxPolicy.load(tiny_weights, **{"precision": "fp32", "lora_rank": 4} | settings)
+
+
+@pytest.fixture
+def make_trainer(make_config: Callable[..., Config]) -> Callable[..., Trainer[Any]]:
+    """The trainer of a small run, with its own rewards or the ones given."""
+
+    def make(changes: Mapping[str, Any] | None = None, rewards: Sequence[Reward] | None = None) -> Trainer[Any]:
+        config = make_config(changes)
+        policy = build.build_policy(config.policy, config.seed)
+        dataset = SubjectDataset.open(config.data.path)
+        return Trainer(config, policy, rewards or build.build_rewards(config), dataset)
+
+    return make
+
+
+class FunctionReward:
+    """A reward that is a function of the images [P, G, 3, H, W]; what is not finite is invalid."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.function = function
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        values = self.function(images)
+        return Scores(values, values.isfinite())
+
+
+@pytest.fixture
+def reward_of() -> type[FunctionReward]:
+    """Makes a reward of a function of the images."""
+    return FunctionReward
+
+
+@pytest.fixture
+def display() -> Display:
+    """Shows nothing; what was said is `display.console.file.getvalue()`."""
+    import io
+
+    return Display(Console(file=io.StringIO(), width=200))
+
+
+@pytest.fixture
+def run_training(display: Display) -> Callable[..., Path]:
+    """`run.train` with a silent display."""
+    return lambda config, **flags: train(config, display, **flags)
+
+
+@pytest.fixture
+def read_log() -> Callable[..., list[dict[str, Any]]]:
+    """The rows of a log without the fields that hold times."""
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [timeless(row) for row in rows]
+
+    def timeless(row: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in row.items() if not k.startswith("seconds/") and k != "samples_per_second"}
+
+    return read
+
+
+@pytest.fixture
+def repository() -> Path:
+    """The root of the checkout."""
+    return ROOT
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the installed command in a process of its own, in `tmp_path`."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        program = Path(sys.executable).with_name("customized-grpo")
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [str(program), *map(str, arguments)],
+            capture_output=True, text=True, cwd=tmp_path, env=environment, check=False,
+        )  # fmt: skip
+
+    return run
