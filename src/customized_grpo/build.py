@@ -13,10 +13,14 @@ from customized_grpo.toybox.network import Context
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward, PromptReward
 
+POLICIES = {"toybox": ToyBoxPolicy.load}
+PROMPT_REWARDS = {"toybox": PromptReward}
+IDENTITY_REWARDS = {"toybox": IdentityReward}
+
 
 def build_policy(config: PolicyConfig, seed: int) -> ToyBoxPolicy:
     """The generator, ready to be tuned; `seed` draws the LoRA factors."""
-    return ToyBoxPolicy.load(
+    return POLICIES[config.kind](
         config.weights,
         adapter=config.adapter,
         lora_rank=config.lora_rank,
@@ -29,7 +33,8 @@ def build_policy(config: PolicyConfig, seed: int) -> ToyBoxPolicy:
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
     weights = config.policy.weights
-    return PromptReward(weights), IdentityReward(config.rewards.identity_reference, weights)
+    prompt, identity = PROMPT_REWARDS[config.rewards.prompt], IDENTITY_REWARDS[config.rewards.identity]
+    return prompt(weights), identity(config.rewards.identity_reference, weights)
 
 
 def build_judge(config: Config) -> Judge | None:

@@ -88,16 +88,17 @@ def load_checkpoint(
     Raises `UserError` when a file is damaged or `config` is not the one the checkpoint was made with, naming
     the fields.
     """
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = _read_manifest(path)
     changed = sorted(key for key in {*config, *manifest["config"]} if config.get(key) != manifest["config"].get(key))
     if changed:
         fields = "; ".join(f"{key}: {manifest['config'].get(key)} -> {config.get(key)}" for key in changed)
         raise UserError(
             f"{path}: cannot resume with another configuration ({fields}). Restore it, or use a new --output"
         )
-    if _sha256(path / TENSORS) != manifest["sha256"][TENSORS]:
+    if not (path / TENSORS).is_file() or _sha256(path / TENSORS) != manifest["sha256"][TENSORS]:
         raise UserError(
-            f"{path / TENSORS}: damaged (its hash is not the manifest's); delete {path} to resume from before it"
+            f"{path / TENSORS}: damaged (not what the manifest's hash is of) or missing; "
+            f"delete {path} to resume from before it"
         )
     tensors = load_file(path / TENSORS)
     moments: dict[int, dict[str, Tensor]] = {}
@@ -110,6 +111,14 @@ def load_checkpoint(
                 moments[index] = state
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
     return Progress(manifest["iteration"], manifest["log_bytes"], manifest["seconds"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / MANIFEST}: damaged ({error}); delete {path} to resume from before it") from error
+    return manifest
 
 
 def _sha256(path: Path) -> str:

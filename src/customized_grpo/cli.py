@@ -203,7 +203,7 @@ def _tidy(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     lines = [line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line]
     text = " ".join(lines)
-    text = re.sub(r" \[type=.*?input_type=\w+\]", "", text)
+    text = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r" (found \1)", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
     unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
     unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)

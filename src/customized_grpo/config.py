@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -72,11 +73,11 @@ class RolloutConfig(Section):
     """Denoising steps, T (paper: 25)."""
     shift: float = Field(2.0, gt=0)
     """Shift of the sigma schedule (paper: 3; the ToyBox generator was trained at 2)."""
-    sde: Literal["dance", "flow", "cps"] = "dance"
+    sde: Literal["dance", "flow", "cps"] = "cps"
     """Stochastic step: Dance-SDE (paper), Flow-SDE, or coefficient-preserving sampling."""
     eta: float = Field(0.5, gt=0)
     """Noise of a stochastic step (paper: 0.4)."""
-    initial_noise: Literal["shared", "separate"] = "separate"
+    initial_noise: Literal["shared", "separate"] = "shared"
     """One initial noise per group (paper: shared), or one per image: more variance within a group."""
     steps: Literal["subset", "window"] = "subset"
     """Trained steps: a random subset of all steps, all of them stochastic; or a window, the only stochastic part."""
@@ -167,11 +168,11 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(3e-4, gt=0)
+    learning_rate: float = Field(1e-3, gt=0)
     """Learning rate (paper: 2e-5 for a 12 B model)."""
     weight_decay: Weight = 1e-4
     """Weight decay (paper: 1e-4)."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm (paper: 1.0)."""
@@ -217,7 +218,7 @@ class Config(Section):
 
     output: Path = Path("runs/toybox")
     """Folder of results; must be empty or absent, unless --resume or --overwrite."""
-    iterations: int = Field(60, ge=1)
+    iterations: int = Field(80, ge=1)
     """Training iterations."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""

@@ -92,7 +92,7 @@ def sample_groups(
         prompts, samples = rows // config.group_size, rows % config.group_size
         latents = None if trunk is None else trunk[prompts]
         final, kept = walk.run(prompts, samples, latents, range(prefix, config.num_steps))
-        parts.append((policy.decode(final), *kept))
+        parts.append((policy.decode(final), *(torch.stack(column) for column in zip(*kept, strict=True))))
         on_progress((int(rows[-1]) + 1) / len(batch))
     images, states, next_states, log_probs = (list(column) for column in zip(*parts, strict=True))
     return Rollout(
@@ -133,7 +133,7 @@ class _Walk(Generic[ConditionT]):
 
     def run(
         self, prompts: Tensor, samples: Tensor, latents: Tensor | None, steps: range
-    ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
         """Walk `steps` with sample `samples[b]` of prompt `prompts[b]`, from the initial noise if `latents` is None.
 
         Returns the latents at the end, and (states, next states [S, b, *], log-probs [S, b]) of the trained steps.
@@ -142,7 +142,7 @@ class _Walk(Generic[ConditionT]):
         if latents is None:
             first = torch.zeros_like(samples) if self.config.initial_noise == "shared" else samples
             latents = self._noise(prompts, first, INITIAL_NOISE)
-        states, next_states, log_probs = [], [], []
+        kept = []
         for i in steps:
             sigma, sigma_next = self.plan.sigmas[i], self.plan.sigmas[i + 1]
             velocity = self.policy.velocity(latents, sigma.expand(len(prompts)), condition)
@@ -154,14 +154,9 @@ class _Walk(Generic[ConditionT]):
                 latents, velocity, sigma, sigma_next, kind=self.config.sde, eta=self.config.eta, noise=noise
             )
             if i in self.plan.trained:
-                states.append(latents)
-                next_states.append(step.next_x)
-                log_probs.append(step.log_prob)
+                kept.append((latents, step.next_x, step.log_prob))
             latents = step.next_x
-        kept = (states, next_states, log_probs)
-        if not states:
-            return latents, (latents, latents, latents)
-        return latents, tuple(torch.stack(column) for column in kept)  # type: ignore[return-value]
+        return latents, kept
 
     def _noise(self, prompts: Tensor, samples: Tensor, purpose: str) -> Tensor:
         shape = self.policy.latent_shape

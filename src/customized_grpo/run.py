@@ -40,10 +40,10 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
         for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()
         if path is not None
     }
-    if overwrite and output.exists():
-        shutil.rmtree(output)
     trainer = Trainer(config, policy, build.build_rewards(config), datasets["path"])
     session = _Session(config, trainer, datasets, display)
+    if overwrite and output.exists():
+        shutil.rmtree(output)
     session.start(resume=resume)
     session.loop()
     return session.finish()
@@ -52,6 +52,8 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
 def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Display) -> Path:
     """Evaluate a finished run's base and tuned generator on `data` (default: the run's test, validation or training
     data), write `evaluation/` and the report. Returns the report's path."""
+    if pairs is not None and pairs < 1:
+        raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
     config = load_run_config(run)
     configure(config.threads)
     policy = build.build_policy(config.policy, config.seed)
@@ -65,13 +67,16 @@ def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Displ
 
 
 def load_run_config(run: Path) -> Config:
-    """The configuration of the run in the folder `run`. Raises `UserError` where there is none."""
+    """The configuration of the run in the folder `run`. Raises `UserError` where there is none, or a damaged one."""
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(
             f"{run} is not the folder of a run: it has no config.yaml; name the --output of a train command"
         )
-    return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    try:
+        return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not the configuration that train wrote ({error}); restore it") from error
 
 
 def write_evaluation(
@@ -123,11 +128,14 @@ class _Session:
         self.trained_steps: set[int] = set()
         self.seconds = 0.0
         self.base_images: torch.Tensor | None = None
-        self.tensorboard = _tensorboard(self.output) if config.log.tensorboard else None
+        self.tensorboard: Any = None
+        self._writer = _summary_writer() if config.log.tensorboard else None
 
     def start(self, *, resume: bool) -> None:
         """Make the folder, or go back to the newest checkpoint in it."""
         self.output.mkdir(parents=True, exist_ok=True)
+        if self._writer is not None:
+            self.tensorboard = self._writer(self.output / "tensorboard")
         checkpoints = list_checkpoints(self.output / "checkpoints") if resume else []
         log_bytes = dict.fromkeys(LOGS, 0)
         if checkpoints:
@@ -274,9 +282,9 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _tensorboard(output: Path) -> Any:
+def _summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UserError("log.tensorboard needs TensorBoard: pip install 'customized-grpo[tensorboard]'") from error
-    return SummaryWriter(output / "tensorboard")
+    return SummaryWriter

@@ -27,6 +27,12 @@ def test_an_export_is_a_dataset_of_the_drawn_pairs(tmp_path: Path) -> None:
     assert torch.allclose(masks[:, 0], pairs.masks, atol=0.51 / 255)
 
 
+def test_a_folder_may_be_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(Path("data/made"), "train", 2)
+    assert len(SubjectDataset.open("data/made")) == 2
+
+
 def test_equal_seeds_export_equal_folders(tmp_path: Path) -> None:
     for name, seed in (("first", 0), ("second", 0), ("other", 1)):
         export(tmp_path / name, "train", 4, seed)

@@ -28,7 +28,7 @@ POOL_STEPS = 100
 """Pairs are drawn for this many steps at a time: drawing is cheapest in bulk."""
 
 
-NOISE = PairNoise(caption=0.18, shape=0.1, pattern=0.2, hue=0.04, copy=0.1)
+NOISE = PairNoise(caption=0.25, shape=0.18, pattern=0.5, hue=0.1, copy=0.12)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The shipped ToyBox weights: safetensors in half precision, beside `quality.json`, what was measured of them."""
 
 import json
+import textwrap
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -49,7 +50,7 @@ def load_network(network: NetworkT, name: str, folder: Path | None = None) -> Ne
 def first_misfit(error: Exception) -> str:
     """The first thing wrong, of all the tensors that an error of `load_state_dict` lists on lines of their own."""
     lines = [line.strip() for line in str(error).splitlines()]
-    return lines[min(1, len(lines) - 1)].rstrip(".")
+    return textwrap.shorten(lines[min(1, len(lines) - 1)].rstrip("."), 200, placeholder=" ...")
 
 
 @cache

@@ -1,0 +1,47 @@
+"""The built wheel: what is in it, and that it works away from the checkout."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from customized_grpo.toybox.weights import NAMES, QUALITY
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
+    arguments = ["--wheel", "--no-isolation", "--outdir", str(folder), str(root)]
+    built = subprocess.run([sys.executable, "-m", "build", *arguments], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_holds_everything_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    weights = {f"customized_grpo/toybox/weights/{name}.safetensors" for name in NAMES}
+    others = {
+        f"customized_grpo/{name}" for name in (f"toybox/weights/{QUALITY}", "report/template.html.j2", "py.typed")
+    }
+    assert weights | others <= set(names)
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"customized_grpo", next(top for top in tops if top.endswith(".dist-info"))}
+
+
+def test_the_installed_wheel_finds_its_weights(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*install, str(wheel)], check=True)
+    code = (
+        "from customized_grpo.toybox.policy import ToyBoxPolicy; import customized_grpo;"
+        "ToyBoxPolicy.load(); print(customized_grpo.__file__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(target)

@@ -1,0 +1,286 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from customized_grpo.config import Config
+from customized_grpo.display import Display
+from customized_grpo.errors import UserError
+from customized_grpo.report import write_report
+from customized_grpo.run import evaluate_run, load_run_config
+from customized_grpo.trainer import Metrics, Trainer
+
+MakeConfig = Callable[..., Config]
+RunTraining = Callable[..., Path]
+ReadLog = Callable[[Path], list[dict[str, Any]]]
+ADAPTER = Path("adapter/adapter_model.safetensors")
+FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run of four iterations without a stop lies, once one test made it."""
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def four(straight: Path, make_config: MakeConfig, run_training: RunTraining) -> Path:
+    if not straight.exists():
+        run_training(make_config(FOUR | {"output": straight}))
+    return straight
+
+
+def same_run(first: Path, second: Path, read_log: ReadLog) -> None:
+    assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert read_log(first / name) == read_log(second / name)
+    for name in ("weights.json", "galleries/000004.png"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+# what a run leaves
+
+
+def test_a_run_leaves_its_files(
+    tmp_path: Path, toybox_data: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
+) -> None:
+    config = make_config({"data.test": toybox_data / "test"})
+    report = run_training(config)
+    run = tmp_path / "run"
+    assert report == run / "report.html" and "<html" in report.read_text()
+    assert load_run_config(run) == config
+    assert [row["iteration"] for row in read_log(run / "metrics.jsonl")] == [1, 2]
+    assert [row["iteration"] for row in read_log(run / "evaluations.jsonl")] == [0, 2]
+    assert sorted(path.name for path in (run / "galleries").iterdir()) == ["000000.png", "000002.png"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["000002"]
+    assert (run / ADAPTER).is_file() and not (run / "tensorboard").exists()
+    weights = json.loads((run / "weights.json").read_text())
+    assert len(weights["sigmas"]) == 5 and len(weights["weights"]) == 4
+    assert set(weights["trained_steps"]) <= {0, 1, 2}
+    for name in ("base", "tuned"):
+        result = json.loads((run / "evaluation" / f"{name}.json").read_text())
+        assert result["split"] == "test" and result["pairs"] == len(result["records"]) == 3
+        assert set(result["chance"]) == set(result["ceiling"]) == {"prompt_satisfied", "identity_kept", "joint_success"}
+    pictures = {path.name for path in (run / "evaluation" / "images").iterdir()}
+    assert pictures == {f"test-0000{i}_{kind}.png" for i in range(3) for kind in ("base", "tuned", "reference")}
+
+
+def test_a_log_line_holds_every_promised_figure(four: Path) -> None:
+    row = json.loads((four / "metrics.jsonl").read_text().splitlines()[0])
+    rewards = {f"reward/{name}/{figure}" for name in ("prompt", "identity") for figure in ("mean", "std")}
+    quadrants = {f"quadrant/{name}" for name in ("both_good", "only_prompt", "only_identity", "both_bad")}
+    seconds = {f"seconds/{phase}" for phase in ("rollout", "score", "update", "total")}
+    ratios = {"ratio/mean", "ratio/min", "ratio/max", "first_ratio/min", "first_ratio/max", "clip_fraction"}
+    others = {"iteration", "steps", "conflict_rate", "invalid_share", "loss", "kl", "grad_norm", "samples_per_second"}
+    assert rewards | quadrants | seconds | ratios | others <= row.keys()
+
+
+def test_the_gallery_shows_references_base_and_tuned(four: Path) -> None:
+    first, last = (Image.open(four / "galleries" / f"00000{i}.png") for i in (0, 4))
+    assert first.size == last.size and first.size[1] > first.size[0] and first.tobytes() != last.tobytes()
+
+
+def test_a_failed_score_is_null_in_the_log(
+    make_config: MakeConfig, run_training: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def with_nan(self: Trainer[Any], *arguments: Any) -> Metrics:
+        return step(self, *arguments) | {"reward/prompt/mean": float("nan")}
+
+    monkeypatch.setattr(Trainer, "train_step", with_nan)
+    run_training(make_config({"iterations": 1}))
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["reward/prompt/mean"] is None
+
+
+def test_a_ratio_away_from_one_raises_the_alarm(
+    make_config: MakeConfig, run_training: RunTraining, display: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", lambda self, *a: step(self, *a) | {"first_ratio/max": 1.00002})
+    run_training(make_config({"iterations": 1}))
+    assert "WARNING: iteration 1: the first-pass ratio is 2.0e-05 away from 1" in display.console.file.getvalue()
+
+
+def test_tensorboard_events_are_written_when_asked(
+    make_config: MakeConfig, run_training: RunTraining, tmp_path: Path
+) -> None:
+    run_training(make_config({"iterations": 1, "log.tensorboard": True}))
+    events = list((tmp_path / "run" / "tensorboard").iterdir())
+    assert len(events) == 1 and b"metrics/reward/prompt/mean" in events[0].read_bytes()
+
+
+def test_a_run_needs_no_judge(
+    make_config: MakeConfig, run_training: RunTraining, tmp_path: Path, toybox_data: Path, read_log: ReadLog
+) -> None:
+    changes = {"iterations": 1, "evaluation.judge": "none", "data.test": toybox_data / "test"}
+    run_training(make_config(changes))
+    assert set(read_log(tmp_path / "run" / "evaluations.jsonl")[0]) == {
+        "iteration", "pairs", "reward/prompt", "reward/identity",
+    }  # fmt: skip
+
+
+# resuming
+
+
+def test_a_run_resumed_in_a_new_process_is_the_run_that_never_stopped(
+    four: Path, tmp_path: Path, make_config: MakeConfig, make_settings: Callable[..., dict[str, Any]],
+    run_training: RunTraining, command: Callable[..., Any], read_log: ReadLog,
+) -> None:  # fmt: skip
+    run_training(make_config(FOUR | {"iterations": 2}))
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump(make_settings(FOUR)))
+    done = command("train", "--config", settings, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after iteration 2" in done.stdout
+    same_run(tmp_path / "run", four, read_log)
+
+
+def test_what_was_logged_after_the_checkpoint_is_cut_off(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
+) -> None:
+    """The run was killed in its fourth iteration: two lines more than the checkpoint knows, the last of them torn."""
+    run = tmp_path / "run"
+    run_training(make_config(FOUR | {"iterations": 2}))
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write((four / "metrics.jsonl").read_text().splitlines()[2] + '\n{"iteration": 4, "ste')
+    (run / "checkpoints" / ".000004.partial").mkdir()
+    run_training(make_config(FOUR), resume=True)
+    same_run(run, four, read_log)
+
+
+def test_a_finished_run_resumed_stays_as_it_is(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
+) -> None:
+    shutil.copytree(four, tmp_path / "run")
+    run_training(make_config(FOUR), resume=True)
+    same_run(tmp_path / "run", four, read_log)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rollout.eta", 0.25), ("seed", 3), ("policy.adapter", "full"), ("advantages.tdw.early", 0.6)]
+)
+def test_a_run_is_not_resumed_as_another(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, field: str, value: object
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(four, run)
+    before = listing(run)
+    with pytest.raises(UserError, match=f"another configuration.*{field}: .* -> {value}"):
+        run_training(make_config(FOUR | {field: value}), resume=True)
+    assert listing(run) == before
+
+
+def test_a_damaged_checkpoint_stops_the_resumption_and_leaves_the_run(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(four, run)
+    (run / "checkpoints" / "000004" / "state.safetensors").write_bytes(b"broken")
+    before = listing(run)
+    with pytest.raises(UserError, match="state.safetensors: damaged"):
+        run_training(make_config(FOUR), resume=True)
+    assert listing(run) == before
+
+
+def test_resuming_before_the_first_checkpoint_starts_at_the_beginning(
+    make_config: MakeConfig, run_training: RunTraining, tmp_path: Path, display: Display, read_log: ReadLog
+) -> None:
+    run_training(make_config({"iterations": 1}))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    run_training(make_config({"iterations": 1}), resume=True)
+    assert "no checkpoint yet" in display.console.file.getvalue()
+    assert [row["iteration"] for row in read_log(tmp_path / "run" / "metrics.jsonl")] == [1]
+
+
+# the output folder
+
+
+def test_a_folder_with_something_in_it_is_refused(
+    tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    for flags, message in (
+        ({}, "not empty"), ({"overwrite": True}, "other files than a run's"), ({"resume": True}, "other files"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            run_training(make_config(), **flags)
+    assert listing(tmp_path / "run") == {"precious.txt": b"mine"}
+
+
+def test_a_file_is_no_folder(tmp_path: Path, make_config: MakeConfig, run_training: RunTraining) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        run_training(make_config())
+
+
+def test_going_on_and_starting_anew_exclude_each_other(make_config: MakeConfig, run_training: RunTraining) -> None:
+    with pytest.raises(UserError, match="--resume continues a run and --overwrite deletes it"):
+        run_training(make_config(), resume=True, overwrite=True)
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
+) -> None:
+    shutil.copytree(four, tmp_path / "run")
+    (tmp_path / "run" / "note.txt").write_text("old")
+    run_training(make_config({"iterations": 1, "seed": 1}), overwrite=True)
+    assert [row["iteration"] for row in read_log(tmp_path / "run" / "metrics.jsonl")] == [1]
+    assert not (tmp_path / "run" / "note.txt").exists()
+
+
+@pytest.mark.parametrize("missing", ["data", "judge"])
+def test_bad_input_deletes_nothing(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, tiny_weights: Path, missing: str
+) -> None:
+    shutil.copytree(four, tmp_path / "run")
+    shutil.copytree(tiny_weights, tmp_path / "weights")
+    (tmp_path / "weights" / "judge.safetensors").unlink()
+    changes = {"data": {"data.path": tmp_path / "none"}, "judge": {"policy.weights": tmp_path / "weights"}}
+    before = listing(tmp_path / "run")
+    with pytest.raises(UserError, match="none does not exist|judge.safetensors"):
+        run_training(make_config(changes[missing]), overwrite=True)
+    assert listing(tmp_path / "run") == before
+
+
+# afterwards
+
+
+def test_a_run_is_evaluated_afterwards_on_any_data(
+    four: Path, tmp_path: Path, toybox_data: Path, display: Display
+) -> None:
+    shutil.copytree(four, tmp_path / "run")
+    report = evaluate_run(tmp_path / "run", toybox_data / "test", 2, display)
+    base, tuned = (json.loads((tmp_path / "run" / "evaluation" / f"{n}.json").read_text()) for n in ("base", "tuned"))
+    assert report == tmp_path / "run" / "report.html"
+    assert base["split"] == "test" and base["pairs"] == tuned["pairs"] == 2
+    assert base["summary"]["reward/prompt"] != tuned["summary"]["reward/prompt"]
+    assert "before and after" in display.console.file.getvalue()
+
+
+def test_a_report_is_renewed(four: Path, tmp_path: Path) -> None:
+    shutil.copytree(four, tmp_path / "run")
+    (tmp_path / "run" / "report.html").unlink()
+    assert write_report(tmp_path / "run").is_file()
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not the folder of a run"):
+        load_run_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["seeds: 1", "iterations: [", "just words"])
+def test_a_damaged_configuration_of_a_run_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match="config.yaml"):
+        load_run_config(tmp_path)
