@@ -1,8 +1,7 @@
 """Resumable checkpoints: trained tensors, optimiser state and progress, in safetensors and JSON.
 
-A checkpoint is a folder named after its iteration. It is written under another name, flushed to disk and
-renamed, so a folder
-of that name is complete. Nothing random is stored: every draw is a function of the seed and the iteration.
+A checkpoint is a folder named after its iteration. It is written under another name, flushed to disk and renamed, so
+a folder of that name is complete. Nothing random is stored: every draw is a function of the seed and the iteration.
 """
 
 import hashlib
@@ -85,8 +84,8 @@ def load_checkpoint(
 ) -> Progress:
     """Bring `parameters` and `optimizer` back to where `path` left them.
 
-    Raises `UserError` when a file is damaged or `config` is not the one the checkpoint was made with, naming
-    the fields.
+    Raises `UserError` when a file is damaged or `config` is not the one the checkpoint was made with, naming the
+    fields.
     """
     manifest = _read_manifest(path)
     changed = sorted(key for key in {*config, *manifest["config"]} if config.get(key) != manifest["config"].get(key))

@@ -39,7 +39,7 @@ class Training:
         """Show an iteration's figures: on the bar of a terminal, else as a line."""
         text = (
             f"prompt {metrics['reward/prompt/mean']:.3f}  identity {metrics['reward/identity/mean']:.3f}  "
-            f"conflict {metrics['conflict_rate']:.0%}  grad {metrics['grad_norm']:.2f}"
+            f"conflict {metrics['conflict_rate']:.0%}  grad {metrics['grad_norm']:.1e}"
             f"  {metrics['seconds/total']:.1f} s"
         )
         self._progress.update(self._task, completed=metrics["iteration"], figures=text)

@@ -20,8 +20,8 @@ MIN_SIDE = 256
 def generate(run: Path, reference: Path, prompt: str, out: Path, base: bool, seed: int, count: int) -> Path:
     """Write to `out` (PNG) `count` pictures side by side of the subject in `reference`, as `prompt` says.
 
-    The tuned generator of `run` draws them, or its base. Equal seeds give both the same noise. Raises
-    `UserError` on bad input.
+    The tuned generator of `run` draws them, or its base. Equal seeds give both the same noise. Raises `UserError` on
+    bad input.
     """
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: images are written as PNG; give a name that ends in .png, not {out}")

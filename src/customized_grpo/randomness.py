@@ -1,11 +1,11 @@
 """Randomness is a function: every draw has a fresh generator, named by what the draw is for.
 
-A draw is named by (seed, iteration, prompt index, sample index, purpose) and by nothing else, so it does
-not depend on the number of ranks, workers or micro-batches, on the order of draws, or on a run having been
-resumed. Draws are made on the CPU in float32 whatever the device of the policy.
+A draw is named by (seed, iteration, prompt index, sample index, purpose) and by nothing else, so it does not depend
+on the number of ranks, workers or micro-batches, on the order of draws, or on a run having been resumed. Draws are
+made on the CPU in float32 whatever the device of the policy.
 
-torch's CPU generator keeps 32 bits of its seed, so two names share a stream with probability 2^-32: about
-5e-4 that any two of the 2,000 draws of a large iteration coincide.
+torch's CPU generator keeps 32 bits of its seed, so two names share a stream with probability 2^-32: about 5e-4 that
+any two of the 2,000 draws of a large iteration coincide.
 """
 
 import hashlib
@@ -22,8 +22,8 @@ Key = SupportsIndex | str
 def stream_seed(seed: int, *key: Key) -> int:
     """The 64-bit seed of the stream named `(seed, *key)`: blake2b of an encoding no two names share.
 
-    A key is an integer (Python's, NumPy's, or a 0-d tensor) or a string; 1 and "1" differ. Raises TypeError
-    for any other key.
+    A key is an integer (Python's, NumPy's, or a 0-d tensor) or a string; 1 and "1" differ. Raises TypeError for any
+    other key.
     """
     digest = hashlib.blake2b(b"".join(_encode(part) for part in (seed, *key)), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
@@ -45,8 +45,8 @@ def batched_normal(
     """Standard normal noise [N, *shape], float32 on the CPU, for N samples.
 
     Row n is `torch.randn(shape, generator=generator(seed, iteration, prompt_indices[n], sample_indices[n],
-    purpose))`, whatever the other rows are. Equal indices give equal rows: that is how a group shares its
-    initial noise. Raises ValueError when the two index sequences differ in length.
+    purpose))`, whatever the other rows are. Equal indices give equal rows: that is how a group shares its initial
+    noise. Raises ValueError when the two index sequences differ in length.
     """
     if len(prompt_indices) != len(sample_indices):
         raise ValueError(f"{len(prompt_indices)} prompt indices but {len(sample_indices)} sample indices")

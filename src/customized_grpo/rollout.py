@@ -1,7 +1,7 @@
 """Sampling: which steps are stochastic, and the trajectories of a batch of groups.
 
-Shape legend: P prompts, G samples of a group, B = P * G samples in prompt-major order, T steps, S trained steps,
-`*` the latent's shape.
+Shape legend: P prompts, G samples of a group, B = P * G samples in prompt-major order, T steps, S trained steps, `*`
+the latent's shape.
 """
 
 from collections.abc import Callable
@@ -37,8 +37,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rollout(Generic[ConditionT]):
-    """What the update needs: `states`, `next_states` [S, B, *], `log_probs` [S, B], and the `images` [P, G, 3,
-    H, W]."""
+    """For the update: `states`, `next_states` [S, B, *], `log_probs` [S, B]. For rewards: `images` [P, G, 3, H, W]."""
 
     condition: ConditionT
     states: Tensor
@@ -50,8 +49,8 @@ class Rollout(Generic[ConditionT]):
 
 
 def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int) -> Plan:
-    """The steps of `iteration` (0 is the first). The last step is never stochastic: its density has no width
-    at sigma 0.
+    """The steps of `iteration` (0 is the first). The last step is never stochastic: its density has no width at sigma
+    0.
 
     `subset`: every other step is stochastic, a random `subset_share` of them trained (paper). `window`: a window of
     consecutive steps is stochastic and trained, the rest deterministic (MixGRPO, arXiv 2507.21802).
@@ -76,9 +75,9 @@ def sample_groups(
 ) -> Rollout[ConditionT]:  # fmt: skip
     """Draw a group of images for each of the `num_prompts` rows of `condition`.
 
-    Noise is a function of (seed, iteration, prompt, sample, step), so micro-batches change nothing. With a
-    shared initial noise
-    the steps before the first stochastic one are walked once per group. `on_progress` hears the share done.
+    Noise is a function of (seed, iteration, prompt, sample, step), so micro-batches change nothing. With a shared
+    initial noise the steps before the first stochastic one are walked once per group. `on_progress` hears the share
+    done.
     """
     walk = _Walk(policy, condition, plan, config, seed, iteration)
     prefix = plan.shared_steps if config.initial_noise == "shared" else 0
@@ -136,7 +135,7 @@ class _Walk(Generic[ConditionT]):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
         """Walk `steps` with sample `samples[b]` of prompt `prompts[b]`, from the initial noise if `latents` is None.
 
-        Returns the latents at the end, and (states, next states [S, b, *], log-probs [S, b]) of the trained steps.
+        Returns the latents at the end, and (state, next state [b, *], log-prob [b]) of each trained step.
         """
         condition = self.condition.take(prompts)
         if latents is None:

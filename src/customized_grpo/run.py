@@ -82,8 +82,7 @@ def load_run_config(run: Path) -> Config:
 def write_evaluation(
     config: Config, policy: ToyBoxPolicy, dataset: SubjectDataset, folder: Path, pairs: int
 ) -> tuple[Evaluation, Evaluation]:
-    """Evaluate the untuned and the tuned generator on the same pairs from the same noise, and write both to
-    `folder`."""
+    """Evaluate the untuned and the tuned generator on equal pairs and noise, and write both to `folder`."""
     judge = build.build_judge(config)
     rewards = build.build_rewards(config)
     settings: dict[str, Any] = {

@@ -13,8 +13,8 @@ _KEEP = 1 << 30
 def configure(threads: int | None) -> None:
     """Use `threads` CPU threads (all cores if None), and keep freed memory in the process.
 
-    glibc hands large blocks back to the system on every free, so the pages of each tensor are faulted in anew; on a small
-    model that can take as long as the arithmetic.
+    glibc hands large blocks back to the system on every free, so the pages of each tensor are faulted in anew; on a
+    small model that can take as long as the arithmetic.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or cores or 1)

@@ -1,8 +1,7 @@
 """Online RL on a subject-driven generator: the paper's algorithm, and the loop around it.
 
 Where we depart from a textbook GRPO: a weight for each reward *and denoising step* (TDW), a bonus for agreeing
-rewards (SARS), the
-first-pass ratio is watched, and a sample whose reward failed drops out instead of scoring 0.
+rewards (SARS), the first-pass ratio is watched, and a sample whose reward failed drops out instead of scoring 0.
 
 Shape legend: P prompts, G samples of a group, B = P * G samples, R = 2 rewards (prompt, identity), S trained steps.
 """
@@ -83,8 +82,8 @@ class Trainer(Generic[ConditionT]):
         self.weights = step_weights(self.config.advantages, rollout.num_steps)
 
     def train_step(self, on_phase: OnPhase = lambda phase, share: None) -> Metrics:
-        """Sample groups, score them, turn rewards into advantages for each step, update. Returns the
-        iteration's metrics."""
+        """Sample groups, score them, turn rewards into advantages for each step, update. Returns the iteration's
+        metrics."""
         config, iteration = self.config, self.iteration
         clock = _Clock(on_phase)
 

@@ -1,5 +1,5 @@
-"""Evaluation: deterministic samples of fixed pairs, scored by the rewards and by a judge that no policy is
-trained against."""
+"""Evaluation: deterministic samples of fixed pairs, scored by the rewards and by a judge that no policy is trained
+against."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

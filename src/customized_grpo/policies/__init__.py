@@ -14,7 +14,8 @@ ConditionT = TypeVar("ConditionT", bound="Condition")
 class Condition(Protocol):
     """What a generator knows of prompts and references before it draws: opaque, one row per prompt.
 
-    It does not depend on the trained weights, so it is computed once per group and used by every step of every sample.
+    It does not depend on the trained weights, so it is computed once per group and used by every step of every
+    sample.
     """
 
     def take(self, index: Tensor) -> Self:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """What P groups were asked for: the prompts, the references [P, K, 3, H, W] in [0, 1] and their masks
-    [P, K, 1, H, W], None where the data has none."""
+    """What P groups were asked for: the prompts, the references [P, K, 3, H, W] in [0, 1] and their masks [P, K, 1,
+    H, W], None where the data has none."""
 
     prompts: Sequence[str]
     references: Tensor

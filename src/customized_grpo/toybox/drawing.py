@@ -1,7 +1,7 @@
 """Draws ToyBox pictures: signed distances with soft edges, a whole batch at once.
 
-Lengths are pixels of the 32 x 32 picture, x to the right and y down. A distance is negative inside. Shape legend:
-B pictures, H = W = `SIZE`.
+Lengths are pixels of the 32 x 32 picture, x to the right and y down. A distance is negative inside. Shape legend: B
+pictures, H = W = `SIZE`.
 """
 
 import torch
@@ -22,8 +22,8 @@ DARK = (0.10, 0.09, 0.16)
 def render(subjects: Subjects, scenes: Scenes) -> tuple[Tensor, Tensor]:
     """Draw each subject in its setting.
 
-    Returns images [B, 3, 32, 32] and subject masks [B, 1, 32, 32], both float32 in [0, 1]. Pure: the same
-    batch gives the same pictures.
+    Returns images [B, 3, 32, 32] and subject masks [B, 1, 32, 32], both float32 in [0, 1]. Pure: the same batch gives
+    the same pictures.
     """
     if len(subjects) != len(scenes):
         raise ValueError(f"{len(subjects)} subjects but {len(scenes)} settings; render takes one setting for each")

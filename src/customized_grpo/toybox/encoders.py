@@ -1,11 +1,10 @@
 """The two reward encoders and the judge: small convolutional networks that look at a picture.
 
-The identity encoder is self-supervised: two views of one picture (crops and jitter), a share of them instead
-two pictures of one
-subject in different scenes. That share is the leak: at 0 it scores scene and texture, near 1 it is blind to
-the scene; DINO stands in between, and so do the shipped weights. The prompt encoder is contrastive between pictures and
-captions. Both are learned and hackable, as the real ones are. The judge is supervised, trained apart from both, and
-never a reward.
+The identity encoder is self-supervised: two views of one picture (crops and jitter), a share of them instead two
+pictures of one subject in different scenes. That share is the leak: at 0 it scores scene and texture, near 1 it is
+blind to the scene; DINO stands in between, and so do the shipped weights. The prompt encoder is contrastive between
+pictures and captions. Both are learned and hackable, as the real ones are. The judge is supervised, trained apart
+from both, and never a reward.
 """
 
 import torch

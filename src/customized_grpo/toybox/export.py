@@ -10,10 +10,11 @@ from customized_grpo.toybox.world import PATTERNS, SHAPES, Split
 
 
 def export(folder: Path, split: Split, count: int, seed: int = 0) -> Path:
-    """Write `count` prompts, each with its reference and mask, with identities of `split`; returns the manifest's path.
+    """Write `count` prompts, each with its reference and mask, with identities of `split`; returns the manifest's
+    path.
 
-    The same split, count and seed give the same folder. Raises `UserError` when `folder` is not empty,
-    or `count` below 1.
+    The same split, count and seed give the same folder. Raises `UserError` when `folder` is not empty, or `count`
+    below 1.
     """
     if count < 1:
         raise UserError(f"--count: {count} prompts cannot be written; give 1 or more")

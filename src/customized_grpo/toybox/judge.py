@@ -1,8 +1,7 @@
 """The judge: reads a picture's attributes and says whether the prompt is satisfied and the identity kept.
 
-For evaluation only, never a reward. It knows nothing but pictures and prompts, so it judges any data folder:
-the identity
-to keep is what it reads off the reference.
+For evaluation only, never a reward. It knows nothing but pictures and prompts, so it judges any data folder: the
+identity to keep is what it reads off the reference.
 """
 
 import math

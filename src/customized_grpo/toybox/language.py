@@ -1,7 +1,7 @@
 """ToyBox English: captions from a small grammar, their tokens, and what a prompt asks for.
 
-A prompt names the class of the subject, never its identity: "a star on the beach wearing a red hat, on the left".
-The vocabulary is closed; a word outside it is an error that lists the words there are.
+A prompt names the class of the subject, never its identity: "a star on the beach wearing a red hat, on the left". The
+vocabulary is closed; a word outside it is an error that lists the words there are.
 """
 
 import difflib

@@ -1,8 +1,8 @@
 """The ToyBox generator's network: a context tower, run once, and a small rectified-flow transformer.
 
-The tower reads the prompt and the reference and leaves keys and values for the denoiser, so that every denoising
-step and every sample of a group shares that work. Odd denoiser blocks attend to those, even ones to the image itself;
-a depthwise convolution on the token grid in each makes neighbouring patches cohere.
+The tower reads the prompt and the reference and leaves keys and values for the denoiser, so that every denoising step
+and every sample of a group shares that work. Odd denoiser blocks attend to those, even ones to the image itself; a
+depthwise convolution on the token grid in each makes neighbouring patches cohere.
 
 Shape legend: B samples, D width, H heads, N = 64 image tokens, S = 64 + 20 context tokens, L context layers.
 """
@@ -34,8 +34,8 @@ class NetworkConfig:
 
 @dataclass(frozen=True)
 class Context:
-    """What the tower leaves for the denoiser: `keys`, `values` [L, B, H, S, D/H], `bias` [B, 1, 1, S],
-    `pooled` [B, D]."""
+    """What the tower leaves for the denoiser: `keys`, `values` [L, B, H, S, D/H], `bias` [B, 1, 1, S], `pooled` [B,
+    D]."""
 
     keys: Tensor
     values: Tensor

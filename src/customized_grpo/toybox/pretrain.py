@@ -40,8 +40,8 @@ NUM_STEPS, SHIFT = 10, 2.0
 
 
 def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int | None, display: Display) -> None:
-    """Train the networks named in `only` (default: all of `STAGES`, each from its own seed) into `output`,
-    print the quality table.
+    """Train the networks named in `only` (default: all of `STAGES`, each from its own seed) into `output`, print the
+    quality table.
 
     `generator` starts from the `clean_generator` in `output`. Raises `UserError` on unknown names.
     """
@@ -78,11 +78,9 @@ def _train(name: str, output: Path, seed: int, stages: Stages) -> nn.Module:
 def measure_quality(folder: Path, pairs: int = MEASURED_PAIRS) -> dict[str, dict[str, float]]:
     """Measure the weights in `folder` on fresh pairs of the test split; shares in [0, 1].
 
-    judge: how often it reads each attribute of a clean render right. ceiling: what it says of clean renders of
-    the prompt.
-    base: what it says of the untuned generator's pictures; chance: of those held against another pair's prompt
-    and reference.
-    identity_encoder, prompt_encoder: see `_measure_encoders`.
+    judge: how often it reads each attribute of a clean render right. ceiling: what it says of clean renders of the
+    prompt. base: what it says of the untuned generator's pictures; chance: of those held against another pair's
+    prompt and reference. identity_encoder, prompt_encoder: see `_measure_encoders`.
     """
     draw = torch.Generator().manual_seed(2026)
     test = draw_pairs(pairs, "test", draw)
@@ -122,9 +120,9 @@ def _measure_encoders(folder: Path, pairs: Pairs, draw: torch.Generator) -> dict
     """How informative and how hackable the rewards are.
 
     identity_encoder: AUC at telling the reference's subject in another scene from another subject in the reference's
-    scene; how often a copy of the reference, and the right subject in the reference's scene, score above a
-    correct render
-    of the prompt. prompt_encoder: how often the right caption beats one for another setting of the same subject.
+    scene; how often a copy of the reference, and the right subject in the reference's scene, score above a correct
+    render of the prompt. prompt_encoder: how often the right caption beats one for another setting of the same
+    subject.
     """
     identity = load_network(IdentityEncoder(), "identity_encoder", folder)
     prompt = load_network(PromptEncoder(), "prompt_encoder", folder)

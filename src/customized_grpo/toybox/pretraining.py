@@ -1,8 +1,8 @@
 """Trains every network that ToyBox ships, each from a seed and on its own.
 
-The generator is trained first on clean pairs and then for a while on noisy ones, which is what leaves RL room to improve
-it (`PairNoise`). All losses are standard: rectified flow for the generator, InfoNCE for the encoders, cross-entropy for
-the judge.
+The generator is trained first on clean pairs and then for a while on noisy ones, which is what leaves RL room to
+improve it (`PairNoise`). All losses are standard: rectified flow for the generator, InfoNCE for the encoders,
+cross-entropy for the judge.
 """
 
 import math
@@ -150,8 +150,8 @@ def _info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
 
 
 def _crop_and_jitter(images: Tensor, draw: torch.Generator) -> Tensor:
-    """A random crop of 60 to 100 % of the side, resized back, half of them mirrored, with brightness and
-    contrast jitter."""
+    """A random crop of 60 to 100 % of the side, resized back, half of them mirrored, with brightness and contrast
+    jitter."""
     count = len(images)
     side, x, y, flip, gain, lift = torch.rand(6, count, generator=draw)
     scale = 0.6 + 0.4 * side
@@ -197,8 +197,8 @@ def _train_flow(
 
 
 def _optimizers(model: Generator, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest: a quarter lower loss than AdamW alone after
-    300 steps."""
+    """Muon for the matrices inside the blocks, AdamW for the rest: a quarter lower loss than AdamW alone after 300
+    steps."""
     hidden = [
         p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2 and "modulation" not in name
     ]

@@ -32,8 +32,8 @@ def save_network(network: nn.Module, folder: Path, name: str) -> Path:
 
 
 def load_network(network: NetworkT, name: str, folder: Path | None = None) -> NetworkT:
-    """Fill `network` with `name`'s weights, in fp32, for evaluation. Raises `UserError` where they are absent
-    or do not fit."""
+    """Fill `network` with `name`'s weights, in fp32, for evaluation. Raises `UserError` where they are absent or do
+    not fit."""
     path = (folder or shipped_folder()) / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such weights. Make them with: customized-grpo toybox pretrain --output FOLDER")

@@ -45,8 +45,8 @@ class Subjects:
 class Scenes:
     """A batch of settings: `scene`, `accessory`, `position` [B] int64, and the free `variation` [B, 6] in [-1, 1].
 
-    The variation is what no prompt speaks of: where props stand, and how far the subject is from the spot and
-    the size that its position calls for.
+    The variation is what no prompt speaks of: where props stand, and how far the subject is from the spot and the
+    size that its position calls for.
     """
 
     scene: Tensor
