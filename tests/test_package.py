@@ -1,6 +1,7 @@
 """The built wheel: what is in it, and that it works away from the checkout."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,11 +14,15 @@ from customized_grpo.toybox.weights import NAMES, QUALITY
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing left over from an earlier build gets in."""
     root, folder = Path(__file__).parents[1], tmp_path_factory.mktemp("wheel")
-    arguments = ["--wheel", "--no-isolation", "--outdir", str(folder), str(root)]
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, folder)
+    shutil.copytree(root / "src", folder / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__", ".*"))
+    arguments = ["--wheel", "--no-isolation", str(folder)]
     built = subprocess.run([sys.executable, "-m", "build", *arguments], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stdout + built.stderr
-    return next(folder.glob("*.whl"))
+    return next(folder.glob("dist/*.whl"))
 
 
 def test_the_wheel_holds_everything_and_nothing_else(wheel: Path) -> None:

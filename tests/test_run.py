@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_stops_the_resumption_and_leaves_the_run(
     shutil.copytree(four, run)
     (run / "checkpoints" / "000004" / "state.safetensors").write_bytes(b"broken")
     before = listing(run)
-    with pytest.raises(UserError, match="state.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"state.safetensors: damaged"):
         run_training(make_config(FOUR), resume=True)
     assert listing(run) == before
 
@@ -248,7 +248,7 @@ def test_bad_input_deletes_nothing(
     (tmp_path / "weights" / "judge.safetensors").unlink()
     changes = {"data": {"data.path": tmp_path / "none"}, "judge": {"policy.weights": tmp_path / "weights"}}
     before = listing(tmp_path / "run")
-    with pytest.raises(UserError, match="none does not exist|judge.safetensors"):
+    with pytest.raises(UserError, match=r"none does not exist|judge.safetensors"):
         run_training(make_config(changes[missing]), overwrite=True)
     assert listing(tmp_path / "run") == before
 
@@ -282,5 +282,5 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["seeds: 1", "iterations: [", "just words"])
 def test_a_damaged_configuration_of_a_run_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(UserError, match="config.yaml"):
+    with pytest.raises(UserError, match=r"config.yaml"):
         load_run_config(tmp_path)

@@ -143,7 +143,7 @@ def test_weights_belong_to_true_steps(
     rewards = [reward_of(lambda images: rank.expand(images.shape[:2])), reward_of(lambda images: -rank.expand(2, 3))]
     changes = {"rollout.num_steps": 10, "rollout.group_size": 3, "advantages.gamma": 0.0, "optimizer.micro_batch": 7}
     trainer = make_trainer(changes, rewards)
-    rollouts, sigmas, states, advantages = [], [], [], []
+    rollouts, sigmas, arrived, advantages = [], [], [], []
     sample, sde, objective = trainer_module.sample_groups, trainer_module.sde_step, trainer_module.clipped_objective
 
     def spied_sample(*args: Any, **kwargs: Any) -> Any:
@@ -152,7 +152,7 @@ def test_weights_belong_to_true_steps(
 
     def spied_step(x: Tensor, velocity: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> SdeStep:
         sigmas.append(sigma)
-        states.append(x)
+        arrived.append(kwargs["next_x"])
         return sde(x, velocity, sigma, *args, **kwargs)
 
     def spied_objective(new: Tensor, old: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -163,9 +163,9 @@ def test_weights_belong_to_true_steps(
     monkeypatch.setattr(trainer_module, "sde_step", spied_step)
     monkeypatch.setattr(trainer_module, "clipped_objective", spied_objective)
     steps = trainer.train_step()["steps"]
-    kept = rollouts[0].states.flatten(0, 1)
+    kept = rollouts[0].next_states.flatten(0, 1)
     assert any(paper_weight(i, 10) != 0.7 for i in steps) and len(torch.cat(sigmas)) == len(steps) * 6
-    for sigma, state, found in zip(torch.cat(sigmas), torch.cat(states), torch.cat(advantages), strict=True):
+    for sigma, state, found in zip(torch.cat(sigmas), torch.cat(arrived), torch.cat(advantages), strict=True):
         true_step = int((trainer.sigmas == sigma).nonzero())
         place = int((kept == state).flatten(1).all(1).nonzero())
         assert steps[place // 6] == true_step
@@ -228,7 +228,7 @@ def test_too_many_failed_rewards_stop_the_run(make_trainer: MakeTrainer, reward_
     failing = reward_of(lambda images: torch.full(images.shape[:2], torch.nan))
     trainer = make_trainer({"rewards.max_invalid_share": 0.4}, [failing, reward_of(brightness)])
     before = weights(trainer)
-    with pytest.raises(TrainingError, match="iteration 1: 50% of the rewards.*max_invalid_share=40%"):
+    with pytest.raises(TrainingError, match=r"iteration 1: 50% of the rewards.*max_invalid_share=40%"):
         trainer.train_step()
     assert torch.equal(weights(trainer), before) and trainer.iteration == 0
 
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_touches_nothing(make_trainer: MakeTrainer, mo
         return result._replace(loss=result.loss * torch.nan)
 
     monkeypatch.setattr(trainer_module, "clipped_objective", broken)
-    with pytest.raises(TrainingError, match="iteration 1: the loss is nan.*weights were not touched"):
+    with pytest.raises(TrainingError, match=r"iteration 1: the loss is nan.*weights were not touched"):
         trainer.train_step()
     assert torch.equal(weights(trainer), before) and trainer.optimizer.state_dict()["state"] == {}
     assert trainer.iteration == 0

@@ -1,18 +1,17 @@
 """The command line. torch is loaded by the commands that need it, not by --help."""
 
-import difflib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from customized_grpo import __version__
 from customized_grpo.config import Config
 from customized_grpo.errors import UserError
+from customized_grpo.messages import explain, worded
 
 USAGE_ERROR = 2
 FAILURE = 1
@@ -24,9 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments:
         arguments = ["--help"]
-    options = _parser().parse_args(arguments)
     try:
-        _run(options)
+        _run(_parser().parse_args(arguments))
+    except _BadArguments as error:
+        _fail(explain(str(error), arguments))
     except UserError as error:
         _fail(str(error))
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def _train(options: Namespace) -> None:
     try:
         config = Config.model_validate(settings)
     except ValidationError as error:
-        _fail("; ".join(_worded(each) for each in error.errors()))
+        raise UserError("; ".join(worded(each) for each in error.errors())) from error
     from customized_grpo.display import Display
     from customized_grpo.run import train
     from customized_grpo.trainer import TrainingError
@@ -91,11 +91,15 @@ def _toybox(options: Namespace) -> None:
     pretrain(chosen.output, chosen.seed, chosen.only, chosen.threads, Display())
 
 
+class _BadArguments(Exception):
+    """The arguments, or a configuration file they name, are wrong."""
+
+
 class _Parser(ArgumentParser):
-    """Says what is wrong in one line, with the nearest name of a field that is not known."""
+    """Leaves the wording of errors to `main`."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        _fail(f"{_tidy(message)}\nSee: {self.prog.replace(' [options]', '')} --help")
+        raise _BadArguments(message) from ex
 
 
 def _parser() -> ArgumentParser:
@@ -177,44 +181,3 @@ def _add_toybox_actions(toybox: ArgumentParser) -> None:
 def _fail(message: str, status: int = USAGE_ERROR) -> NoReturn:
     print(f"customized-grpo: error: {message}", file=sys.stderr)
     raise SystemExit(status)
-
-
-def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all fields, sections included."""
-    names = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += field_names(field.annotation, f"{prefix}{name}.")
-    return names
-
-
-def _nearest(name: str) -> str:
-    """A hint at the known field most like `name`: the same last part in another section counts as near."""
-    names = field_names()
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    last = name.split(".")[-1]
-    near = near or [known for known in names if known.split(".")[-1] == last]
-    near = near or [k for k in names if difflib.get_close_matches(last, [k.split(".")[-1]], n=1, cutoff=0.75)]
-    return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def _tidy(message: str) -> str:
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    lines = [line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line]
-    text = " ".join(lines)
-    text = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r" (found \1)", text)
-    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
-    unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
-    unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
-    if unknown:
-        return f"unknown option or configuration field '{unknown[1]}'.{_nearest(unknown[1])}"
-    return text
-
-
-def _worded(error: Any) -> str:
-    """A pydantic error in our words: field, what is wrong, what was found."""
-    place = ".".join(str(part) for part in error["loc"])
-    text = error["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
-    return f"{place}: {text}{found}" if place else text

@@ -168,7 +168,7 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: float = Field(5e-4, gt=0)
     """Learning rate (paper: 2e-5 for a 12 B model)."""
     weight_decay: Weight = 1e-4
     """Weight decay (paper: 1e-4)."""
@@ -218,7 +218,7 @@ class Config(Section):
 
     output: Path = Path("runs/toybox")
     """Folder of results; must be empty or absent, unless --resume or --overwrite."""
-    iterations: int = Field(80, ge=1)
+    iterations: int = Field(100, ge=1)
     """Training iterations."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""

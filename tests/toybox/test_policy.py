@@ -88,7 +88,7 @@ def test_an_adapter_of_another_kind_is_refused(
     make_policy: MakePolicy, tmp_path: Path, saved: dict[str, object], wanted: dict[str, object]
 ) -> None:
     make_policy(**saved).save_adapter(tmp_path)
-    with pytest.raises(UserError, match="does not fit.*policy.adapter and policy.lora_rank") as caught:
+    with pytest.raises(UserError, match=r"does not fit.*policy.adapter and policy.lora_rank") as caught:
         make_policy(**wanted).load_adapter(tmp_path)
     assert len(str(caught.value)) < 600, "one misfit is enough to say"
 

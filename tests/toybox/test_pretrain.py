@@ -76,7 +76,7 @@ def test_pretraining_fills_a_folder_and_measures_it(
 
 
 def test_an_unknown_network_is_named(tmp_path: Path, display: Display) -> None:
-    with pytest.raises(UserError, match="unknown jugde; choose among .*judge"):
+    with pytest.raises(UserError, match=r"unknown jugde; choose among .*judge"):
         pretrain.pretrain(tmp_path, 0, ["jugde"], 1, display)
     assert list(tmp_path.iterdir()) == []
 

@@ -25,7 +25,7 @@ def test_loaded_weights_are_frozen_fp32(tmp_path: Path) -> None:
 
 
 def test_missing_weights_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="judge.safetensors.*toybox pretrain"):
+    with pytest.raises(UserError, match=r"judge.safetensors.*toybox pretrain"):
         load_network(JudgeNetwork(), "judge", tmp_path)
 
 

@@ -1,0 +1,72 @@
+"""Words for bad configurations: the field, its file, what was found, what was expected, the nearest name."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from customized_grpo.config import Config
+
+HELP = "See --help for all options."
+
+
+def explain(message: str, arguments: Sequence[str]) -> str:
+    """An error of the argument parser in one line; `arguments` tell which configuration file a field stands in."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = " ".join(line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line)
+    text = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r" (found \1)", text)
+    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (\S*)", r"expected one of \1 (found '\2')", text)
+    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
+    text = text.replace(' in "<unicode string>",', "")
+    unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
+    unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
+    if unknown:
+        text = f"unknown option or configuration field '{unknown[1]}'.{_nearest(unknown[1])}"
+    place = re.match(r"([\w.]+):", text)
+    field = unknown[1] if unknown else place[1] if place else ""
+    return f"{_file_of(field, arguments)}{text}\n{HELP}"
+
+
+def worded(error: Any) -> str:
+    """One error of pydantic's `ValidationError.errors()` in our words: field, what is wrong, what was found."""
+    place = ".".join(str(part) for part in error["loc"])
+    text = error["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
+    return f"{place}: {text}{found}" if place else text
+
+
+def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of the configuration, sections included."""
+    names = []
+    for name, field in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += field_names(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def _nearest(name: str) -> str:
+    """A hint at the known field most like `name`; the same last part in another section counts as near."""
+    names = field_names()
+    last = name.split(".")[-1]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    near = near or [known for known in names if known.split(".")[-1] == last]
+    near = near or [k for k in names if difflib.get_close_matches(last, [k.split(".")[-1]], n=1, cutoff=0.75)]
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def _file_of(field: str, arguments: Sequence[str]) -> str:
+    """'FILE: ' when `field` was not given as an option and stands in the --config file; or when the file is broken."""
+    files = [value for name, value in pairwise(arguments) if name == "--config"]
+    files += [name.removeprefix("--config=") for name in arguments if name.startswith("--config=")]
+    given = any(name.split("=")[0] == f"--{field}" for name in arguments)
+    if given or not files or not Path(files[-1]).is_file():
+        return ""
+    key = field.split(".")[-1]
+    text = Path(files[-1]).read_text(encoding="utf-8", errors="replace")
+    stands = re.search(rf"^\s*{re.escape(key)}\s*:", text, re.MULTILINE) if key else True
+    return f"{files[-1]}: " if stands or not field else ""
