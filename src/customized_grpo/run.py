@@ -43,7 +43,7 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
     trainer = Trainer(config, policy, build.build_rewards(config), datasets["path"])
     session = _Session(config, trainer, datasets, display)
     if overwrite and output.exists():
-        shutil.rmtree(output)
+        _delete(output, datasets)
     session.start(resume=resume)
     session.loop()
     return session.finish()
@@ -266,6 +266,13 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
     if not (output / "config.yaml").is_file():
         raise UserError(f"output: {output} holds other files than a run's (no config.yaml); name another folder")
+
+
+def _delete(output: Path, datasets: dict[str, SubjectDataset]) -> None:
+    for dataset in datasets.values():
+        if dataset.folder.resolve().is_relative_to(output.resolve()):
+            raise UserError(f"--overwrite would delete the data in {dataset.folder}; move it out of {output}")
+    shutil.rmtree(output)
 
 
 def _pinned(config: Config) -> dict[str, Any]:

@@ -174,7 +174,10 @@ class Trainer(Generic[ConditionT]):
                 part = result.loss * (len(chunk) / len(items))
                 part.backward()
                 loss += part.item()
-                parts.append(_Part(number, len(chunk), result, kl))
+                detached = result._replace(
+                    loss=result.loss.detach()
+                )  # or its graph would live on until the update ends
+                parts.append(_Part(number, len(chunk), detached, kl))
                 done += len(chunk)
                 on_progress(done / total)
             losses.append(loss)

@@ -1,5 +1,6 @@
 """ToyBox's two rewards: cosines in the shipped encoders. Learned and hackable, as the real ones are."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,9 @@ from customized_grpo.rewards import Scores, Task
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.language import tokenize
 from customized_grpo.toybox.weights import load_network
+
+CHUNK = 64
+"""Images encoded at once; bounds memory."""
 
 BACKDROP = 0.5
 """Grey level behind a segmented reference."""
@@ -25,7 +29,9 @@ class PromptReward:
     @torch.no_grad()
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`."""
-        return _cosines(self._encoder.image(images.flatten(0, 1)), self._encoder.text(tokenize(task.prompts)))
+        return _cosines(
+            _in_chunks(self._encoder.image, images.flatten(0, 1)), self._encoder.text(tokenize(task.prompts))
+        )
 
 
 class IdentityReward:
@@ -46,7 +52,11 @@ class IdentityReward:
                     'add "masks" to its metadata.jsonl or set rewards.identity_reference=whole'
                 )
             references = torch.lerp(torch.full_like(references, BACKDROP), references, task.masks[:, 0])
-        return _cosines(self._encoder(images.flatten(0, 1)), self._encoder(references))
+        return _cosines(_in_chunks(self._encoder, images.flatten(0, 1)), self._encoder(references))
+
+
+def _in_chunks(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return torch.cat([encode(chunk) for chunk in images.split(CHUNK)])
 
 
 def _cosines(images: Tensor, targets: Tensor) -> Scores:

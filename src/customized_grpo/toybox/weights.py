@@ -56,5 +56,10 @@ def first_misfit(error: Exception) -> str:
 @cache
 def read_quality(folder: Path | None = None) -> dict[str, Any]:
     """What was measured of the weights when they were made: see `pretraining.measure_quality`."""
-    quality: dict[str, Any] = json.loads(((folder or shipped_folder()) / QUALITY).read_text(encoding="utf-8"))
+    path = (folder or shipped_folder()) / QUALITY
+    if not path.is_file():
+        raise UserError(
+            f"{path}: missing; `customized-grpo toybox pretrain --output FOLDER --only '[]'` measures it anew"
+        )
+    quality: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return quality
