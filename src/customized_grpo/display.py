@@ -45,7 +45,9 @@ class Training:
         self._progress.update(self._task, completed=metrics["iteration"], figures=text)
         if not self._console.is_terminal:
             total = self._progress.tasks[0].total
-            self._console.print(f"iteration {metrics['iteration']}/{total:.0f}  {text}", highlight=False)
+            self._console.print(
+                f"iteration {metrics['iteration']}/{total:.0f}  {text}", highlight=False, soft_wrap=True
+            )
 
 
 class Display:
