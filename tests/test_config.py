@@ -175,3 +175,7 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
 def test_the_last_window_that_fits_is_accepted() -> None:
     Config.model_validate({"rollout": {"steps": "window", "window_size": 4, "window_start": 5}})
     Config.model_validate({"rollout": {"steps": "subset", "window_size": 40}})
+
+
+def test_the_weight_decay_is_the_papers() -> None:
+    assert Config().optimizer.weight_decay == 1e-4

@@ -67,7 +67,7 @@ def test_pictures_stand_side_by_side_with_noises_of_their_own(draw: Callable[...
 def test_the_base_needs_no_adapter(draw: Callable[..., Image.Image], run: Path) -> None:
     (run / "adapter" / "adapter_model.safetensors").unlink()
     draw(base=True)
-    with pytest.raises(UserError, match=r"no adapter there.*--base"):
+    with pytest.raises(UserError, match=r"no adapter there"):
         draw()
 
 

@@ -12,7 +12,6 @@ from customized_grpo.toybox.judge import Judge
 from customized_grpo.toybox.network import Context
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward, PromptReward
-from customized_grpo.toybox.weights import read_quality
 
 POLICIES = {"toybox": ToyBoxPolicy.load}
 PROMPT_REWARDS = {"toybox": PromptReward}
@@ -42,8 +41,9 @@ def build_judge(config: Config) -> Judge | None:
     """The judge, None where the configuration wants none."""
     if config.evaluation.judge == "none":
         return None
-    read_quality(config.policy.weights)  # its ceiling is shown beside every figure: better missed now than at the end
-    return Judge(config.policy.weights)
+    judge = Judge(config.policy.weights)
+    _ = judge.ceiling  # shown when training ends: better missed now
+    return judge
 
 
 def check_samples(samples: Iterable[Sample], policy: Policy[Context], source: Path, *, masks: bool) -> None:

@@ -26,11 +26,10 @@ PARAMETER, MOMENT = "parameter/", "optimizer/"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `iteration` iterations done, the sizes of its two logs in bytes, seconds spent."""
+    """Where a run stands: `iteration` iterations done, and the sizes of its two logs in bytes."""
 
     iteration: int
     log_bytes: dict[str, int]
-    seconds: float
 
 
 def save_checkpoint(
@@ -54,7 +53,6 @@ def save_checkpoint(
     manifest = {
         "iteration": progress.iteration,
         "log_bytes": progress.log_bytes,
-        "seconds": progress.seconds,
         "config": config,
         "sha256": {TENSORS: _sha256(temporary / TENSORS)},
     }
@@ -109,7 +107,7 @@ def load_checkpoint(
             if state:
                 moments[index] = state
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Progress(manifest["iteration"], manifest["log_bytes"], manifest["seconds"])
+    return Progress(manifest["iteration"], manifest["log_bytes"])
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

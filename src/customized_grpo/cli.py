@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(explain(str(error), arguments))
     except UserError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'input'}: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        _fail(f"a configuration file is not UTF-8 text ({error}); save it as UTF-8")
     except KeyboardInterrupt:
         _fail("interrupted; `train --resume` goes on from the last checkpoint", INTERRUPTED)
 

@@ -32,8 +32,9 @@ class PolicyConfig(Section):
     """Rank of the LoRA factors (paper: 512, for a 12 B model)."""
     lora_alpha: int = Field(32, ge=1)
     """Scale of the LoRA update is lora_alpha / lora_rank."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the generator's matrix products; log-probabilities are always fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the generator's matrix products; log-probabilities are always fp32. auto: bf16 where the
+    processor multiplies it."""
 
 
 class DataConfig(Section):

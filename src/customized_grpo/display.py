@@ -83,14 +83,17 @@ class Display:
         figures = "  ".join(f"{label} {_figure(name, row[name])}" for name, label in NAMES.items() if name in row)
         self.note(f"validation at iteration {row['iteration']} ({row['pairs']} pairs): {figures}")
 
-    def comparison(self, base: Mapping[str, Mapping[str, float]], tuned: Mapping[str, Mapping[str, float]]) -> None:
-        """The before-and-after table."""
+    def comparison(self, results: Mapping[str, Mapping[str, Any]]) -> None:
+        """The before-and-after table of `run.write_evaluation`, with chance level and ceiling where there are."""
+        base, tuned = results["base"], results["tuned"]
         table = Table(title="before and after, with 95 % intervals", title_justify="left")
-        for column in ("", "base", "tuned"):
+        for column in ("", "base", "tuned", "chance", "ceiling"):
             table.add_column(column)
         for name, label in NAMES.items():
-            if name in base:
-                table.add_row(label, *(_interval(name, side[name]) for side in (base, tuned)))
+            if name in base["summary"]:
+                intervals = (_interval(name, side["summary"][name]) for side in (base, tuned))
+                levels = (tuned[level].get(name) for level in ("chance", "ceiling"))
+                table.add_row(label, *intervals, *("" if level is None else _figure(name, level) for level in levels))
         self.console.print(table)
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:

@@ -1,8 +1,10 @@
 """A training run: its folder, its loop, what it logs and what it leaves to look at."""
 
 import json
+import math
+import os
 import shutil
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,40 @@ from customized_grpo.data import SubjectDataset, image_grid, save_image
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
+from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
-from customized_grpo.runtime import configure
-from customized_grpo.toybox.policy import ToyBoxPolicy
-from customized_grpo.toybox.weights import read_quality
+from customized_grpo.rewards import Reward
+from customized_grpo.runtime import configure, resolve_precision
+from customized_grpo.toybox.judge import Judge
 from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 GALLERY_SCALE = 4
 REPORTED_IMAGES = 24
-MAY_CHANGE = ("output", "iterations", "threads", "data.validation", "data.test", "checkpoint.", "evaluation.", "log.")
+WRITTEN = (
+    *LOGS,
+    "config.yaml",
+    "weights.json",
+    "report.html",
+    "adapter",
+    "checkpoints",
+    "evaluation",
+    "galleries",
+    "tensorboard",
+)
+"""What a run writes into its folder, and all that --overwrite deletes."""
+MAY_CHANGE = (
+    "output", "iterations", "threads", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share",
+    "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "evaluation.", "log.",
+)  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes."""
 
 
 def train(config: Config, display: Display, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as `config` says; returns the path of the report. Raises `UserError` on bad input, before any work."""
     configure(config.threads)
+    precision = resolve_precision(config.policy.precision)
+    config = config.model_copy(update={"policy": config.policy.model_copy(update={"precision": precision})})
     output = config.output
     _check_output(output, resume=resume, overwrite=overwrite)
     policy = build.build_policy(config.policy, config.seed)
@@ -42,8 +62,8 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
     }
     trainer = Trainer(config, policy, build.build_rewards(config), datasets["path"])
     session = _Session(config, trainer, datasets, display)
-    if overwrite and output.exists():
-        _delete(output, datasets)
+    if overwrite:
+        _delete_run(output)
     session.start(resume=resume)
     session.loop()
     return session.finish()
@@ -61,8 +81,7 @@ def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Displ
     dataset = build.open_dataset(path, config, policy)
     policy.load_adapter(run / "adapter")
     pairs = pairs or config.evaluation.test_pairs
-    base, tuned = write_evaluation(config, policy, dataset, run / "evaluation", pairs)
-    display.comparison(base.summary(), tuned.summary())
+    display.comparison(write_evaluation(config, policy, dataset, run / "evaluation", pairs))
     return write_report(run)
 
 
@@ -80,38 +99,47 @@ def load_run_config(run: Path) -> Config:
 
 
 def write_evaluation(
-    config: Config, policy: ToyBoxPolicy, dataset: SubjectDataset, folder: Path, pairs: int
-) -> tuple[Evaluation, Evaluation]:
-    """Evaluate the untuned and the tuned generator on equal pairs and noise, and write both to `folder`."""
+    config: Config, policy: Policy[Any], dataset: SubjectDataset, folder: Path, pairs: int
+) -> dict[str, dict[str, Any]]:
+    """Evaluate the untuned ("base") and the tuned generator on equal pairs and noise; write and return both results."""
     judge = build.build_judge(config)
     rewards = build.build_rewards(config)
-    settings: dict[str, Any] = {
-        "pairs": pairs,
-        "num_steps": config.rollout.num_steps,
-        "shift": config.rollout.shift,
-        "seed": config.seed,
-        "micro_batch": config.rollout.micro_batch,
-    }
     with policy.untuned():
-        base = evaluate(policy, dataset, rewards, judge, **settings)
-    tuned = evaluate(policy, dataset, rewards, judge, **settings)
+        base = _evaluate(config, policy, dataset, rewards, judge, pairs)
+    tuned = _evaluate(config, policy, dataset, rewards, judge, pairs)
+    results = {}
+    folder.mkdir(parents=True, exist_ok=True)
     for name, evaluation in (("base", base), ("tuned", tuned)):
-        result = {
+        results[name] = {
             "split": dataset.folder.name,
             "pairs": len(evaluation.samples),
             "seed": config.seed,
             "chance": chance_levels(evaluation, judge) if judge else {},
-            "ceiling": read_quality(config.policy.weights)["ceiling"] if judge else {},
+            "ceiling": judge.ceiling if judge else {},
             "records": evaluation.records(),
             "summary": evaluation.summary(),
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        (folder / f"{name}.json").write_text(json.dumps(results[name], indent=1), encoding="utf-8")
         for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
             save_image(image, folder / "images" / f"{sample.id}_{name}.png")
     for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
         save_image(reference[0], folder / "images" / f"{sample.id}_reference.png")
-    return base, tuned
+    return results
+
+
+def _evaluate(
+    config: Config,
+    policy: Policy[Any],
+    dataset: SubjectDataset,
+    rewards: Sequence[Reward],
+    judge: Judge | None,
+    pairs: int,
+) -> Evaluation:
+    return evaluate(
+        policy, dataset, rewards, judge, pairs=pairs, num_steps=config.rollout.num_steps, shift=config.rollout.shift,
+        seed=config.seed, micro_batch=config.rollout.micro_batch,
+        masks=config.rewards.identity_reference == "segmented",
+    )  # fmt: skip
 
 
 class _Session:
@@ -121,11 +149,9 @@ class _Session:
         self, config: Config, trainer: Trainer[Any], datasets: dict[str, SubjectDataset], display: Display
     ) -> None:
         self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
-        self.policy: ToyBoxPolicy = trainer.policy  # type: ignore[assignment]
+        self.policy: Policy[Any] = trainer.policy
         self.output = config.output
         self.judge = build.build_judge(config)
-        self.trained_steps: set[int] = set()
-        self.seconds = 0.0
         self.base_images: torch.Tensor | None = None
         self.tensorboard: Any = None
         self._writer = _summary_writer() if config.log.tensorboard else None
@@ -133,23 +159,25 @@ class _Session:
     def start(self, *, resume: bool) -> None:
         """Make the folder, or go back to the newest checkpoint in it."""
         self.output.mkdir(parents=True, exist_ok=True)
-        if self._writer is not None:
-            self.tensorboard = self._writer(self.output / "tensorboard")
         checkpoints = list_checkpoints(self.output / "checkpoints") if resume else []
         log_bytes = dict.fromkeys(LOGS, 0)
         if checkpoints:
             progress = load_checkpoint(
                 checkpoints[-1], _pinned(self.config), self.policy.trainable_parameters(), self.trainer.optimizer
             )
-            self.trainer.iteration, self.seconds, log_bytes = progress.iteration, progress.seconds, progress.log_bytes
+            self._check_progress(progress.iteration)
+            self.trainer.iteration, log_bytes = progress.iteration, progress.log_bytes
             self.display.note(f"resuming after iteration {progress.iteration}, from {checkpoints[-1]}")
         elif resume:
             self.display.note(f"{self.output} has no checkpoint yet: starting from the first iteration")
         for name in LOGS:
             with (self.output / name).open("ab") as log:
                 log.truncate(log_bytes[name])
-        for line in (self.output / LOGS[0]).read_text(encoding="utf-8").splitlines():
-            self.trained_steps |= set(json.loads(line)["steps"])
+        self._drop_interim_validations()
+        if self._writer is not None:
+            self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
+        weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
+        (self.output / "weights.json").write_text(json.dumps(weights), encoding="utf-8")
         config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         (self.output / "config.yaml").write_text(config, encoding="utf-8")
 
@@ -161,49 +189,52 @@ class _Session:
             if self.trainer.iteration == 0:
                 self._validate()
             while self.trainer.iteration < last:
-                start = time.perf_counter()
                 metrics = self.trainer.train_step(show.phase)
-                self.trained_steps |= set(metrics["steps"])
                 self._log(LOGS[0], metrics)
                 self._watch_ratio(metrics)
                 show.iteration(metrics)
                 iteration = self.trainer.iteration
                 if iteration % self.config.evaluation.every == 0 or iteration == last:
                     self._validate()
-                self.seconds += time.perf_counter() - start
                 if iteration % self.config.checkpoint.every == 0 or iteration == last:
                     self._checkpoint()
 
     def finish(self) -> Path:
         """Write the adapter, the final evaluation and the report."""
         self.policy.save_adapter(self.output / "adapter")
-        weights = {
-            "sigmas": self.trainer.sigmas.tolist(),
-            "weights": self.trainer.weights.tolist(),
-            "trained_steps": sorted(self.trained_steps),
-        }
-        (self.output / "weights.json").write_text(json.dumps(weights), encoding="utf-8")
         if "test" in self.datasets:
             self.display.note("evaluating before and after on the test data ...")
-            base, tuned = write_evaluation(
-                self.config,
-                self.policy,
-                self.datasets["test"],
-                self.output / "evaluation",
-                self.config.evaluation.test_pairs,
-            )
-            self.display.comparison(base.summary(), tuned.summary())
+            folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
+            results = write_evaluation(self.config, self.policy, self.datasets["test"], folder, pairs)
+            self.display.comparison(results)
         if self.tensorboard is not None:
             self.tensorboard.close()
         return write_report(self.output)
 
+    def _check_progress(self, done: int) -> None:
+        if done > self.config.iterations:
+            raise UserError(
+                f"iterations: {self.config.iterations} were asked for, but the run in {self.output} has done {done}; "
+                "ask for more, or use a new --output"
+            )
+
+    def _drop_interim_validations(self) -> None:
+        """Validations made only because a shorter run ended there: the run that never stopped has none."""
+        path, done = self.output / LOGS[1], self.trainer.iteration
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        interim = {row["iteration"] for row in rows if row["iteration"] % self.config.evaluation.every}
+        if done < self.config.iterations and interim:
+            kept = [row for row in rows if row["iteration"] not in interim]
+            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            for iteration in interim:
+                self._gallery(iteration).unlink(missing_ok=True)
+
+    def _gallery(self, iteration: int) -> Path:
+        return self.output / "galleries" / f"{iteration:06d}.png"
+
     def _evaluate(self, pairs: int) -> Evaluation:
-        rollout = self.config.rollout
-        return evaluate(
-            self.policy, self.datasets.get("validation", self.datasets["path"]), self.trainer.rewards, self.judge,
-            pairs=pairs, num_steps=rollout.num_steps, shift=rollout.shift, seed=self.config.seed,
-            micro_batch=rollout.micro_batch,
-        )  # fmt: skip
+        dataset = self.datasets.get("validation", self.datasets["path"])
+        return _evaluate(self.config, self.policy, dataset, self.trainer.rewards, self.judge, pairs)
 
     def _remember_base(self) -> None:
         with self.policy.untuned():
@@ -218,7 +249,7 @@ class _Session:
         assert self.base_images is not None
         rows = [evaluation.references[:shown, 0], self.base_images[:shown], evaluation.images[:shown]]
         grid = image_grid(torch.cat(rows), columns=shown, scale=GALLERY_SCALE, padding=GALLERY_SCALE)
-        save_image(grid, self.output / "galleries" / f"{self.trainer.iteration:06d}.png")
+        save_image(grid, self._gallery(self.trainer.iteration))
 
     def _watch_ratio(self, metrics: Metrics) -> None:
         off = max(abs(metrics["first_ratio/min"] - 1), abs(metrics["first_ratio/max"] - 1))
@@ -233,7 +264,7 @@ class _Session:
         sizes = {name: (self.output / name).stat().st_size for name in LOGS}
         save_checkpoint(
             self.output / "checkpoints",
-            Progress(self.trainer.iteration, sizes, self.seconds),
+            Progress(self.trainer.iteration, sizes),
             _pinned(self.config),
             self.policy.trainable_parameters(),
             self.trainer.optimizer,
@@ -241,7 +272,7 @@ class _Session:
         )
 
     def _log(self, name: str, row: Metrics) -> None:
-        clean = {k: None if isinstance(v, float) and v != v else v for k, v in row.items()}
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.output / name).open("a", encoding="utf-8") as log:
             log.write(json.dumps(clean) + "\n")
         if self.tensorboard is not None:
@@ -253,11 +284,11 @@ class _Session:
 def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UserError("--resume continues a run and --overwrite deletes it; pass one of them")
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise UserError(f"output: {output} is a file; name a folder")
-    if not any(output.iterdir()):
+    nearest = next(path for path in (output, *output.resolve().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise UserError(f"output: {nearest} {what}; name a folder elsewhere")
+    if not output.exists() or not any(output.iterdir()):
         return
     if not (resume or overwrite):
         raise UserError(
@@ -266,18 +297,21 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
         )
     if not (output / "config.yaml").is_file():
         raise UserError(f"output: {output} holds other files than a run's (no config.yaml); name another folder")
+    load_run_config(output)
 
 
-def _delete(output: Path, datasets: dict[str, SubjectDataset]) -> None:
-    for dataset in datasets.values():
-        if dataset.folder.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"--overwrite would delete the data in {dataset.folder}; move it out of {output}")
-    shutil.rmtree(output)
+def _delete_run(output: Path) -> None:
+    """Delete what a run wrote into `output`, and nothing else."""
+    for path in (output / name for name in WRITTEN):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _pinned(config: Config) -> dict[str, Any]:
     """The fields that decide the result of a run, by dotted name."""
-    flat = _flatten(config.model_dump(mode="json"))
+    flat = _flatten(config.model_dump(mode="json")) | {"data.path": str(config.data.path.resolve())}
     return {name: value for name, value in flat.items() if not name.startswith(MAY_CHANGE)}
 
 

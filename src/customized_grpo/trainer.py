@@ -124,7 +124,7 @@ class Trainer(Generic[ConditionT]):
         return Task(
             [sample.prompt for sample in samples],
             self.dataset.references(samples, size),
-            self.dataset.masks(samples, size),
+            self.dataset.masks(samples, size) if self.config.rewards.identity_reference == "segmented" else None,
         )
 
     def _score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
@@ -174,9 +174,8 @@ class Trainer(Generic[ConditionT]):
                 part = result.loss * (len(chunk) / len(items))
                 part.backward()
                 loss += part.item()
-                detached = result._replace(
-                    loss=result.loss.detach()
-                )  # or its graph would live on until the update ends
+                # With its graph, every micro-batch would stay in memory until the update ends.
+                detached = result._replace(loss=result.loss.detach())
                 parts.append(_Part(number, len(chunk), detached, kl))
                 done += len(chunk)
                 on_progress(done / total)
@@ -223,8 +222,8 @@ class Trainer(Generic[ConditionT]):
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}; the weights were "
-                "not touched. Lower optimizer.learning_rate or rollout.eta, then --resume from the last checkpoint"
+                f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}; this update was "
+                "not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -265,11 +264,13 @@ def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:
     metrics: Metrics = {}
     known = torch.where(valid, rewards, torch.nan)
     centred = known - known.nanmean(1, keepdim=True)
-    std = (centred.square().nansum(1) / (valid.sum(1) - 1).clamp(min=1)).sqrt()
+    freedom = valid.sum(1) - 1
+    std = torch.where(freedom > 0, (centred.square().nansum(1) / freedom.clamp(min=1)).sqrt(), torch.nan)
     for index, name in enumerate(REWARD_NAMES):
         metrics[f"reward/{name}/mean"] = float(known[..., index].nanmean())
-        metrics[f"reward/{name}/std"] = float(std[:, index].mean())
-    advantages = group_advantages(rewards, valid)
+        metrics[f"reward/{name}/std"] = float(std[:, index].nanmean())
+    scored = valid.all(-1, keepdim=True).expand_as(valid)
+    advantages = group_advantages(rewards, scored)
     metrics |= {f"quadrant/{name}": share for name, share in quadrants(advantages, valid).items()}
     metrics["conflict_rate"] = conflict_rate(advantages, valid)
     metrics["invalid_share"] = 1 - float(valid.float().mean())

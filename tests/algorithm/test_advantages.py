@@ -330,6 +330,7 @@ def test_clamp_limits_both_sides():
 
 
 def reference_paper(rewards: Tensor, valid: Tensor, weights: Tensor, gamma: float, clamp: float) -> Tensor:
+    valid = valid.all(dim=-1, keepdim=True).expand_as(valid)
     z = over_groups(rewards, valid, zscores)
     out = torch.zeros(*rewards.shape[:2], len(weights), dtype=torch.float64)
     for p, g, t in itertools.product(*map(range, out.shape)):
@@ -339,6 +340,17 @@ def reference_paper(rewards: Tensor, valid: Tensor, weights: Tensor, gamma: floa
             total = weights[t, 0].item() * a + weights[t, 1].item() * b + synergy
             out[p, g, t] = max(-clamp, min(clamp, total))
     return out
+
+
+def test_a_sample_with_one_failed_reward_leaves_every_statistic_of_its_group():
+    rewards, valid = example(prompts=1, group=6, rewards=2)
+    valid[:] = True
+    valid[0, 2, 1] = False
+    weights = time_weights(5)
+    found = step_advantages(rewards, gamma=0.4, weights=weights, valid=valid)
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(found[:, others], step_advantages(rewards[:, others], gamma=0.4, weights=weights))
+    assert (found[0, 2] == 0).all()
 
 
 @pytest.mark.parametrize("clamp", [5.0, 0.8])

@@ -127,7 +127,7 @@ def test_missing_folder_and_metadata(tmp_path: Path) -> None:
         (record(prompt="\ud800"), '"prompt" has half of a surrogate pair, which no file can hold: "\\ud800"'),
         (record(id=""), '"id" is empty'),
         (record(id=7), '"id" must be a string, got a number: 7'),
-        (record(id="../x"), '"id" names files: at most 128 characters, no /'),
+        (record(id="../x"), '"id" names files: at most 128 bytes, no /'),
         (record(id="x" * 129), '"id" names files'),
         (record(references="a.png"), '"references" must be a list of strings, got a string: "a.png"'),
         (record(references=[]), '"references" is empty; expected at least one image'),

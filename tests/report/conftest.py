@@ -154,7 +154,6 @@ def make_run(folder: Path, iterations: int = 80, pairs: int = 384, pictures: int
             {
                 "sigmas": (2 * s / (1 + s)).tolist(),
                 "weights": np.stack([weights, 1 - weights], 1).tolist(),
-                "trained_steps": list(range(9)),
             }
         )
     )

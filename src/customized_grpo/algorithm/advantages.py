@@ -4,7 +4,8 @@ Four pure stages over tensors, chained by `combine_advantages`; `step_advantages
 
 Shapes: P prompts (one group each), G samples of a group, R rewards in the order (prompt, identity), T steps.
 `valid[p, g, r]` is False where a reward could not be computed. Such an entry takes part in no statistic,
-whatever number (or NaN) stands in its place, and its whole sample ends with advantage 0.
+whatever number (or NaN) stands in its place. `combine_advantages` drops its whole sample: from the statistics of
+every reward, and with advantage 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -282,6 +283,7 @@ def combine_advantages(
     normaliser = _named(NORMALISERS, normalise, "normaliser")
     shaper = _named(SHAPERS, shape, "shaper")
     rewards, valid = _checked(rewards, valid)
+    valid = valid.all(dim=-1, keepdim=True).expand_as(valid)
     if thresholds is not None:
         rewards = hinge_rewards(rewards, thresholds)
     shaped = shaper(normaliser(rewards, valid), valid, gamma)

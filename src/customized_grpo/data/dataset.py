@@ -173,8 +173,8 @@ def _one_line(value: str) -> str:
 
 
 def _file_name_part(value: str) -> str:
-    if "/" in value or "\\" in value or len(value) > 128:
-        raise ValueError(f"names files: at most 128 characters, no / and no \\; got {value[:140]!r}")
+    if "/" in value or "\\" in value or len(value.encode()) > 128:
+        raise ValueError(f"names files: at most 128 bytes, no / and no \\; got {value[:140]!r}")
     return value
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.policies import ConditionT, Policy
 from customized_grpo.randomness import batched_normal
-from customized_grpo.report.statistics import mean_interval
 from customized_grpo.rewards import Reward, Task
 from customized_grpo.rollout import sample_ode
+from customized_grpo.statistics import mean_interval
 from customized_grpo.toybox.judge import Judge
 
 JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success")
@@ -52,19 +52,21 @@ class Evaluation:
 
 def evaluate(
     policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Sequence[Reward], judge: Judge | None, *, pairs: int,
-    num_steps: int, shift: float, seed: int, micro_batch: int,
+    num_steps: int, shift: float, seed: int, micro_batch: int, masks: bool = False,
 ) -> Evaluation:  # fmt: skip
-    """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise."""
+    """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise.
+
+    `masks`: the rewards want the references' masks.
+    """
     samples = list(dataset)[:pairs]
     references = dataset.references(samples, policy.resolution)
-    masks = dataset.masks(samples, policy.resolution)
     prompts = [sample.prompt for sample in samples]
     condition = policy.encode(prompts, references)
     rows = range(len(samples))
     noise = batched_normal(seed, 0, rows, [0] * len(samples), PURPOSE, policy.latent_shape)
     with torch.no_grad():
         images = sample_ode(policy, condition, noise, policy.sigmas(num_steps, shift), micro_batch)
-    task = Task(prompts, references, masks)
+    task = Task(prompts, references, dataset.masks(samples, policy.resolution) if masks else None)
     scores = [reward.score(images.unsqueeze(1), task) for reward in rewards]
     metrics = {
         name: torch.where(score.valid, score.values, torch.nan).squeeze(1)
@@ -77,10 +79,27 @@ def evaluate(
 
 
 def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:
-    """What the judge says when every picture is held against the next pair's prompt and reference."""
+    """What the judge says when every picture is held against another pair's prompt and reference, both different.
+
+    Empty where the data has no such other pair.
+    """
+    others = [_other(evaluation.samples, row) for row in range(len(evaluation.samples))]
+    if None in others:
+        return {}
     prompts = [sample.prompt for sample in evaluation.samples]
-    verdict = judge.judge(evaluation.images.roll(1, 0), prompts, evaluation.references[:, 0])
+    verdict = judge.judge(evaluation.images[torch.tensor(others)], prompts, evaluation.references[:, 0])
     return {name: float(getattr(verdict, name).float().mean()) for name in JUDGE_METRICS}
+
+
+def _other(samples: Sequence[Sample], row: int) -> int | None:
+    """The next row with another prompt and another subject (by its name, else by its references)."""
+    mine = samples[row]
+    for step in range(1, len(samples)):
+        other = samples[(row + step) % len(samples)]
+        same = mine.subject == other.subject if mine.subject and other.subject else mine.references == other.references
+        if other.prompt != mine.prompt and not same:
+            return (row + step) % len(samples)
+    return None
 
 
 def _number(value: Tensor) -> float | None:

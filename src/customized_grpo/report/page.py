@@ -25,8 +25,8 @@ from customized_grpo.report.records import (
     data_uri,
     read_run,
 )
-from customized_grpo.report.statistics import paired_difference
 from customized_grpo.report.svg import Array
+from customized_grpo.statistics import paired_difference
 
 LABELS = {
     "joint_success": "Joint success",
@@ -42,7 +42,6 @@ HUES = {
     "reward/prompt": "prompt",
     "reward/identity": "identity",
 }
-# Label and config keys of what was run: the first key present, at any depth, is shown.
 FACTS = (
     ("Policy", "policy.kind"),
     ("Trained", "policy.adapter"),

@@ -14,8 +14,8 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from customized_grpo.errors import UserError
-from customized_grpo.report.statistics import mean_interval
 from customized_grpo.report.svg import Array
+from customized_grpo.statistics import mean_interval
 
 Interval = tuple[float, float, float]
 SHARES = ("joint_success", "prompt_satisfied", "identity_kept")
@@ -175,7 +175,7 @@ def _weights(path: Path, rows: list[dict[str, Any]]) -> Weights | None:
             f"{path}: found weights of shape {weights.shape} and sigmas of shape {sigmas.shape}; "
             "expected weights [T, 2] (prompt, identity) and sigmas [T + 1]"
         )
-    trained = content.get("trained_steps") or sorted({step for row in rows for step in row.get("steps") or ()})
+    trained = sorted({step for row in rows for step in row.get("steps") or ()})
     return Weights(sigmas, weights, tuple(trained))
 
 

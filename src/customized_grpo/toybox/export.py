@@ -18,6 +18,8 @@ def export(folder: Path, split: Split, count: int, seed: int = 0) -> Path:
     """
     if count < 1:
         raise UserError(f"--count: {count} prompts cannot be written; give 1 or more")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty; name a new folder, or delete it first")
     pairs = draw_pairs(count, split, generator(seed, "export", split))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from customized_grpo.toybox.encoders import JudgeNetwork
 from customized_grpo.toybox.language import parse
-from customized_grpo.toybox.weights import load_network
+from customized_grpo.toybox.weights import load_network, read_quality
 from customized_grpo.toybox.world import hue_distance
 
 HUE_TOLERANCE = 0.08
@@ -47,7 +47,14 @@ class Judge:
     """The shipped judge, or the one in the folder `weights`."""
 
     def __init__(self, weights: Path | None = None) -> None:
+        self._weights = weights
         self._network = load_network(JudgeNetwork(), "judge", weights)
+
+    @property
+    def ceiling(self) -> dict[str, float]:
+        """What it says of clean renders of test prompts, by metric, as measured when the weights were made."""
+        ceiling: dict[str, float] = read_quality(self._weights)["ceiling"]
+        return ceiling
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Reading:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.errors import UserError
+from customized_grpo.runtime import resolve_precision
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
 from customized_grpo.toybox.network import Context, Denoiser, Generator
@@ -36,13 +37,13 @@ class ToyBoxPolicy:
         adapter: Literal["lora", "full"] = "lora",
         lora_rank: int = 32,
         lora_alpha: int = 32,
-        precision: Literal["fp32", "bf16"] = "bf16",
+        precision: Literal["auto", "fp32", "bf16"] = "auto",
         seed: int = 0,
     ) -> None:
         """`seed` draws the LoRA factors' starting point, at which they change nothing."""
         self._context = generator.context.requires_grad_(False)
         self._base = generator.denoiser.requires_grad_(False)
-        self._autocast = precision == "bf16"
+        self._autocast = resolve_precision(precision) == "bf16"
         self._tuned: Denoiser | PeftModel
         if adapter == "lora":
             config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS)
@@ -113,7 +114,7 @@ class ToyBoxPolicy:
         """See `Policy.load_adapter`."""
         path = folder / ADAPTER_FILE
         if not path.is_file():
-            raise UserError(f"{path}: no adapter there; name the folder of a finished run, or pass --base")
+            raise UserError(f"{path}: no adapter there; name the folder of a finished run")
         try:
             state = load_file(path)
             if isinstance(self._tuned, PeftModel):

@@ -48,11 +48,19 @@ def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int |
     unknown = set(only or ()) - set(STAGES)
     if unknown:
         raise UserError(f"--only: unknown {', '.join(sorted(unknown))}; choose among {', '.join(STAGES)}")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads: {threads} threads cannot work; give 1 or more")
+    made = set(STAGES if only is None else only)
+    missing = [name for name in STAGES if name not in made and not (output / f"{name}.safetensors").is_file()]
+    if missing and (set(missing) - {CLEAN_GENERATOR} or "generator" in made):
+        raise UserError(f"--only: {output} lacks {', '.join(missing)}; make these too")
+    if only is None and output.is_dir() and any(output.iterdir()):
+        raise UserError(f"--output: {output} is not empty; name a new folder, or say with --only what to make anew")
     configure(threads)
     output.mkdir(parents=True, exist_ok=True)
     with display.stages() as stages:
         for index, name in enumerate(STAGES):
-            if only is None or name in only:
+            if name in made:
                 save_network(_train(name, output, 10 * seed + index, stages), output, name)
     quality = measure_quality(output)
     (output / QUALITY).write_text(json.dumps(quality, indent=1), encoding="utf-8")

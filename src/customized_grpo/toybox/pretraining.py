@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from customized_grpo.runtime import resolve_precision
 from customized_grpo.toybox.encoders import IdentityEncoder, JudgeNetwork, PromptEncoder
 from customized_grpo.toybox.language import tokenize
 from customized_grpo.toybox.network import Generator
@@ -135,7 +136,7 @@ def _train_encoder(
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.learning_rate, recipe.steps)
     for step, pairs in enumerate(_batches(recipe.steps, recipe.batch_size, draw, None), 1):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision("auto") == "bf16"):
             loss = loss_of(network, pairs, draw)
         _step(loss, network, [optimizer], [schedule])
         progress(step, recipe.steps, loss.item())
@@ -185,7 +186,7 @@ def _train_flow(
         time = torch.sigmoid(torch.randn(len(image), generator=draw))
         sigma = recipe.time_shift * time / (1 + (recipe.time_shift - 1) * time)
         latents = torch.lerp(image, start, sigma.view(-1, 1, 1, 1))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=resolve_precision("auto") == "bf16"):
             context = model.context(tokenize(batch.captions), batch.references * 2 - 1)
             velocity = model.denoiser(latents, sigma, context)
         loss = F.mse_loss(velocity, start - image)

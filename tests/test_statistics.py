@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customized_grpo.report.statistics import mean_interval, paired_difference, t_quantile
+from customized_grpo.statistics import mean_interval, paired_difference, t_quantile
 
 NUMBERS = st.floats(-1e3, 1e3)
 
