@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -11,7 +12,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
@@ -37,17 +37,15 @@ class Training:
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Show an iteration's figures: on the bar of a terminal, else as a line."""
-        text = (
+        figures = (
             f"prompt {metrics['reward/prompt/mean']:.3f}  identity {metrics['reward/identity/mean']:.3f}  "
-            f"conflict {metrics['conflict_rate']:.0%}  grad {metrics['grad_norm']:.1e}"
-            f"  {metrics['seconds/total']:.1f} s"
+            f"conflict {metrics['conflict_rate']:.0%}"
         )
-        self._progress.update(self._task, completed=metrics["iteration"], figures=text)
+        self._progress.update(self._task, completed=metrics["iteration"], figures=figures)
         if not self._console.is_terminal:
-            total = self._progress.tasks[0].total
-            self._console.print(
-                f"iteration {metrics['iteration']}/{total:.0f}  {text}", highlight=False, soft_wrap=True
-            )
+            place = f"iteration {metrics['iteration']}/{self._progress.tasks[0].total:.0f}"
+            cost = f"grad {metrics['grad_norm']:.1e}  {metrics['seconds/total']:.1f} s"
+            self._console.print(f"{place}  {figures}  {cost}", highlight=False, soft_wrap=True)
 
 
 class Display:
@@ -86,7 +84,7 @@ class Display:
     def comparison(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """The before-and-after table of `run.write_evaluation`, with chance level and ceiling where there are."""
         base, tuned = results["base"], results["tuned"]
-        table = Table(title="before and after, with 95 % intervals", title_justify="left")
+        table = Table(title="before and after, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
         for column in ("", "base", "tuned", "chance", "ceiling"):
             table.add_column(column)
         for name, label in NAMES.items():
@@ -105,8 +103,8 @@ class Display:
 
     def _bar(self, *columns: TextColumn) -> Progress:
         return Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), *columns,
-            TimeElapsedColumn(), TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+            TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), *columns,
+            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
 
 
@@ -132,4 +130,4 @@ def _figure(name: str, value: float) -> str:
 
 def _interval(name: str, value: Mapping[str, float]) -> str:
     mean, low, high = (_figure(name, value[key]) for key in ("mean", "low", "high"))
-    return f"{mean}  ({low} to {high})"
+    return f"{mean} ({low.rstrip('%')}–{high.rstrip('%')})"
