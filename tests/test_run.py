@@ -332,3 +332,19 @@ def test_an_output_below_a_file_is_refused_before_any_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is a file"):
         run_training(make_config({"output": tmp_path / "file" / "run"}))
+
+
+def test_a_run_stopped_between_validations_may_be_killed_and_resumed_again(
+    tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
+) -> None:
+    """The second resumption goes back to the checkpoint of a log that the first has shortened."""
+    run_training(make_config({"iterations": 1}))
+    checkpoint = shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "kept")
+    run_training(make_config({"iterations": 2}), resume=True)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints")
+    log = tmp_path / "run" / "evaluations.jsonl"
+    log.write_text(log.read_text().splitlines(keepends=True)[0])
+    run_training(make_config({"iterations": 2}), resume=True)
+    assert [row["iteration"] for row in read_log(log)] == [0, 2]
+    assert [row["iteration"] for row in read_log(tmp_path / "run" / "metrics.jsonl")] == [1, 2]

@@ -1,4 +1,4 @@
-"""Resumable checkpoints: trained tensors, optimiser state and progress, in safetensors and JSON.
+"""Resumable checkpoints: trained tensors, optimiser state and the iteration, in safetensors and JSON.
 
 A checkpoint is a folder named after its iteration. It is written under another name, flushed to disk and renamed, so
 a folder of that name is complete. Nothing random is stored: every draw is a function of the seed and the iteration.
@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,16 @@ MANIFEST = "manifest.json"
 PARAMETER, MOMENT = "parameter/", "optimizer/"
 
 
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: `iteration` iterations done, and the sizes of its two logs in bytes."""
-
-    iteration: int
-    log_bytes: dict[str, int]
-
-
 def save_checkpoint(
     folder: Path,
-    progress: Progress,
+    iteration: int,
     config: dict[str, Any],
     parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: torch.optim.Optimizer,
     keep: int,
 ) -> Path:
     """Write `folder/<iteration>` and remove all but the newest `keep`. `config` is what must be equal on resuming."""
-    target = folder / f"{progress.iteration:06d}"
+    target = folder / f"{iteration:06d}"
     temporary = folder / f".{target.name}.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -51,8 +42,7 @@ def save_checkpoint(
         tensors |= {f"{MOMENT}{named[index][0]}/{key}": torch.as_tensor(value) for key, value in state.items()}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
     manifest = {
-        "iteration": progress.iteration,
-        "log_bytes": progress.log_bytes,
+        "iteration": iteration,
         "config": config,
         "sha256": {TENSORS: _sha256(temporary / TENSORS)},
     }
@@ -79,8 +69,8 @@ def load_checkpoint(
     config: dict[str, Any],
     parameters: Iterable[tuple[str, nn.Parameter]],
     optimizer: torch.optim.Optimizer,
-) -> Progress:
-    """Bring `parameters` and `optimizer` back to where `path` left them.
+) -> int:
+    """Bring `parameters` and `optimizer` back to where `path` left them; returns the iterations done.
 
     Raises `UserError` when a file is damaged or `config` is not the one the checkpoint was made with, naming the
     fields.
@@ -107,7 +97,8 @@ def load_checkpoint(
             if state:
                 moments[index] = state
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return Progress(manifest["iteration"], manifest["log_bytes"])
+    iteration: int = manifest["iteration"]
+    return iteration
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from customized_grpo import build
-from customized_grpo.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from customized_grpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from customized_grpo.config import Config
 from customized_grpo.data import SubjectDataset, image_grid, save_image
 from customized_grpo.display import Display
@@ -81,7 +81,8 @@ def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Displ
     dataset = build.open_dataset(path, config, policy)
     policy.load_adapter(run / "adapter")
     pairs = pairs or config.evaluation.test_pairs
-    display.comparison(write_evaluation(config, policy, dataset, run / "evaluation", pairs))
+    rewards, judge = build.build_rewards(config), build.build_judge(config)
+    display.comparison(write_evaluation(config, policy, dataset, rewards, judge, run / "evaluation", pairs))
     return write_report(run)
 
 
@@ -99,11 +100,15 @@ def load_run_config(run: Path) -> Config:
 
 
 def write_evaluation(
-    config: Config, policy: Policy[Any], dataset: SubjectDataset, folder: Path, pairs: int
+    config: Config,
+    policy: Policy[Any],
+    dataset: SubjectDataset,
+    rewards: Sequence[Reward],
+    judge: Judge | None,
+    folder: Path,
+    pairs: int,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate the untuned ("base") and the tuned generator on equal pairs and noise; write and return both results."""
-    judge = build.build_judge(config)
-    rewards = build.build_rewards(config)
     with policy.untuned():
         base = _evaluate(config, policy, dataset, rewards, judge, pairs)
     tuned = _evaluate(config, policy, dataset, rewards, judge, pairs)
@@ -160,20 +165,16 @@ class _Session:
         """Make the folder, or go back to the newest checkpoint in it."""
         self.output.mkdir(parents=True, exist_ok=True)
         checkpoints = list_checkpoints(self.output / "checkpoints") if resume else []
-        log_bytes = dict.fromkeys(LOGS, 0)
         if checkpoints:
-            progress = load_checkpoint(
+            done = load_checkpoint(
                 checkpoints[-1], _pinned(self.config), self.policy.trainable_parameters(), self.trainer.optimizer
             )
-            self._check_progress(progress.iteration)
-            self.trainer.iteration, log_bytes = progress.iteration, progress.log_bytes
-            self.display.note(f"resuming after iteration {progress.iteration}, from {checkpoints[-1]}")
+            self._check_progress(done)
+            self.trainer.iteration = done
+            self.display.note(f"resuming after iteration {done}, from {checkpoints[-1]}")
         elif resume:
             self.display.note(f"{self.output} has no checkpoint yet: starting from the first iteration")
-        for name in LOGS:
-            with (self.output / name).open("ab") as log:
-                log.truncate(log_bytes[name])
-        self._drop_interim_validations()
+        self._cut_logs()
         if self._writer is not None:
             self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
         weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
@@ -205,8 +206,8 @@ class _Session:
         if "test" in self.datasets:
             self.display.note("evaluating before and after on the test data ...")
             folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
-            results = write_evaluation(self.config, self.policy, self.datasets["test"], folder, pairs)
-            self.display.comparison(results)
+            parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
+            self.display.comparison(write_evaluation(self.config, *parts, folder, pairs))
         if self.tensorboard is not None:
             self.tensorboard.close()
         return write_report(self.output)
@@ -218,16 +219,21 @@ class _Session:
                 "ask for more, or use a new --output"
             )
 
-    def _drop_interim_validations(self) -> None:
-        """Validations made only because a shorter run ended there: the run that never stopped has none."""
-        path, done = self.output / LOGS[1], self.trainer.iteration
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        interim = {row["iteration"] for row in rows if row["iteration"] % self.config.evaluation.every}
-        if done < self.config.iterations and interim:
-            kept = [row for row in rows if row["iteration"] not in interim]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            for iteration in interim:
-                self._gallery(iteration).unlink(missing_ok=True)
+    def _cut_logs(self) -> None:
+        """Leave in the logs what the run that never stopped would have there by now.
+
+        What came after the checkpoint goes, and so do validations made only because a shorter run ended there.
+        """
+        done, every = self.trainer.iteration, self.config.evaluation.every
+        for name in LOGS:
+            kept = []
+            for row in _read_log(self.output / name) if done else []:
+                interim = name == LOGS[1] and row["iteration"] % every != 0 and done < self.config.iterations
+                if interim:
+                    self._gallery(row["iteration"]).unlink(missing_ok=True)
+                elif row["iteration"] <= done:
+                    kept.append(json.dumps(row) + "\n")
+            (self.output / name).write_text("".join(kept), encoding="utf-8")
 
     def _gallery(self, iteration: int) -> Path:
         return self.output / "galleries" / f"{iteration:06d}.png"
@@ -261,10 +267,9 @@ class _Session:
             )
 
     def _checkpoint(self) -> None:
-        sizes = {name: (self.output / name).stat().st_size for name in LOGS}
         save_checkpoint(
             self.output / "checkpoints",
-            Progress(self.trainer.iteration, sizes),
+            self.trainer.iteration,
             _pinned(self.config),
             self.policy.trainable_parameters(),
             self.trainer.optimizer,
@@ -279,6 +284,14 @@ class _Session:
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "iteration":
                     self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
+
+
+def _read_log(path: Path) -> list[Metrics]:
+    """The rows of a log; a last line torn by a killed run is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
