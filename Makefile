@@ -10,10 +10,10 @@ MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint benchmark clean
+.PHONY: help setup demo compare compare-leak figures test lint benchmark clean
 
 help: ## List the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
 		while IFS='|' read -r name text; do printf '%-18s %s\n' "$$name" "$$text"; done
 
 setup: $(INSTALLED) ## Create .venv and install the package and its tools in tested versions
@@ -21,6 +21,17 @@ setup: $(INSTALLED) ## Create .venv and install the package and its tools in tes
 demo: $(INSTALLED) $(MANIFESTS) ## Train on ToyBox from nothing to a report; a few minutes
 	$(BIN)/customized-grpo train --config configs/toybox.yaml --overwrite \
 		--data.validation $(DATA)/validation --data.test $(DATA)/test $(ARGS)
+
+compare: $(INSTALLED) $(MANIFESTS) ## The paper's experiment, 53 runs; hours, and goes on where it stopped
+	$(BIN)/customized-grpo compare --config configs/compare.yaml $(ARGS)
+
+compare-leak: $(INSTALLED) $(MANIFESTS) ## When does it help? 18 runs; goes on where it stopped
+	$(BIN)/customized-grpo compare --config configs/compare-leak.yaml $(ARGS)
+
+figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in docs/results
+	$(BIN)/customized-grpo figures --csv docs/results/comparison.csv --output docs/images/comparison
+	$(BIN)/customized-grpo figures --csv docs/results/leak.csv --output docs/images/leak
+	$(BIN)/customized-grpo figures --diagnosis docs/results/diagnosis.json --output docs/images/diagnosis
 
 test: $(INSTALLED) ## Run all tests
 	$(BIN)/python -m pytest

@@ -24,7 +24,7 @@ from customized_grpo.toybox.export import export
 from customized_grpo.toybox.network import Generator
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.pretrain import measure_quality
-from customized_grpo.toybox.weights import QUALITY, save_network
+from customized_grpo.toybox.weights import IDENTITY_ENCODERS, QUALITY, save_network
 from customized_grpo.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     networks = {
         "generator": Generator(),
-        "identity_encoder": IdentityEncoder(),
+        **{name: IdentityEncoder() for name in IDENTITY_ENCODERS},
         "prompt_encoder": PromptEncoder(),
         "judge": JudgeNetwork(),
     }

@@ -243,8 +243,28 @@ def test_training_that_cannot_go_on_ends_with_another_status(
         assert caught.value.code == status and text in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["diagnose"], "name a trained run with --run DIR, or what to start from with --config FILE"),
+        (["diagnose", "--run", "nowhere"], "nowhere is not the folder of a run"),
+        (["figures", "--output", "x"], "name the table of a comparison with --csv, or a diagnosis.json with"),
+        (["figures", "--output", "x", "--csv", "nowhere.csv"], "nowhere.csv"),
+        (["figures", "--output", "x", "--diagnosis", "nowhere.json"], "nowhere.json"),
+        (["compare", "--presets", "{naive: 3}"], "unknown preset 'naive'; choose among base, naive-1:1, naive-1:1.5"),
+        (["compare", "--presets", "{sars: 1}"], "an interval over seeds takes at least 2"),
+        (["compare", "--presets", "{sars: 2}"], "train.data.test: presets are compared on test data"),
+        (["compare", "--jobs", "0"], "jobs"),
+        (["compare", "--train.rollout.group_size", "1"], "group_size"),
+    ],
+)
+def test_bad_input_of_comparisons_and_diagnoses(refused: Refused, arguments: list[str], message: str) -> None:
+    assert message in refused(*arguments)
+
+
 COMMANDS = [
-    [], ["train"], ["evaluate"], ["generate"], ["report"], ["env"], ["toybox"], ["toybox", "export"],
+    [], ["train"], ["compare"], ["diagnose"], ["figures"], ["evaluate"], ["generate"], ["report"], ["env"], ["toybox"],
+    ["toybox", "export"],
     ["toybox", "pretrain"],
 ]  # fmt: skip
 

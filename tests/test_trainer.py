@@ -173,6 +173,26 @@ def test_weights_belong_to_true_steps(
         assert float(found) == pytest.approx((2 * paper_weight(true_step, 10) - 1) * prompt_advantage, abs=1e-5)
 
 
+def test_lookup_by_counter_gives_each_sample_its_own_order_of_the_first_rows(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the published code: the k-th of a sample's shuffled steps takes row k, so late rows are never used."""
+    trainer = make_trainer({"rollout.num_steps": 10, "advantages.lookup": "counter"})
+    combine, given = trainer_module.combine_advantages, []
+
+    def spied(*args: Any, **kwargs: Any) -> Tensor:
+        given.append(kwargs["weights"])
+        return combine(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "combine_advantages", spied)
+    trained = len(trainer.train_step()["steps"])
+    (weights,) = given
+    assert weights.shape == (2, 4, trained, 2)
+    first = trainer.weights[:trained]
+    assert all(torch.equal(sample.sort(dim=0).values, first.sort(dim=0).values) for sample in weights.flatten(0, 1))
+    assert len({str(sample.tolist()) for sample in weights.flatten(0, 1)}) > 1, "each sample has its own order"
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -227,7 +247,7 @@ def test_too_many_failed_rewards_stop_the_run(make_trainer: MakeTrainer, reward_
     failing = reward_of(lambda images: torch.full(images.shape[:2], torch.nan))
     trainer = make_trainer({"rewards.max_invalid_share": 0.4}, [failing, reward_of(brightness)])
     before = weights(trainer)
-    with pytest.raises(TrainingError, match=r"iteration 1: 50% of the rewards.*max_invalid_share=40%"):
+    with pytest.raises(TrainingError, match=r"after iteration 0: 50% of the rewards.*max_invalid_share=40%"):
         trainer.train_step()
     assert torch.equal(weights(trainer), before) and trainer.iteration == 0
 
@@ -301,5 +321,5 @@ def test_metrics_of_an_iteration(make_trainer: MakeTrainer, reward_of: RewardOf)
 
 def test_prompts_take_turns(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
-    asked = [prompt for iteration in range(6) for prompt in trainer._task(iteration).prompts]
+    asked = [prompt for iteration in range(6) for prompt in trainer.task(iteration).prompts]
     assert sorted(asked) == sorted(sample.prompt for sample in trainer.dataset)

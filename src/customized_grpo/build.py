@@ -34,7 +34,7 @@ def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
     weights = config.policy.weights
     prompt, identity = PROMPT_REWARDS[config.rewards.prompt], IDENTITY_REWARDS[config.rewards.identity]
-    return prompt(weights), identity(config.rewards.identity_reference, weights)
+    return prompt(weights), identity(config.rewards.identity_reference, weights, config.rewards.identity_leak)
 
 
 def build_judge(config: Config) -> Judge | None:

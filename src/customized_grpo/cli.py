@@ -3,16 +3,19 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, Namespace
 from pydantic import ValidationError
 
 from customized_grpo import __version__
-from customized_grpo.config import Config
+from customized_grpo.compare.config import CompareConfig
+from customized_grpo.config import Config, Section
 from customized_grpo.errors import UserError
 from customized_grpo.messages import explain, worded
 
+SectionT = TypeVar("SectionT", bound=Section)
+DIAGNOSE = ("prompts", "group_size", "batches")
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
@@ -42,6 +45,12 @@ def _run(options: Namespace) -> None:
     chosen = options[command]
     if command == "train":
         _train(chosen)
+    elif command == "compare":
+        _compare(chosen)
+    elif command == "diagnose":
+        _diagnose(chosen)
+    elif command == "figures":
+        _figures(chosen)
     elif command == "evaluate":
         from customized_grpo.display import Display
         from customized_grpo.run import evaluate_run
@@ -64,12 +73,59 @@ def _run(options: Namespace) -> None:
         _toybox(chosen)
 
 
-def _train(options: Namespace) -> None:
-    settings = {key: value for key, value in options.as_dict().items() if key not in ("config", "resume", "overwrite")}
+def _settings(model: type[SectionT], options: Namespace, *flags: str) -> SectionT:
+    """The options as a configuration; `flags` are those that are not part of it."""
+    settings = {key: value for key, value in options.as_dict().items() if key not in ("config", *flags)}
     try:
-        config = Config.model_validate(settings)
+        return model.model_validate(settings)
     except ValidationError as error:
         raise UserError("; ".join(worded(each) for each in error.errors())) from error
+
+
+def _compare(options: Namespace) -> None:
+    config = _settings(CompareConfig, options, "report_only")
+    from customized_grpo.compare.command import GridError, compare
+    from customized_grpo.display import Display
+
+    try:
+        page = compare(config, Display(), report_only=options.report_only)
+    except GridError as error:
+        _fail(str(error), FAILURE)
+    print(f"comparison: {page}")
+
+
+def _diagnose(options: Namespace) -> None:
+    given = {name: options[name] for name in DIAGNOSE}
+    if (options.run is None) == (not options.config):
+        raise UserError("diagnose: name a trained run with --run DIR, or what to start from with --config FILE")
+    config = None if options.run else _settings(Config, options, "run", "out", *DIAGNOSE)
+    from customized_grpo.diagnosis.command import diagnose
+    from customized_grpo.display import Display
+    from customized_grpo.trainer import TrainingError
+
+    out = options.out or (options.run / "diagnosis" if options.run else Path("diagnosis"))
+    try:
+        record = diagnose(config, out, Display(), run=options.run, **given)
+    except TrainingError as error:
+        _fail(str(error), FAILURE)
+    print(f"diagnosis: {record}")
+
+
+def _figures(options: Namespace) -> None:
+    if (options.csv is None) == (options.diagnosis is None):
+        raise UserError("figures: name the table of a comparison with --csv, or a diagnosis.json with --diagnosis")
+    if options.csv is not None:
+        from customized_grpo.compare.command import figures
+
+        print(f"figures: {figures(options.csv, options.output)}")
+    else:
+        from customized_grpo.diagnosis.figure import redraw
+
+        print(f"figures: {redraw(options.diagnosis, options.output)}")
+
+
+def _train(options: Namespace) -> None:
+    config = _settings(Config, options, "resume", "overwrite")
     from customized_grpo.display import Display
     from customized_grpo.run import train
     from customized_grpo.trainer import TrainingError
@@ -135,6 +191,14 @@ def _parser() -> ArgumentParser:
     generate.add_argument("--count", type=int, default=1, help="pictures, side by side")
     commands.add_subcommand("generate", generate, help="draw pictures with a tuned generator")
 
+    commands.add_subcommand("compare", _compare_parser(), help="run presets x seeds and compare them")
+    commands.add_subcommand("diagnose", _diagnose_parser(), help="measure conflict, and when rewards are decided")
+    figures = _Parser(description="Draw figures anew, of a comparison's table or a diagnosis' record.")
+    figures.add_argument("--csv", type=Path | None, help="a comparison.csv that compare wrote")
+    figures.add_argument("--diagnosis", type=Path | None, help="a diagnosis.json that diagnose wrote")
+    figures.add_argument("--output", type=Path, required=True, help="folder for the SVG and PNG files")
+    commands.add_subcommand("figures", figures, help="draw the figures of a comparison or diagnosis anew")
+
     report = _Parser(description="Write a run's report.html anew.")
     report.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
     commands.add_subcommand("report", report, help="write a run's report anew")
@@ -158,6 +222,33 @@ def _train_parser() -> ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
     train.add_class_arguments(Config)
     return train
+
+
+def _diagnose_parser() -> ArgumentParser:
+    diagnose = _Parser(
+        usage="customized-grpo diagnose (--run DIR | --config FILE) [--out DIR] [--any.field VALUE ...]",
+        description="Measure how the rewards' gradients conflict and at which denoising steps each reward is decided; "
+        "writes calibrated time weights for train.",
+    )
+    diagnose.add_argument("--run", type=Path | None, help="folder of a trained run: its tuned generator is measured")
+    diagnose.add_argument("--config", action="config", help="YAML file of settings of train: the base is measured")
+    diagnose.add_argument("--out", type=Path | None, help="folder to write; default: RUN/diagnosis, or diagnosis")
+    diagnose.add_argument("--prompts", type=int, default=24, help="prompts on which sensitivity is measured")
+    diagnose.add_argument("--group_size", type=int, default=12, help="images branched off at a step, for each prompt")
+    diagnose.add_argument("--batches", type=int, default=8, help="batches on which gradients are measured")
+    diagnose.add_class_arguments(Config)
+    return diagnose
+
+
+def _compare_parser() -> ArgumentParser:
+    compare = _Parser(
+        usage="customized-grpo compare --config FILE [--report_only] [--jobs N] [--any.field VALUE ...]",
+        description="Run a grid of presets x seeds, a process each, and compare them; goes on where it stopped.",
+    )
+    compare.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
+    compare.add_argument("--report_only", action="store_true", help="run nothing; write the page of what is done")
+    compare.add_class_arguments(CompareConfig)
+    return compare
 
 
 def _add_toybox_actions(toybox: ArgumentParser) -> None:

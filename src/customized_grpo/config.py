@@ -57,6 +57,8 @@ class RewardsConfig(Section):
     """Prompt reward: 'toybox' is the cosine of the shipped image-text encoder, in [-1, 1]."""
     identity: Literal["toybox"] = "toybox"
     """Identity reward: 'toybox' is the cosine to the reference in the shipped image encoder, in [-1, 1]."""
+    identity_leak: Literal["low", "medium", "high"] = "medium"
+    """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity."""
     identity_reference: Literal["whole", "segmented"] = "whole"
     """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented)."""
     max_invalid_share: Share = 0.5
@@ -149,6 +151,9 @@ class AdvantagesConfig(Section):
     """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
     constant: tuple[Weight, Weight] = (0.5, 0.5)
     """(prompt, identity) weights for weights='constant'; naive 1:1 is [0.5, 0.5], 1:1.5 is [0.4, 0.6]."""
+    lookup: Literal["step", "counter"] = "step"
+    """Look weights up by the true denoising step; or by the loop counter over each sample's shuffled steps, as the
+    published code does (docs/differences.md, 1), to reproduce it."""
     tdw: TimeWeightsConfig = TimeWeightsConfig()
     """Constants of weights='tdw'."""
     table: tuple[tuple[Weight, Weight], ...] | None = None

@@ -1,11 +1,13 @@
 """Live progress on a terminal, plain lines elsewhere."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +22,7 @@ NAMES = {
     "prompt_satisfied": "prompt satisfied",
     "identity_kept": "identity kept",
     "joint_success": "joint success",
+    "copied": "copy-pasted",
     "reward/prompt": "prompt reward",
     "reward/identity": "identity reward",
 }
@@ -46,6 +49,24 @@ class Training:
             place = f"iteration {metrics['iteration']}/{self._progress.tasks[0].total:.0f}"
             cost = f"grad {metrics['grad_norm']:.1e}  {metrics['seconds/total']:.1f} s"
             self._console.print(f"{place}  {figures}  {cost}", highlight=False, soft_wrap=True)
+
+
+@dataclass
+class RunState:
+    """One run of a grid: its status is waiting, running, done or failed."""
+
+    label: str
+    status: str
+    iterations: int
+    iteration: int = 0
+    joint: float | None = None
+    note: str = ""
+
+    @property
+    def figures(self) -> str:
+        """What is known of it, in a line."""
+        joint = "" if self.joint is None else f"  joint success {self.joint:.1%} on the last validation"
+        return f"{self.status}  {self.iteration}/{self.iterations}{joint}" + (f"  {self.note}" if self.note else "")
 
 
 class Display:
@@ -75,6 +96,27 @@ class Display:
         """Show a sequence of named stages, each with its own bar."""
         with self._bar(TextColumn("{task.fields[figures]}")) as progress:
             yield Stages(self.console, progress)
+
+    @contextmanager
+    def grid(self, states: Sequence[RunState]) -> Iterator[Callable[[], None]]:
+        """Show the runs of a grid: one live table on a terminal, elsewhere a line when the status of a run changes.
+
+        Yields what is called after `states` have changed.
+        """
+        if self.console.is_terminal:
+            with Live(_grid_table(states), console=self.console, refresh_per_second=2) as live:
+                yield lambda: live.update(_grid_table(states))
+            return
+        said = [state.status for state in states]
+
+        def say_changes() -> None:
+            for index, state in enumerate(states):
+                if state.status != said[index]:
+                    said[index] = state.status
+                    finished = sum(state.status in ("done", "failed") for state in states)
+                    self.note(f"[{finished}/{len(states)}] {state.label}: {state.figures}")
+
+        yield say_changes
 
     def validation(self, row: Mapping[str, Any]) -> None:
         """A validation's figures."""
@@ -115,13 +157,27 @@ class Stages:
         self._console, self._progress = console, progress
         self._tasks: dict[str, TaskID] = {}
 
-    def update(self, stage: str, step: int, steps: int, loss: float) -> None:
+    def update(self, stage: str, step: int, steps: int, loss: float | None = None) -> None:
         """`stage` has done `step` of `steps`."""
+        figures = "" if loss is None else f"loss {loss:.3f}"
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=steps, figures="")
-        self._progress.update(self._tasks[stage], completed=step, figures=f"loss {loss:.3f}")
+        self._progress.update(self._tasks[stage], completed=step, figures=figures)
         if not self._console.is_terminal and step % max(1, steps // 10) == 0:
-            self._console.print(f"{stage}: step {step}/{steps}  loss {loss:.3f}", highlight=False)
+            self._console.print(f"{stage}: step {step}/{steps}  {figures}".rstrip(), highlight=False)
+
+
+def _grid_table(states: Sequence[RunState]) -> Table:
+    """All runs, those first of which a reader wants to know: a small terminal shows the first ones."""
+    order = ("running", "failed", "done", "waiting")
+    title = ", ".join(f"{sum(state.status == status for state in states)} {status}" for status in order)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("run", "status", "iteration", "joint success", ""):
+        table.add_column(column)
+    for state in sorted(states, key=lambda state: order.index(state.status)):
+        joint = "" if state.joint is None else f"{state.joint:.1%}"
+        table.add_row(state.label, state.status, f"{state.iteration}/{state.iterations}", joint, state.note)
+    return table
 
 
 def _figure(name: str, value: float) -> str:

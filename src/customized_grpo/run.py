@@ -35,6 +35,7 @@ WRITTEN = (
     "report.html",
     "adapter",
     "checkpoints",
+    "diagnosis",
     "evaluation",
     "galleries",
     "tensorboard",

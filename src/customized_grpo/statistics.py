@@ -37,7 +37,7 @@ def mean_interval(values: Values) -> tuple[float, float, float]:
         return math.nan, math.nan, math.nan
     mean = float(sample.mean())
     if not np.isin(sample, (0.0, 1.0)).all():
-        return _t_interval(sample)
+        return t_interval(sample)
     z2 = NORMAL_975**2
     centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
     half = NORMAL_975 * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2)) / (1 + z2 / count)
@@ -54,10 +54,15 @@ def paired_difference(before: Values, after: Values) -> tuple[float, float, floa
     first, second = np.asarray(before, dtype=np.float64), np.asarray(after, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"paired samples differ in shape: {first.shape} before, {second.shape} after")
-    return _t_interval(_finite(second - first))
+    return t_interval(second - first)
 
 
-def _t_interval(sample: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+def t_interval(values: Values) -> tuple[float, float, float]:
+    """Mean and 95 % Student's t interval (mean, low, high) of independent values; NaNs are left out.
+
+    No values give three NaNs, a single value NaN bounds.
+    """
+    sample = _finite(values)
     count = len(sample)
     if count < 2:
         return (float(sample[0]) if count else math.nan), math.nan, math.nan

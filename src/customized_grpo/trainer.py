@@ -88,7 +88,7 @@ class Trainer(Generic[ConditionT]):
         clock = _Clock(on_phase)
 
         clock.start("rollout")
-        task = self._task(iteration)
+        task = self.task(iteration)
         condition = self.policy.encode(task.prompts, task.references)
         plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
         rollout = sample_groups(
@@ -97,7 +97,7 @@ class Trainer(Generic[ConditionT]):
         )  # fmt: skip
 
         clock.start("score")
-        rewards, valid = self._score(rollout.images, task)
+        rewards, valid = self.score(rollout.images, task)
         advantages = self._advantages(rewards, valid, plan)
 
         clock.start("update")
@@ -115,7 +115,8 @@ class Trainer(Generic[ConditionT]):
             "forwards": rollout.forwards,
         }
 
-    def _task(self, iteration: int) -> Task:
+    def task(self, iteration: int) -> Task:
+        """What `iteration` (0 is the first) is to draw: its prompts, references and masks."""
         wanted = batch_indices(
             len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
         )
@@ -127,7 +128,7 @@ class Trainer(Generic[ConditionT]):
             self.dataset.masks(samples, size) if self.config.rewards.identity_reference == "segmented" else None,
         )
 
-    def _score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid. Raises `TrainingError` when too many failed."""
         scores = [reward.score(images, task) for reward in self.rewards]
         rewards = torch.stack([score.values for score in scores], dim=-1)
@@ -135,19 +136,29 @@ class Trainer(Generic[ConditionT]):
         failed, limit = 1 - float(valid.float().mean()), self.config.rewards.max_invalid_share
         if failed > limit:
             raise TrainingError(
-                f"iteration {self.iteration + 1}: {failed:.0%} of the rewards could not be computed, more than "
-                f"rewards.max_invalid_share={limit:.0%}. Mend the reward, then --resume"
+                f"after iteration {self.iteration}: {failed:.0%} of the rewards could not be computed, more than "
+                f"rewards.max_invalid_share={limit:.0%}. Mend the reward; a run goes on with train --resume"
             )
         return rewards, valid
 
     def _advantages(self, rewards: Tensor, valid: Tensor, plan: Plan) -> Tensor:
-        """Advantages [P, G, S]: weights are looked up by the true step, whatever the order of training."""
+        """Advantages [P, G, S]: weights are looked up by the true step, whatever the order of training.
+
+        `lookup: counter` reproduces the published code instead: each sample's steps are shuffled, and the k-th of
+        them takes the weights of step k.
+        """
+        rows = torch.tensor(plan.trained)
+        if self.config.advantages.lookup == "counter":
+            order = torch.rand(
+                *rewards.shape[:2], len(rows), generator=generator(self.config.seed, self.iteration, "shuffled steps")
+            )
+            rows = order.argsort(-1)
         settings = self.config.advantages
         thresholds = settings.thresholds and [math.inf if t is None else t for t in settings.thresholds]
         return combine_advantages(
             rewards,
             valid,
-            weights=self.weights[list(plan.trained)],
+            weights=self.weights[rows],
             normalise=settings.normalise,
             shape=settings.shape,
             gamma=settings.gamma,
@@ -189,11 +200,11 @@ class Trainer(Generic[ConditionT]):
         """The objective of (trained step, sample) pairs `items` [M, 2], and their mean KL to the untuned generator."""
         steps, rows = items.unbind(1)
         objective = self.config.objective
-        transition = self._transition(rollout, plan, steps, rows)
+        transition = self.transition(rollout, plan, steps, rows)
         kl = None
         if objective.kl_weight > 0:
             with torch.no_grad(), self.policy.untuned():
-                reference = self._transition(rollout, plan, steps, rows)
+                reference = self.transition(rollout, plan, steps, rows)
             kl = gaussian_kl(transition.mean, reference.mean, transition.std)
         result = clipped_objective(
             transition.log_prob,
@@ -205,7 +216,7 @@ class Trainer(Generic[ConditionT]):
         )
         return result, 0.0 if kl is None else float(kl.detach().mean())
 
-    def _transition(self, rollout: Rollout[ConditionT], plan: Plan, steps: Tensor, rows: Tensor) -> SdeStep:
+    def transition(self, rollout: Rollout[ConditionT], plan: Plan, steps: Tensor, rows: Tensor) -> SdeStep:
         """The stochastic step that led each sample from its state to its next state, under the present weights."""
         settings = self.config.rollout
         true_steps = torch.tensor(plan.trained)[steps]

@@ -312,8 +312,17 @@ def test_weighing_sums_over_rewards_and_adds_the_bonus_at_every_step():
     for p, g, t in itertools.product(range(3), range(6), range(2)):
         expected = sum(weights[t, r].item() * advantages[p, g, r].item() for r in range(3)) + bonus[p, g].item()
         assert weighed[p, g, t].item() == pytest.approx(expected, abs=1e-12)
-    with pytest.raises(ValueError, match=r"\[steps, 3\], one column per reward, found \[2, 2\]"):
+    with pytest.raises(ValueError, match=r"\[steps, 3\], one column per reward, or .* found \[2, 2\]"):
         weigh_advantages(advantages, weights[:, :2])
+
+
+def test_weights_may_differ_from_sample_to_sample():
+    draw = torch.Generator().manual_seed(0)
+    advantages, weights = torch.randn(2, 3, 2, generator=draw).double(), torch.rand(2, 3, 4, 2, generator=draw).double()
+    expected = torch.einsum("pgr,pgtr->pgt", advantages, weights)
+    assert torch.allclose(weigh_advantages(advantages, weights), expected)
+    with pytest.raises(ValueError, match=r"weights must have the shape \[steps, 2\].* found \[3, 3, 4, 2\]"):
+        weigh_advantages(advantages, torch.rand(3, 3, 4, 2))
 
 
 def test_a_sample_with_any_invalid_reward_has_advantage_zero_bonus_included():

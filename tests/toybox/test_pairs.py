@@ -36,7 +36,7 @@ def test_identities_are_those_of_the_split() -> None:
 
 
 def test_equal_seeds_draw_equal_pairs() -> None:
-    noise = PairNoise(0.2, 0.2, 0.2, 0.1, 0.2)
+    noise = PairNoise(0.2, 0.2, 0.2, 0.1, 0.2, 0.2)
     assert torch.equal(pairs(noise=noise).targets, pairs(noise=noise).targets)
     assert pairs().captions != pairs(seed=1).captions
 
@@ -53,7 +53,7 @@ def test_no_noise_is_clean() -> None:
     assert changed(pairs(noise=PairNoise()), pairs()) == 0
 
 
-@pytest.mark.parametrize("field", ["caption", "shape", "pattern", "hue"])
+@pytest.mark.parametrize("field", ["caption", "shape", "pattern", "hue", "stay"])
 def test_each_noise_changes_targets_and_nothing_else(field: str) -> None:
     noisy, clean = pairs(noise=PairNoise(**{field: 0.3})), pairs()
     assert changed(noisy, clean) > 0.15
@@ -64,3 +64,12 @@ def test_a_share_of_targets_copies_the_reference() -> None:
     drawn = pairs(1000, PairNoise(copy=0.3))
     share = (drawn.targets == drawn.references).flatten(1).all(1).float().mean()
     assert float(share) == pytest.approx(0.3, abs=0.06)
+
+
+def test_a_share_of_targets_stays_in_the_references_background() -> None:
+    drawn, clean = pairs(1000, PairNoise(stay=0.3)), pairs(1000)
+    corners = [images[..., :3, :3].flatten(1) for images in (drawn.targets, drawn.references)]
+    assert 0.24 < float((corners[0] == corners[1]).all(1).float().mean()) < 0.36
+    assert 0.24 < changed(drawn, clean) < 0.36
+    differing = (drawn.targets != drawn.references).flatten(1).any(1)
+    assert differing.float().mean() > 0.9, "accessory and place are asked for"

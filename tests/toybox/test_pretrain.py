@@ -21,7 +21,7 @@ from customized_grpo.toybox.pretraining import (
     train_noisy_generator,
     train_prompt_encoder,
 )
-from customized_grpo.toybox.weights import NAMES, QUALITY
+from customized_grpo.toybox.weights import LEAKS, NAMES, QUALITY
 
 FLOW = GeneratorRecipe(clean_steps=2, noisy_steps=2, batch_size=2)
 ENCODER = EncoderRecipe(steps=2, batch_size=4, learning_rate=1e-3, cross_scene=0.5)
@@ -65,8 +65,9 @@ def test_the_judge_learns() -> None:
 def test_pretraining_fills_a_folder_and_measures_it(
     tmp_path: Path, display: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("IDENTITY_RECIPE", "PROMPT_RECIPE", "JUDGE_RECIPE"):
+    for name in ("PROMPT_RECIPE", "JUDGE_RECIPE"):
         monkeypatch.setattr(pretrain, name, ENCODER)
+    monkeypatch.setattr(pretrain, "IDENTITY_RECIPES", dict.fromkeys(LEAKS, ENCODER))
     monkeypatch.setattr(pretrain, "GeneratorRecipe", lambda: FLOW)
     monkeypatch.setattr(pretrain, "measure_quality", partial(pretrain.measure_quality, pairs=4))
     pretrain.pretrain(tmp_path, 0, None, 1, display)

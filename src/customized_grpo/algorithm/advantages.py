@@ -240,13 +240,15 @@ def weigh_advantages(
 ) -> Tensor:
     """`A[p, g, t] = sum_r weights[t, r] advantages[p, g, r] + bonus[p, g]`, `[P, G, T]`.
 
-    `weights [T, R]` holds the rows of the steps that are trained. A sample with any invalid reward gets 0 at
-    every step, bonus included. Raises ValueError where the numbers of rewards differ.
+    `weights [T, R]` holds the rows of the steps that are trained; `[P, G, T, R]` gives every sample its own.
+    A sample with any invalid reward gets 0 at every step, bonus included. Raises ValueError where the numbers of
+    rewards differ.
     """
-    if weights.ndim != 2 or weights.shape[-1] != advantages.shape[-1]:
+    per_sample = weights.ndim == 4 and weights.shape[:2] == advantages.shape[:2]
+    if not (weights.ndim == 2 or per_sample) or weights.shape[-1] != advantages.shape[-1]:
         raise ValueError(
-            f"weights must have the shape [steps, {advantages.shape[-1]}], one column per reward, "
-            f"found {list(weights.shape)}"
+            f"weights must have the shape [steps, {advantages.shape[-1]}], one column per reward, or "
+            f"{[*advantages.shape[:2], 'steps', advantages.shape[-1]]}, found {list(weights.shape)}"
         )
     weights = weights.to(advantages)
     weighed = (advantages.unsqueeze(-2) * weights).sum(dim=-1)
@@ -275,10 +277,9 @@ def combine_advantages(
 ) -> Tensor:
     """Advantages `[P, G, T]` of rewards `[P, G, R]`, by the named stages.
 
-    `normalise` is a key of NORMALISERS, `shape` of SHAPERS; `weights [T, R]` holds the rows of the trained
-    steps. `gamma` is the strength of SARS (published: 0.4), read by `shape="sars"` only. `thresholds`
-    switches the hinge on, before everything else. Raises ValueError on an unknown name, listing the known
-    ones, and as the stages do.
+    `normalise` is a key of NORMALISERS, `shape` of SHAPERS; `weights` are as in `weigh_advantages`. `gamma` is the
+    strength of SARS (published: 0.4), read by `shape="sars"` only. `thresholds` switches the hinge on, before
+    everything else. Raises ValueError on an unknown name, listing the known ones, and as the stages do.
     """
     normaliser = _named(NORMALISERS, normalise, "normaliser")
     shaper = _named(SHAPERS, shape, "shaper")

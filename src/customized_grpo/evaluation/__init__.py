@@ -16,14 +16,15 @@ from customized_grpo.rollout import sample_ode
 from customized_grpo.statistics import mean_interval
 from customized_grpo.toybox.judge import Judge
 
-JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success")
+JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
+COPY_SCORE = "copy_score"
 REWARD_METRICS = ("reward/prompt", "reward/identity")
 PURPOSE = "evaluation"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images [N, 3, H, W] of N pairs, their references, and each metric [N] (float; judge metrics 0 or 1)."""
+    """Images [N, 3, H, W] of N pairs, their references, and each metric [N] (float; the judge's verdicts 0 or 1)."""
 
     samples: Sequence[Sample]
     references: Tensor
@@ -74,7 +75,7 @@ def evaluate(
     }
     if judge is not None:
         verdict = judge.judge(images, prompts, references[:, 0])
-        metrics = {name: getattr(verdict, name).float() for name in JUDGE_METRICS} | metrics
+        metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
     return Evaluation(samples, references, images, metrics)
 
 

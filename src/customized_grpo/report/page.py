@@ -32,6 +32,7 @@ LABELS = {
     "joint_success": "Joint success",
     "prompt_satisfied": "Prompt satisfied",
     "identity_kept": "Identity kept",
+    "copied": "Copy-paste rate",
     "reward/prompt": "Prompt reward",
     "reward/identity": "Identity reward",
 }
@@ -39,6 +40,7 @@ HUES = {
     "joint_success": "joint",
     "prompt_satisfied": "prompt",
     "identity_kept": "identity",
+    "copied": "copied",
     "reward/prompt": "prompt",
     "reward/identity": "identity",
 }

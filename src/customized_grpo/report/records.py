@@ -18,7 +18,7 @@ from customized_grpo.report.svg import Array
 from customized_grpo.statistics import mean_interval
 
 Interval = tuple[float, float, float]
-SHARES = ("joint_success", "prompt_satisfied", "identity_kept")
+SHARES = ("joint_success", "prompt_satisfied", "identity_kept", "copied")
 METRICS = (*SHARES, "reward/prompt", "reward/identity")
 
 

@@ -1,4 +1,5 @@
-"""The judge: reads a picture's attributes and says whether the prompt is satisfied and the identity kept.
+"""The judge: reads a picture's attributes and says whether the prompt is satisfied, the identity kept, the reference
+copied.
 
 For evaluation only, never a reward. It knows nothing but pictures and prompts, so it judges any data folder: the
 identity to keep is what it reads off the reference.
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from customized_grpo.toybox.copying import COPIED, copy_scores
 from customized_grpo.toybox.encoders import JudgeNetwork
 from customized_grpo.toybox.language import parse
 from customized_grpo.toybox.weights import load_network, read_quality
-from customized_grpo.toybox.world import hue_distance
+from customized_grpo.toybox.world import Subjects, hue_distance
 
 HUE_TOLERANCE = 0.08
 """Both hues of a kept identity lie within this distance of the reference's, in turns (29 degrees)."""
@@ -32,15 +34,24 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`prompt_satisfied`, `identity_kept` [B] bool; `joint_success`, both at once, is what a user wants."""
+    """`prompt_satisfied`, `identity_kept` [B] bool; `joint_success`, both at once, is what a user wants.
+
+    `copy_score` [B] is the copy-paste meter: 0 as close to the reference as correct pictures are, 1 an exact copy.
+    """
 
     prompt_satisfied: Tensor
     identity_kept: Tensor
+    copy_score: Tensor
 
     @property
     def joint_success(self) -> Tensor:
         """[B] bool."""
         return self.prompt_satisfied & self.identity_kept
+
+    @property
+    def copied(self) -> Tensor:
+        """[B] bool: closer to a copy of the reference than to a correct picture."""
+        return self.copy_score > COPIED
 
 
 class Judge:
@@ -70,12 +81,14 @@ class Judge:
         pattern and both hues are the reference's.
         """
         seen, wanted = self.read(images), self.read(references)
+        requests = [parse(prompt) for prompt in prompts]
         satisfied = torch.ones(len(images), dtype=torch.bool)
-        for row, request in enumerate(map(parse, prompts)):
+        for row, request in enumerate(requests):
             for name in PROMPT_ATTRIBUTES:
                 asked = getattr(request, name)
                 satisfied[row] &= asked is None or bool(seen.attributes[name][row] == asked)
         kept = (hue_distance(seen.hues, wanted.hues) <= HUE_TOLERANCE).all(-1)
         for name in ("shape", "pattern"):
             kept &= seen.attributes[name] == wanted.attributes[name]
-        return Verdict(satisfied, kept)
+        subjects = Subjects(wanted.attributes["shape"], wanted.attributes["pattern"], wanted.hues)
+        return Verdict(satisfied, kept, copy_scores(images, requests, references, subjects))

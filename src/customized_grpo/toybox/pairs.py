@@ -40,6 +40,8 @@ class PairNoise:
     """Standard deviation of the error of each hue, in turns."""
     copy: float = 0.0
     """Chance that the target is the reference picture itself."""
+    stay: float = 0.0
+    """Chance that the target keeps the reference's background, as two pictures of one occasion do."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,15 @@ def draw_pairs(count: int, split: Split, generator: torch.Generator, noise: Pair
     target_scenes = sample_scenes(count, generator, other_than=reference_scenes.scene)
     captions = caption(subjects, target_scenes, generator)
     references, masks = render(subjects, reference_scenes)
-    targets, _ = render(*_mistaken(subjects, target_scenes, noise or PairNoise(), generator))
+    drawn_subjects, drawn_scenes = _mistaken(subjects, target_scenes, noise or PairNoise(), generator)
+    if noise is not None:
+        stays = torch.rand(count, generator=generator) < noise.stay
+        drawn_scenes = replace(
+            drawn_scenes,
+            scene=torch.where(stays, reference_scenes.scene, drawn_scenes.scene),
+            variation=torch.where(stays.unsqueeze(-1), reference_scenes.variation, drawn_scenes.variation),
+        )
+    targets, _ = render(drawn_subjects, drawn_scenes)
     if noise is not None:
         copied = torch.rand(count, generator=generator) < noise.copy
         targets = torch.where(copied.view(-1, 1, 1, 1), references, targets)

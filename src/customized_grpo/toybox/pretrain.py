@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,22 +21,27 @@ from customized_grpo.toybox.network import Generator
 from customized_grpo.toybox.pairs import Pairs, draw_pairs
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.pretraining import (
-    IDENTITY_RECIPE,
+    IDENTITY_RECIPES,
     JUDGE_RECIPE,
     PROMPT_RECIPE,
     GeneratorRecipe,
+    crop_and_jitter,
     train_clean_generator,
     train_identity_encoder,
     train_judge,
     train_noisy_generator,
     train_prompt_encoder,
 )
-from customized_grpo.toybox.weights import QUALITY, load_network, save_network
+from customized_grpo.toybox.weights import IDENTITY_ENCODERS, QUALITY, load_network, save_network
 from customized_grpo.toybox.world import hue_distance, sample_scenes
 
 CLEAN_GENERATOR = "clean_generator"
-STAGES = (CLEAN_GENERATOR, "identity_encoder", "prompt_encoder", "judge", "generator")
+STAGES = {
+    CLEAN_GENERATOR: 0, **dict.fromkeys(IDENTITY_ENCODERS, 1), "prompt_encoder": 2, "judge": 3, "generator": 4,
+}  # fmt: skip
+"""What is made, in this order, and each one's seed of ten: the identity encoders differ in their leak alone."""
 MEASURED_PAIRS = 1000
+VERDICTS = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
 NUM_STEPS, SHIFT = 10, 2.0
 
 
@@ -59,9 +65,9 @@ def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int |
     configure(threads)
     output.mkdir(parents=True, exist_ok=True)
     with display.stages() as stages:
-        for index, name in enumerate(STAGES):
+        for name, offset in STAGES.items():
             if name in made:
-                save_network(_train(name, output, 10 * seed + index, stages), output, name)
+                save_network(_train(name, output, 10 * seed + offset, stages), output, name)
     quality = measure_quality(output)
     (output / QUALITY).write_text(json.dumps(quality, indent=1), encoding="utf-8")
     for title, rows in quality.items():
@@ -75,10 +81,13 @@ def _train(name: str, output: Path, seed: int, stages: Stages) -> nn.Module:
         "generator": lambda: train_noisy_generator(
             load_network(Generator(), CLEAN_GENERATOR, output).requires_grad_(True), recipe, seed, stages.update
         ),
-        "identity_encoder": lambda: train_identity_encoder(IDENTITY_RECIPE, seed, stages.update),
         "prompt_encoder": lambda: train_prompt_encoder(PROMPT_RECIPE, seed, stages.update),
         "judge": lambda: train_judge(JUDGE_RECIPE, seed, stages.update),
     }
+    for leak, settings in IDENTITY_RECIPES.items():
+        makers[f"identity_encoder_{leak}"] = partial(
+            train_identity_encoder, settings, seed, stages.update, f"identity encoder, {leak} leak"
+        )
     return makers[name]()
 
 
@@ -107,6 +116,7 @@ def measure_quality(folder: Path, pairs: int = MEASURED_PAIRS) -> dict[str, dict
         "base": _verdict(judge, images, test),
         "chance": _verdict(judge, images[order], test),
         **_measure_encoders(folder, test, draw),
+        "copy_meter": _measure_copy_meter(judge, test, draw),
     }
 
 
@@ -121,40 +131,60 @@ def _draw(folder: Path, pairs: Pairs, draw: torch.Generator) -> Tensor:
 
 def _verdict(judge: Judge, images: Tensor, pairs: Pairs) -> dict[str, float]:
     verdict = judge.judge(images, pairs.captions, pairs.references)
-    return {name: _share(getattr(verdict, name)) for name in ("prompt_satisfied", "identity_kept", "joint_success")}
+    return {name: _share(getattr(verdict, name)) for name in VERDICTS}
 
 
 def _measure_encoders(folder: Path, pairs: Pairs, draw: torch.Generator) -> dict[str, dict[str, float]]:
     """How informative and how hackable the rewards are.
 
-    identity_encoder: AUC at telling the reference's subject in another scene from another subject in the reference's
+    identity_encoder_*: AUC at telling the reference's subject in another scene from another subject in the reference's
     scene; how often a copy of the reference, and the right subject in the reference's scene, score above a correct
     render of the prompt. prompt_encoder: how often the right caption beats one for another setting of the same
     subject.
     """
-    identity = load_network(IdentityEncoder(), "identity_encoder", folder)
     prompt = load_network(PromptEncoder(), "prompt_encoder", folder)
     order = torch.arange(len(pairs.captions)).roll(1)
-    reference = identity(pairs.references)
-    same = (reference * identity(pairs.targets)).sum(-1)
-    other = (reference * identity(render(pairs.subjects.take(order), pairs.reference_scenes)[0])).sum(-1)
-    copy = (reference * identity(pairs.references)).sum(-1)
+    other_subject = render(pairs.subjects.take(order), pairs.reference_scenes)[0]
     stayed_home = sample_scenes(len(order), draw)
     stayed_home = type(stayed_home)(
         pairs.reference_scenes.scene, stayed_home.accessory, stayed_home.position, stayed_home.variation
     )
-    home = (reference * identity(render(pairs.subjects, stayed_home)[0])).sum(-1)
+    home_picture = render(pairs.subjects, stayed_home)[0]
     image = prompt.image(pairs.targets)
     wrong = caption(pairs.subjects, sample_scenes(len(order), draw, other_than=pairs.target_scenes.scene), draw)
     right_score = (image * prompt.text(tokenize(pairs.captions))).sum(-1)
     wrong_score = (image * prompt.text(tokenize(wrong))).sum(-1)
-    return {
-        "identity_encoder": {
+    quality = {}
+    for name in IDENTITY_ENCODERS:
+        identity = load_network(IdentityEncoder(), name, folder)
+        reference = identity(pairs.references)
+        same, other, home, copy = (
+            (reference * identity(images)).sum(-1)
+            for images in (pairs.targets, other_subject, home_picture, pairs.references)
+        )
+        quality[name] = {
             "AUC same subject elsewhere against other subject here": _share(same[:, None] > other),
             "copy of the reference above a correct render": _share(copy > same),
             "subject left in the reference's scene above a correct render": _share(home > same),
-        },
+        }
+    return quality | {
         "prompt_encoder": {"right caption above a wrong one": _share(right_score > wrong_score)},
+    }
+
+
+def _measure_copy_meter(judge: Judge, pairs: Pairs, draw: torch.Generator) -> dict[str, float]:
+    """AUC of the copy score at telling copies of the reference from correct renders of the prompt.
+
+    Jittered copies are crops of 60 to 100 % of the side, half of them mirrored, with other brightness and contrast.
+    """
+
+    def scores(images: Tensor) -> Tensor:
+        return judge.judge(images, pairs.captions, pairs.references).copy_score
+
+    correct = scores(pairs.targets)
+    copies = {"exact": pairs.references, "jittered": crop_and_jitter(pairs.references, draw)}
+    return {
+        f"AUC {name} copies against correct renders": _share(scores(c)[:, None] > correct) for name, c in copies.items()
     }
 
 

@@ -29,7 +29,7 @@ POOL_STEPS = 100
 """Pairs are drawn for this many steps at a time: drawing is cheapest in bulk."""
 
 
-NOISE = PairNoise(caption=0.25, shape=0.18, pattern=0.5, hue=0.1, copy=0.12)
+NOISE = PairNoise(caption=0.15, shape=0.18, pattern=0.5, hue=0.1, copy=0.14, stay=0.28)
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,31 @@ class EncoderRecipe:
     """Share of the identity encoder's positives that show one subject in two scenes: the dial of its leak."""
 
 
-IDENTITY_RECIPE = EncoderRecipe(1200, 96, 2e-3, cross_scene=0.1)
+IDENTITY_RECIPES = {
+    "low": EncoderRecipe(1200, 96, 2e-3, cross_scene=0.5),
+    "medium": EncoderRecipe(1200, 96, 2e-3, cross_scene=0.03),
+    "high": EncoderRecipe(1200, 96, 2e-3, cross_scene=0.0),
+}
+"""By leak. DINO stands somewhere in between."""
 PROMPT_RECIPE = EncoderRecipe(1200, 96, 2e-3)
 JUDGE_RECIPE = EncoderRecipe(1500, 64, 3e-3)
 MAX_JUDGE_NOISE = 0.12
 """The judge sees pictures with up to this much Gaussian noise, so that a generator's blemishes do not blind it."""
 
 
-def train_identity_encoder(recipe: EncoderRecipe, seed: int, progress: Progress) -> IdentityEncoder:
+def train_identity_encoder(
+    recipe: EncoderRecipe, seed: int, progress: Progress, stage: str = "identity encoder"
+) -> IdentityEncoder:
     """Self-supervised: two crops of one picture belong together (SimCLR, arXiv 2002.05709); some pairs cross scenes."""
 
     def loss(encoder: IdentityEncoder, pairs: Pairs, draw: torch.Generator) -> Tensor:
         across = torch.rand(len(pairs.captions), 1, 1, 1, generator=draw) < recipe.cross_scene
         second = torch.where(across, pairs.references, pairs.targets)
         return _info_nce(
-            encoder(_crop_and_jitter(pairs.targets, draw)), encoder(_crop_and_jitter(second, draw)), recipe.temperature
+            encoder(crop_and_jitter(pairs.targets, draw)), encoder(crop_and_jitter(second, draw)), recipe.temperature
         )
 
-    return _train_encoder(IdentityEncoder, loss, recipe, seed, _named(progress, "identity encoder"))
+    return _train_encoder(IdentityEncoder, loss, recipe, seed, _named(progress, stage))
 
 
 def train_prompt_encoder(recipe: EncoderRecipe, seed: int, progress: Progress) -> PromptEncoder:
@@ -150,9 +157,9 @@ def _info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-def _crop_and_jitter(images: Tensor, draw: torch.Generator) -> Tensor:
-    """A random crop of 60 to 100 % of the side, resized back, half of them mirrored, with brightness and contrast
-    jitter."""
+def crop_and_jitter(images: Tensor, draw: torch.Generator) -> Tensor:
+    """Images [B, 3, H, W] in [0, 1], each a random crop of 60 to 100 % of its side, resized back, half of them
+    mirrored, with brightness and contrast jitter."""
     count = len(images)
     side, x, y, flip, gain, lift = torch.rand(6, count, generator=draw)
     scale = 0.6 + 0.4 * side

@@ -37,8 +37,10 @@ class PromptReward:
 class IdentityReward:
     """Cosine of the image with its reference, in [-1, 1], as DINO's is used."""
 
-    def __init__(self, reference: Literal["whole", "segmented"] = "whole", weights: Path | None = None) -> None:
-        self._encoder = load_network(IdentityEncoder(), "identity_encoder", weights)
+    def __init__(
+        self, reference: Literal["whole", "segmented"] = "whole", weights: Path | None = None, leak: str = "medium"
+    ) -> None:
+        self._encoder = load_network(IdentityEncoder(), f"identity_encoder_{leak}", weights)
         self._segmented = reference == "segmented"
 
     @torch.no_grad()

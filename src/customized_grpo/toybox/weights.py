@@ -14,7 +14,9 @@ from torch import nn
 from customized_grpo.errors import UserError
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
-NAMES = ("generator", "identity_encoder", "prompt_encoder", "judge")
+LEAKS = ("low", "medium", "high")
+IDENTITY_ENCODERS = tuple(f"identity_encoder_{leak}" for leak in LEAKS)
+NAMES = ("generator", *IDENTITY_ENCODERS, "prompt_encoder", "judge")
 QUALITY = "quality.json"
 
 

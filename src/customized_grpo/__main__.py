@@ -1,0 +1,5 @@
+"""`python -m customized_grpo`: the command line."""
+
+from customized_grpo.cli import main
+
+main()

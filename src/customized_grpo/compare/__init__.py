@@ -1,0 +1,1 @@
+"""Compares presets of the same pipeline over seeds: the grid of runs, its numbers, figures and page."""

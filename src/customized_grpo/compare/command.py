@@ -1,0 +1,64 @@
+"""`customized-grpo compare` and `customized-grpo figures`: the grid, then the table, the figures and the page."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from customized_grpo.compare.config import CompareConfig
+from customized_grpo.compare.figures import write_figures
+from customized_grpo.compare.grid import cells_of, check_grid, label, run_grid
+from customized_grpo.compare.page import write_page
+from customized_grpo.compare.results import Cell, read_csv, read_results, write_csv
+from customized_grpo.display import Display
+from customized_grpo.errors import UserError
+
+CSV = "comparison.csv"
+
+
+class GridError(Exception):
+    """Some runs of a grid failed; the others are done and the page is written."""
+
+
+def compare(config: CompareConfig, display: Display, *, report_only: bool = False) -> Path:
+    """Run the grid as far as it is not done, and write comparison.html, comparison.csv and the figures.
+
+    `report_only` runs nothing and writes them of whatever is done. Returns the page's path. Raises `UserError` on bad
+    input, before any work, and `GridError` in the end where runs failed.
+    """
+    cells = cells_of(config)
+    check_grid(config, cells)
+    failures = {} if report_only else run_grid(config, cells, display)
+    if not any(cell.finished for cell in cells):
+        if failures:
+            raise GridError(_told(failures))
+        raise UserError(f"output: no run in {config.output} is finished, so there is nothing to report")
+    page = write_results(config, cells, failures)
+    if failures:
+        raise GridError(f"{_told(failures)}\nThe page shows what is done: {page}")
+    return page
+
+
+def write_results(config: CompareConfig, cells: list[Cell], failures: Mapping[Cell, str]) -> Path:
+    """Write the table, the figures and the page of the finished runs; returns the page's path."""
+    results = read_results(cells, with_base=True)
+    order = list(config.presets)
+    write_csv(config.output / CSV, results)
+    write_figures(results, config.output / "figures", order)
+    settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_page(
+        results, cells, config.output, title=config.title, settings_text=settings,
+        failures={label(cell): reason for cell, reason in failures.items()},
+    )  # fmt: skip
+
+
+def figures(csv: Path, output: Path) -> Path:
+    """Draw the figures of a comparison.csv into the folder `output`. Raises `UserError` where it cannot be read."""
+    results = read_csv(csv)
+    write_figures(results, output, list(dict.fromkeys(result.preset for result in results)))
+    return output
+
+
+def _told(failures: Mapping[Cell, str]) -> str:
+    reasons = "\n".join(f"  {label(cell)}: {reason}" for cell, reason in failures.items())
+    return f"{len(failures)} runs failed:\n{reasons}\nMend the cause and run compare again: finished runs are kept"

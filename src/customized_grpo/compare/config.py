@@ -1,0 +1,96 @@
+"""Settings of a comparison, and the training runs they stand for."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from customized_grpo.compare.presets import BASE, CALIBRATED, HINGE, PRESETS
+from customized_grpo.config import Config, Section
+from customized_grpo.errors import UserError
+from customized_grpo.messages import worded
+
+REFERENCE = "naive-1:1"
+
+
+class CompareConfig(Section):
+    """A grid of training runs: presets x seeds, once for each of `settings`."""
+
+    output: Path = Path("runs/compare")
+    """Folder of the grid; a grid already begun there goes on."""
+    title: str = "Customized-GRPO against its parts and its rivals"
+    """Headline of the page."""
+    presets: dict[str, int] = Field(default_factory=lambda: {BASE: 3} | dict.fromkeys(PRESETS, 3))
+    """Seeds of each preset: 3 means seeds 0, 1, 2."""
+    settings: dict[str, dict[str, Any]] = Field(default_factory=lambda: dict[str, dict[str, Any]]({"": {}}))
+    """Named variations of `train`, each crossed with all presets: {name: {rewards: {identity_leak: low}}}."""
+    intervals: bool = True
+    """State 95 % intervals over seeds, which takes two seeds of every preset; false allows a single one."""
+    hinge_thresholds: tuple[float | None, float | None] | None = None
+    """Of preset 'hinge': (prompt, identity) rewards count only up to these; null for no limit."""
+    calibration_prompts: int = Field(48, ge=2)
+    """Prompts on which the time weights of 'customized-calibrated' are measured."""
+    jobs: int = Field(1, ge=1)
+    """Runs at once, each a process with its share of the cores."""
+    train: Config = Config()
+    """What all runs share: the fields of `customized-grpo train`."""
+
+    @model_validator(mode="after")
+    def _checked(self) -> "CompareConfig":
+        for name, seeds in self.presets.items():
+            if name != BASE and name not in PRESETS:
+                raise ValueError(f"presets: unknown preset '{name}'; choose among {', '.join([BASE, *PRESETS])}")
+            if seeds < 1:
+                raise ValueError(f"presets: '{name}' has {seeds} seeds; expected 1 or more, or leave it out")
+            if self.intervals and seeds < 2:
+                raise ValueError(
+                    f"presets: '{name}' has 1 seed, and an interval over seeds takes at least 2; give it more, "
+                    "or set intervals to false"
+                )
+        if not set(self.presets) - {BASE}:
+            raise ValueError(f"presets: nothing to train; add some of {', '.join(PRESETS)}")
+        if HINGE in self.presets and self.hinge_thresholds is None:
+            raise ValueError("hinge_thresholds: preset 'hinge' needs them; give [prompt, identity], null for no limit")
+        if self.train.data.test is None:
+            raise ValueError("train.data.test: presets are compared on test data; name its folder")
+        if not self.settings:
+            raise ValueError('settings: empty; leave it out, or write {"": {}} for a single variation')
+        return self
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """Seeds by preset, of those that are trained."""
+        return {name: seeds for name, seeds in self.presets.items() if name != BASE}
+
+
+def run_settings(
+    config: CompareConfig, setting: str, preset: str | None, seed: int, table: list[list[float]] | None = None
+) -> dict[str, Any]:
+    """The settings of one run (of none of the presets, if None), as the tree that `train --config` reads.
+
+    `table` holds the calibrated time weights. Raises `UserError` where the parts do not make a valid configuration.
+    """
+    tree = config.train.model_dump(mode="json")
+    tree = _merged(tree, config.settings[setting])
+    if preset is not None:
+        tree = _merged(tree, PRESETS[preset])
+    if preset == HINGE:
+        tree = _merged(tree, {"advantages": {"thresholds": list(config.hinge_thresholds or ())}})
+    if preset == CALIBRATED:
+        # Before the calibration is measured, any table of the right length stands for it.
+        table = table or [list(config.train.advantages.constant)] * config.train.rollout.num_steps
+        tree = _merged(tree, {"advantages": {"table": table}})
+    tree["seed"] = seed
+    try:
+        return Config.model_validate(tree).model_dump(mode="json")
+    except ValidationError as error:
+        where = f"settings '{setting}', preset '{preset}'" if setting else f"preset '{preset}'"
+        raise UserError(f"{where}: " + "; ".join(worded(each) for each in error.errors())) from error
+
+
+def _merged(tree: dict[str, Any], changes: Any) -> dict[str, Any]:
+    merged = dict(tree)
+    for name, value in changes.items():
+        old = merged.get(name)
+        merged[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged

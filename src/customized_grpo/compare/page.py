@@ -1,0 +1,280 @@
+"""`comparison.html`: one self-contained page about a grid of runs, no scripts in it and nothing from elsewhere."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from customized_grpo.compare import style
+from customized_grpo.compare.figures import draw_svgs
+from customized_grpo.compare.presets import BASE
+from customized_grpo.compare.results import (
+    REFERENCE,
+    Cell,
+    Interval,
+    Result,
+    Row,
+    presets_in,
+    read_records,
+    select,
+    settings_in,
+    summarise,
+)
+from customized_grpo.compare.style import OURS
+from customized_grpo.report.formats import duration, percent, points, reward
+from customized_grpo.report.page import SECRET
+from customized_grpo.report.records import data_uri
+
+COLUMNS = (
+    ("joint_success", "Joint success", "joint"),
+    ("prompt_satisfied", "Prompt satisfied", "prompt"),
+    ("identity_kept", "Identity kept", "identity"),
+    ("copied", "Copy-paste rate", "plain"),
+    ("reward/prompt", "Prompt reward", "prompt"),
+    ("reward/identity", "Identity reward", "identity"),
+    ("conflict_rate", "Conflict rate", "plain"),
+    ("seconds", "Training time", "plain"),
+)
+"""Metric, heading, colour class."""
+FIGURES = {
+    "settings": (
+        "Where it helps",
+        f"The same presets under every setting, and the paired gain of {OURS} over {REFERENCE} in joint success.",
+    ),
+    "joint": (
+        "Joint success",
+        "Large dots are means over seeds, bars their 95\u202f% intervals, small dots the seeds themselves; the dashed "
+        "line is the policy before any training.",
+    ),
+    "plane": (
+        "The prompt\u2013identity plane",
+        "Every preset at the end of training, with the 95\u202f% intervals of both means. Up and to the right is "
+        "better; hollow is the policy before any training.",
+    ),
+    "curves": (
+        "The course of training",
+        "Validations during training: means over seeds, their 95\u202f% intervals shaded. Above what the judge says, "
+        "below the rewards that were trained on.",
+    ),
+    "signals": (
+        "Do the rewards pull apart?",
+        "Rollouts by the signs of their two advantages, in the first and the last fifth of training, under the paper's "
+        "distribution. In conflict, one reward asks for more of a picture and the other for less.",
+    ),
+}
+"""By name, in the order of the page: heading and caption."""
+COLOURS = {
+    getattr(style, name): f"var(--{name.lower()})"
+    for name in ("PAPER", "INK", "MUTED", "RULE", "AXIS", "PROMPT", "IDENTITY", "CONFLICT", "BAD")
+}
+GALLERY_ROWS = 12
+
+
+def write_page(
+    results: Sequence[Result],
+    cells: Sequence[Cell],
+    folder: Path,
+    *,
+    title: str,
+    settings_text: str,
+    failures: Mapping[str, str],
+    state: str = "",
+) -> Path:
+    """Write `comparison.html` into the grid's folder and return its path.
+
+    `cells`: all runs that were asked for; pictures come from the finished ones, and presets are in their order.
+    `failures`: reason by name of run. `state`: a line on how far the grid is, beside the count of runs. Raises
+    UserError where an evaluation with pictures to show cannot be read.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(percent=percent, points=points)
+    content = page_content(results, cells) | {
+        "title": title,
+        "state": state,
+        "failures": failures,
+        "config": SECRET.sub(r"\1(not shown)", settings_text),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path, unfinished = folder / "comparison.html", folder / "comparison.html.part"
+    unfinished.write_text(environment.get_template("template.html.j2").render(content), encoding="utf-8")
+    os.replace(unfinished, path)
+    return path
+
+
+def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, Any]:
+    """What the template shows of the results, by name."""
+    order = list(dict.fromkeys(cell.preset for cell in cells))
+    rows = summarise(results, order=order)
+    columns = [column for column in COLUMNS if any(column[0] in row.means for row in rows)]
+    drawn = draw_svgs(results, order)
+    return {
+        "done": sum(cell.finished for cell in cells),
+        "asked": len(cells),
+        "facts": facts(results),
+        "headlines": headlines(results, rows),
+        "reference": REFERENCE,
+        "ours": OURS,
+        "columns": columns,
+        "groups": grouped(rows, [table_row(row, columns) for row in rows]),
+        "differences": grouped(
+            [row for row in rows if row.differences],
+            [difference_row(row, columns) for row in rows if row.differences],
+        ),
+        "pairs": int(max((r.values.get("pairs", 0) for r in results), default=0)),
+        "figures": [
+            (name, heading, caption, inline_svg(name, drawn[name], heading))
+            for name, (heading, caption) in FIGURES.items()
+            if name in drawn
+        ],
+        "galleries": [shown for setting in settings_in(results) if (shown := gallery(cells, setting, order))],
+    }
+
+
+def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """What was compared, as label and value."""
+    trained = [r for r in results if r.preset != BASE]
+    counts = [len(select(trained, s, p)) for s in settings_in(trained) for p in presets_in(trained)]
+    found = [("Presets", str(len(presets_in(trained))))]
+    if len(settings_in(trained)) > 1:
+        found.append(("Settings", ", ".join(settings_in(trained))))
+    found.append(("Finished runs", str(len(trained))))
+    found.append(("Seeds of a preset", _span(count for count in counts if count)))
+    found.append(("Test pairs", _span(int(r.values["pairs"]) for r in results if "pairs" in r.values)))
+    found.append(("Iterations", _span(int(r.values["iterations"]) for r in trained if "iterations" in r.values)))
+    seconds = sum(r.values.get("seconds", 0.0) for r in trained)
+    return [*found, *([("Training in all", duration(seconds))] if seconds else [])]
+
+
+def headlines(results: Sequence[Result], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """By setting: the paired difference in joint success of `customized` to the reference, where there is one."""
+    found = []
+    for row in rows:
+        if row.preset != OURS or "joint_success" not in row.differences:
+            continue
+        both = [select(results, row.setting, preset) for preset in (REFERENCE, OURS)]
+        before, after = (np.mean([side[seed].values["joint_success"] for seed in row.shared]) for side in both)
+        difference = row.differences["joint_success"]
+        found.append(
+            {
+                "setting": row.setting,
+                "before": float(before),
+                "after": float(after),
+                "difference": difference,
+                "seeds": len(row.shared),
+                "verb": verb(difference),
+            }
+        )
+    return found
+
+
+def verb(difference: Interval) -> str:
+    """What a 95 % interval says of a difference."""
+    _, low, high = difference
+    if low > 0:
+        return "rose"
+    return "fell" if high < 0 else "did not differ measurably"
+
+
+def grouped(rows: Sequence[Row], shown: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The rows of a table by setting."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row, cells in zip(rows, shown, strict=True):
+        groups.setdefault(row.setting, []).append(cells)
+    return list(groups.items())
+
+
+def table_row(row: Row, columns: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Means and intervals as text; an unknown one is a dash."""
+    cells = []
+    for metric, _, hue in columns:
+        mean, low, high = row.means.get(metric, (math.nan,) * 3)
+        bounds = f"{_text(metric, low)} to {_text(metric, high)}" if math.isfinite(low) else ""
+        cells.append({"hue": hue, "mean": _text(metric, mean), "bounds": bounds, "apart": None})
+    return {"preset": row.preset, "seeds": len(row.seeds), "cells": cells}
+
+
+def difference_row(row: Row, columns: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    """Differences to the reference as text, `apart` where the interval leaves out 0."""
+    cells = []
+    for metric, _, hue in columns:
+        mean, low, high = row.differences.get(metric, (math.nan,) * 3)
+        bounds = f"{_change(metric, low)} to {_change(metric, high)}" if math.isfinite(low) else ""
+        cells.append({"hue": hue, "mean": _change(metric, mean), "bounds": bounds, "apart": low > 0 or high < 0})
+    return {"preset": row.preset, "seeds": len(row.shared), "cells": cells}
+
+
+def gallery(cells: Sequence[Cell], setting: str, order: Sequence[str]) -> dict[str, Any] | None:
+    """The first pairs under every preset, for the lowest seed that all presets have, or else most of them."""
+    finished = {(cell.seed, cell.preset): cell for cell in cells if cell.setting == setting and cell.finished}
+    presets = [name for name in order if any(preset == name for _, preset in finished)]
+    if not presets:
+        return None
+    seeds = sorted({seed for seed, _ in finished})
+    seed = max(seeds, key=lambda seed: (sum((seed, name) in finished for name in presets), -seed))
+    runs = {name: finished[seed, name] for name in presets if (seed, name) in finished}
+    any_run = next(iter(runs.values()))
+    shown = [("reference", any_run, "reference"), (BASE, any_run, BASE)]
+    shown += [(name, runs[name], "tuned") for name in presets if name in runs]
+    records = {name: read_records(run.folder, side) for name, run, side in shown if side != "reference"}
+    lines = []
+    for key, pair in list(records[BASE].items())[:GALLERY_ROWS]:
+        shots = []
+        for name, run, side in shown:
+            images = run.folder / "evaluation" / "images"
+            verdict = records.get(name, {}).get(key, {})
+            shots.append({"name": name, "uri": data_uri(images / f"{key}_{side}.png", images), **_verdict(verdict)})
+        if any(shot["uri"] for shot in shots):
+            lines.append({"prompt": pair.get("prompt", ""), "shots": shots})
+    missing = [name for name in presets if name not in runs]
+    columns = [name for name, _, _ in shown]
+    return {"setting": setting, "seed": seed, "columns": columns, "lines": lines, "missing": missing} if lines else None
+
+
+def inline_svg(name: str, svg: str, label: str) -> Markup:
+    """A figure as an element of the page: with its colours, and ids of its own."""
+    drawing = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    box = re.search(r'viewBox="[\d. ]+"', drawing)
+    head = f'<svg class="chart" role="img" aria-label="{label}" {box[0] if box else ""}>'
+    drawing = re.sub(r"<svg\b[^>]*>", head, drawing, count=1)
+    drawing = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", drawing)
+    drawing = re.sub(r": (#[0-9a-f]{6})", lambda found: f": {COLOURS.get(found[1], found[1])}", drawing)
+    return Markup(drawing)
+
+
+def _verdict(record: Mapping[str, Any]) -> dict[str, Any]:
+    judged = (("prompt", record.get("prompt_satisfied")), ("identity", record.get("identity_kept")))
+    ticks = [(hue, bool(passed)) for hue, passed in judged if passed is not None]
+    return {"ticks": ticks, "joint": bool(record.get("joint_success")), "copied": bool(record.get("copied"))}
+
+
+def _text(metric: str, value: float) -> str:
+    if not math.isfinite(value) or metric.startswith("reward"):
+        return reward(value)
+    return duration(value) if metric == "seconds" else percent(value)
+
+
+def _change(metric: str, value: float) -> str:
+    if not math.isfinite(value) or metric.startswith("reward"):
+        return reward(value, signed=True)
+    if metric == "seconds":
+        return ("+" if value >= 0 else "\u2212") + duration(abs(value))
+    return points(value)
+
+
+def _span(numbers: Iterable[int]) -> str:
+    found = sorted(set(numbers))
+    if not found:
+        return "\u2013"
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"

@@ -1,0 +1,44 @@
+"""The presets of a comparison: each is a few settings over one and the same pipeline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+Settings = Mapping[str, Any]
+
+BASE = "base"
+"""The untuned generator: evaluated by every run, trained by none."""
+CALIBRATED = "customized-calibrated"
+HINGE = "hinge"
+
+
+def _advantages(**settings: Any) -> Settings:
+    return {"advantages": settings}
+
+
+def _naive(prompt: float, identity: float, **settings: Any) -> Settings:
+    return _advantages(shape="none", weights="constant", constant=[prompt, identity], **settings)
+
+
+def _one_signal(shape: str) -> Settings:
+    return _advantages(shape=shape, weights="constant", constant=[0.5, 0.5])
+
+
+PRESETS: dict[str, Settings] = {
+    "naive-1:1": _naive(0.5, 0.5),
+    "naive-1:1.5": _naive(0.4, 0.6),
+    "sars": _advantages(shape="sars", weights="constant", constant=[0.5, 0.5]),
+    "tdw": _advantages(shape="none", weights="tdw"),
+    "customized": _advantages(shape="sars", weights="tdw"),
+    "customized-published": _advantages(shape="sars", weights="tdw", lookup="counter"),
+    CALIBRATED: _advantages(shape="sars", weights="table"),
+    "min": _one_signal("min"),
+    "max": _one_signal("max"),
+    "harmonic": _one_signal("harmonic"),
+    "product": _one_signal("product"),
+    "gdpo": _naive(0.5, 0.5, normalise="group_then_batch"),
+    HINGE: _naive(0.5, 0.5),
+}
+"""By name, in the order of tables. naive: a fixed weighted sum, prompt:identity 1:1 or 1:1.5; customized: the paper's
+method, SARS and TDW; -published: with the published code's lookup of TDW by the loop counter; -calibrated: with the
+time weights that `diagnose` measures, in place of TDW's; gdpo: arXiv 2601.05242; hinge: naive 1:1, but each reward
+counts only up to `hinge_thresholds`."""

@@ -1,0 +1,236 @@
+"""`customized-grpo diagnose`: measure, write down, say what was found."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.table import Table
+
+from customized_grpo import build
+from customized_grpo.algorithm import constant_weights, time_weights
+from customized_grpo.config import Config
+from customized_grpo.diagnosis.figure import write_figure
+from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
+from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
+from customized_grpo.display import Display
+from customized_grpo.errors import UserError
+from customized_grpo.run import load_run_config
+from customized_grpo.runtime import configure, resolve_precision
+from customized_grpo.statistics import t_interval
+from customized_grpo.trainer import REWARD_NAMES
+
+RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
+WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS)
+"""What the command writes into its folder, and all that it replaces."""
+
+Record = dict[str, Any]
+
+
+def diagnose(
+    config: Config | None,
+    output: Path,
+    display: Display,
+    *,
+    run: Path | None = None,
+    prompts: int = 24,
+    group_size: int = 12,
+    batches: int = 8,
+) -> Path:
+    """Measure conflicting gradients and temporal dynamics of the generator that `config` starts from, or of the tuned
+    one of `run`, on the training data; write `WRITTEN` into `output` and return the path of the record.
+
+    `prompts` and `group_size` are of the sensitivity, `batches` of the gradients; all are at least 2. Raises
+    `UserError` on bad input, before any work, and where a reward does not vary at all; `TrainingError` when too many
+    rewards failed.
+    """
+    config = _check(config, run, output, {"prompts": prompts, "group_size": group_size, "batches": batches})
+    configure(config.threads)
+    policy = build.build_policy(config.policy, config.seed)
+    if run is not None:
+        policy.load_adapter(run / "adapter")
+    dataset = build.open_dataset(config.data.path, config, policy)
+    if prompts > len(dataset):
+        raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
+    rewards = build.build_rewards(config)
+    with display.stages() as stages:
+        sensitivity = measure(
+            config, policy, rewards, dataset, prompts=prompts, group_size=group_size,
+            on_progress=lambda done, of: stages.update("sensitivity", done, of),
+        )  # fmt: skip
+        weights = calibrated_weights(sensitivity.shares(), config.advantages.constant)
+        conflict = measure_conflict(
+            config, policy, rewards, dataset, batches=batches,
+            on_progress=lambda done, of: stages.update("gradients", done, of),
+        )  # fmt: skip
+    counts = {"prompts": prompts, "group_size": group_size, "batches": batches}
+    record: Record = {
+        "settings": _settings(config, run) | counts,
+        "sigmas": policy.sigmas(config.rollout.num_steps, config.rollout.shift).tolist(),
+        **make_record(conflict, sensitivity),
+        "weights": _weight_tables(config, weights),
+        "findings": find(conflict, sensitivity),
+    }
+    measured = f"{record['settings']['generator']}, {prompts} prompts of {config.data.path}, groups of {group_size}"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RECORD).write_text(json.dumps(_clean(record), indent=1) + "\n", encoding="utf-8")
+    (output / WEIGHTS).write_text(weights_yaml(weights, measured), encoding="utf-8")
+    write_figure(_clean(record), output / FIGURE)
+    _show(record, display)
+    return output / RECORD
+
+
+def weights_yaml(table: npt.NDArray[np.float64], measured: str) -> str:
+    """A configuration file that makes `train` use the time weights `table` [T, 2]; `measured` says of what."""
+    rows = "".join(f"    - [{prompt:.6f}, {identity:.6f}]\n" for prompt, identity in table)
+    return (
+        "# Calibrated time weights: each reward is weighted at a denoising step in proportion to its share of the\n"
+        "# sensitivity measured there; over the trainable steps the mean is that of the constant weights.\n"
+        f"# Measured on: {' '.join(measured.split())}\n"
+        "# Use: customized-grpo train --config YOUR.yaml --config weights.yaml\n"
+        f"# One row (prompt, identity) a step, noisiest first: rollout.num_steps must be {len(table)}.\n"
+        f"advantages:\n  weights: table\n  table:\n{rows}"
+    )
+
+
+def make_record(conflict: GradientConflict, sensitivity: Sensitivity) -> Record:
+    """Everything measured, as the "gradients" and "sensitivity" of the JSON record."""
+    means, shares = sensitivity.intervals(), sensitivity.share_intervals()
+    curves: Record = {
+        name: {
+            "variance": [_interval(row) for row in means[:, k]],
+            "std": np.sqrt(sensitivity.means()[:, k]).tolist(),
+            "share": [_interval(row) for row in shares[:, k]],
+            "centre": float(sensitivity.centres()[k]),
+            "by_prompt": sensitivity.variances[..., k].tolist(),
+        }
+        for k, name in enumerate(REWARD_NAMES)
+    }
+    gradients = {
+        "cosine": [_interval(t_interval(column)) for column in conflict.cosines.T],
+        "norm": {
+            name: [_interval(t_interval(column)) for column in conflict.norms[..., k].T]
+            for k, name in enumerate(REWARD_NAMES)
+        },
+        "whole": {
+            "cosine": _interval(t_interval(conflict.whole_cosines)),
+            "norm": {name: _interval(t_interval(conflict.whole_norms[:, k])) for k, name in enumerate(REWARD_NAMES)},
+        },
+        "advantage_cosine": _interval(t_interval(conflict.advantage_cosines)),
+        "by_batch": conflict.cosines.tolist(),
+    }
+    curves["centre_difference"] = _interval(sensitivity.centre_difference())
+    return {"gradients": gradients, "sensitivity": curves}
+
+
+def find(conflict: GradientConflict, sensitivity: Sensitivity) -> list[str]:
+    """What the measurements say, one sentence each."""
+    mean, low, high = t_interval(conflict.whole_cosines)
+    verdict = "the rewards pull against each other" if high < 0 else "the rewards pull together"
+    if not (high < 0 or low > 0):
+        verdict = "no direction is shown"
+    alone = t_interval(conflict.advantage_cosines)[0]
+    by_step = [t_interval(column) for column in conflict.cosines.T]
+    against = [str(i) for i, (_, _, top) in enumerate(by_step) if top < 0]
+    steps = sensitivity.variances.shape[1]
+    halves = [int(np.searchsorted(np.cumsum(column), 0.5)) + 1 for column in sensitivity.shares().T]
+    centres, gap = sensitivity.centres(), sensitivity.centre_difference()
+    order = (
+        "earlier than" if gap[1] > 0 else "later than" if gap[2] < 0 else "no earlier or later, as far as shown, than"
+    )
+    return [
+        f"The gradients of the two rewards over all steps have cosine {_range((mean, low, high))}: {verdict}. "
+        f"Their advantages alone have {_signed(alone)}.",
+        f"Step by step, they oppose each other at {'step ' + ', '.join(against) if against else 'no step'} "
+        f"(of {steps}; the interval lies below zero).",
+        f"Half of the prompt reward's sensitivity lies in the first {halves[0]} of {steps} trainable steps, half of "
+        f"the identity reward's in the first {halves[1]}.",
+        f"The prompt reward is decided {order} the identity reward: the centres are at step {centres[0]:.1f} and "
+        f"{centres[1]:.1f}, {_range(gap, 1)} steps.",
+    ]
+
+
+def _check(config: Config | None, run: Path | None, output: Path, counts: Mapping[str, int]) -> Config:
+    """The configuration to measure, its precision resolved. Raises `UserError` for what the command cannot take."""
+    for name, count in counts.items():
+        if count < 2:
+            raise UserError(f"--{name}: at least 2 are needed for a variance or an interval, found {count}")
+    if (config is None) == (run is None):
+        raise UserError("diagnose measures a finished run (--run) or a configuration (--config): give one of the two")
+    _check_output(output)
+    config = config or load_run_config(run or Path())
+    precision = resolve_precision(config.policy.precision)
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"precision": precision})})
+
+
+def _settings(config: Config, run: Path | None) -> Record:
+    parts = config.model_dump(mode="json", include={"seed", "policy", "data", "rewards", "rollout"})
+    generator = "the generator as configured" if run is None else f"the generator tuned by {run}"
+    return {"generator": generator, **parts, "constant": list(config.advantages.constant)}
+
+
+def _weight_tables(config: Config, calibrated: npt.NDArray[np.float64]) -> Record:
+    settings, steps = config.advantages, config.rollout.num_steps
+    return {
+        "calibrated": calibrated.tolist(),
+        "tdw": time_weights(steps, **settings.tdw.model_dump()).tolist(),
+        "constant": constant_weights(steps, settings.constant).tolist(),
+    }
+
+
+def _show(record: Mapping[str, Any], display: Display) -> None:
+    gradients, curves, weights = record["gradients"], record["sensitivity"], record["weights"]["calibrated"]
+    table = Table(title="by denoising step, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("step", "gradient cosine", "prompt share", "identity share", "weights"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for i, cosine in enumerate(gradients["cosine"]):
+        shares = (_percent(curves[name]["share"][i]) for name in REWARD_NAMES)
+        angle = _range((cosine["mean"], cosine["low"], cosine["high"]))
+        prompt, identity = weights[i]
+        table.add_row(str(i), angle, *shares, f"{prompt:.2f} {identity:.2f}")
+    display.console.print(table)
+    for finding in record["findings"]:
+        display.note(finding)
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--out: {output} is a file; name a folder")
+    others = sorted(path.name for path in output.iterdir() if path.name not in WRITTEN) if output.is_dir() else []
+    if others:
+        raise UserError(
+            f"--out: the folder {output} holds other files than a diagnosis ({', '.join(others[:3])}"
+            f"{', ...' if len(others) > 3 else ''}); name another folder"
+        )
+
+
+def _interval(values: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float]:
+    mean, low, high = (float(value) for value in values)
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _clean(value: Any) -> Any:
+    """`value` with None for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _clean(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_clean(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def _range(interval: tuple[float, float, float], digits: int = 2) -> str:
+    mean, low, high = (_signed(value, digits) for value in interval)
+    return f"{mean} ({low} to {high})"
+
+
+def _percent(share: Mapping[str, float]) -> str:
+    mean, low, high = (f"{share[key]:.0%}" for key in ("mean", "low", "high"))
+    return f"{mean} ({low.rstrip('%')}–{high.rstrip('%')})"

@@ -1,0 +1,187 @@
+"""Temporal dynamics: how much of each reward's variance comes from the noise of each denoising step.
+
+Branch a group at step i: one initial noise and one deterministic path up to i, a stochastic step at i with noise of
+each sample's own, a deterministic path after it. The spread of a reward within the group is what step i decides.
+
+Shape legend: P prompts, G samples of a group, S = T - 1 trainable steps, R = 2 rewards (prompt, identity).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from customized_grpo.config import Config
+from customized_grpo.data import SubjectDataset
+from customized_grpo.diagnosis.gradients import FRESH_NOISE, OnProgress, Ticks, silent
+from customized_grpo.errors import UserError
+from customized_grpo.policies import ConditionT, Policy
+from customized_grpo.rewards import Reward, Task
+from customized_grpo.rollout import Plan, sample_groups
+from customized_grpo.statistics import t_interval
+from customized_grpo.trainer import REWARD_NAMES, Trainer
+
+RESAMPLES = 2000
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """`variances` [P, S, R]: of each reward within the group branched at a step, NaN where fewer than two samples
+    have a valid reward. `seed` draws the bootstrap's resamples of prompts."""
+
+    variances: Array
+    seed: int = 0
+
+    def means(self) -> Array:
+        """Mean variance over prompts [S, R]."""
+        return self._resampled_means(np.ones((1, len(self.variances))))[0]
+
+    def intervals(self) -> Array:
+        """Mean variance over prompts and its 95 % Student's t interval [S, R, 3]: mean, low, high."""
+        _, steps, rewards = self.variances.shape
+        samples = self.variances.reshape(-1, steps * rewards).T
+        return np.array([t_interval(row) for row in samples]).reshape(steps, rewards, 3)
+
+    def shares(self) -> Array:
+        """Share of each step in a reward's sensitivity [S, R]: columns sum to 1, NaN for a reward without variance."""
+        return _shares(self.means())
+
+    def share_intervals(self) -> Array:
+        """Shares with their 95 % percentile bootstrap over prompts [S, R, 3]: share, low, high."""
+        low, high = _percentiles(_shares(self._bootstrap_means()))
+        return np.stack([self.shares(), low, high], axis=-1)
+
+    def centres(self) -> Array:
+        """Centre of mass of each reward's sensitivity [R], in steps from 0, the noisiest."""
+        return _centres(self.shares())
+
+    def centre_difference(self) -> tuple[float, float, float]:
+        """How many steps the identity reward's centre lies after the prompt reward's (mean, low, high): 95 %
+        percentile bootstrap over prompts, the same prompts for both."""
+        centres = _centres(_shares(self._bootstrap_means()))
+        low, high = _percentiles(centres[..., 1] - centres[..., 0])
+        prompt, identity = self.centres()
+        return float(identity - prompt), float(low), float(high)
+
+    def _bootstrap_means(self) -> Array:
+        prompts = len(self.variances)
+        draws = np.random.default_rng(self.seed).multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)
+        return self._resampled_means(draws.astype(np.float64))
+
+    def _resampled_means(self, counts: Array) -> Array:
+        """Means [*, S, R] over prompts taken `counts` [*, P] times, NaNs left out."""
+        known = np.isfinite(self.variances)
+        sums = np.tensordot(counts, np.where(known, self.variances, 0.0), axes=1)
+        with np.errstate(invalid="ignore"):
+            means: Array = sums / np.tensordot(counts, known.astype(np.float64), axes=1)
+        return means
+
+
+def measure(
+    config: Config,
+    policy: Policy[ConditionT],
+    rewards: Sequence[Reward],
+    dataset: SubjectDataset,
+    *,
+    prompts: int = 24,
+    group_size: int = 12,
+    on_progress: OnProgress = silent,
+) -> Sensitivity:
+    """Branch a group of `group_size` images at each of the T - 1 trainable steps, for the first `prompts` that
+    training would draw.
+
+    The sampler (steps, shift, kind of SDE, eta) is that of `config`; the initial noise is shared whatever it says,
+    since only the noise of steps can be weighted by step. Raises `UserError` for counts that give no variance or
+    exceed the data, `TrainingError` when too many rewards failed.
+    """
+    if not 2 <= prompts <= len(dataset):
+        raise UserError(
+            f"prompts: {prompts} were asked for; expected 2 (for an interval) to {len(dataset)} (in the data)"
+        )
+    if group_size < 2:
+        raise UserError(f"group_size: a group of {group_size} has no variance; ask for 2 or more")
+    at_once = min(prompts, config.rollout.prompts_per_iteration)
+    settings = config.rollout.model_copy(
+        update={"initial_noise": "shared", "group_size": group_size, "prompts_per_iteration": at_once}
+    )
+    trainer = Trainer(config.model_copy(update={"rollout": settings}), policy, rewards, dataset)
+    steps, firsts, parts = settings.num_steps - 1, range(0, prompts, at_once), []
+    ticks = Ticks(on_progress, steps * len(firsts))
+    for number, first in enumerate(firsts):
+        task = _cut(trainer.task(number), prompts - first)
+        condition = policy.encode(task.prompts, task.references)
+        branches = []
+        for i in range(steps):
+            rollout = sample_groups(
+                policy, condition, len(task.prompts), Plan(trainer.sigmas, (i,), (i,)), settings,
+                seed=config.seed, iteration=FRESH_NOISE + number,
+            )  # fmt: skip
+            branches.append(group_variances(*trainer.score(rollout.images, task)))
+            ticks.tick()
+        parts.append(np.stack(branches, axis=1))
+    return Sensitivity(np.concatenate(parts), config.seed)
+
+
+def group_variances(rewards: Tensor, valid: Tensor) -> Array:
+    """Unbiased variance [P, R] within each group of `rewards` [P, G, R], over its `valid` entries, in float64.
+
+    NaN for a group with fewer than two; 0 where they differ by no more than a few units in the last place of the
+    largest, the same rounding that `group_advantages` takes for no difference.
+    """
+    values, known = rewards.double().numpy(), valid.numpy()
+    count = known.sum(1)
+    mean = np.where(known, values, 0.0).sum(1) / np.maximum(count, 1)
+    squares = np.where(known, values - mean[:, None], 0.0) ** 2
+    variance = squares.sum(1) / np.maximum(count - 1, 1)
+    spread = np.where(known, values, -np.inf).max(1) - np.where(known, values, np.inf).min(1)
+    rounding = 8 * np.finfo(rewards.numpy().dtype).eps * np.where(known, np.abs(values), 0.0).max(1)
+    return np.where(count < 2, np.nan, np.where(spread <= rounding, 0.0, variance))
+
+
+def calibrated_weights(shares: npt.ArrayLike, constant: Sequence[float]) -> Array:
+    """Time weights [T, 2] from shares of sensitivity [T - 1, 2] and constant weights (prompt, identity).
+
+    `w_k(i)` is proportional to `s_k(i) / (s_prompt(i) + s_identity(i))`, and over the T - 1 trainable steps its mean
+    is `constant[k]`: the total pull of each reward stays, its place in time moves. A step where neither reward has a
+    share gets `constant`, and so does the deterministic last one, which is never trained. Raises `UserError` for a
+    reward whose shares are all zero or not known.
+    """
+    share, weights = np.asarray(shares, dtype=np.float64), np.asarray(constant, dtype=np.float64)
+    for name, column in zip(REWARD_NAMES, share.T, strict=True):
+        if not np.isfinite(column).all() or not column.any():
+            raise UserError(
+                f"the {name} reward does not vary within the groups measured, or could not be computed: no time "
+                "weights follow from it. Check the reward, raise rollout.eta, or measure more prompts"
+            )
+    both = share.sum(1, keepdims=True)
+    active = both[:, 0] > 0
+    relative = share[active] / both[active]
+    table = np.tile(weights, (len(share) + 1, 1))
+    table[:-1][active] = weights * relative / relative.mean(0)
+    return table
+
+
+def _cut(task: Task, count: int) -> Task:
+    return Task(task.prompts[:count], task.references[:count], None if task.masks is None else task.masks[:count])
+
+
+def _shares(means: Array) -> Array:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares: Array = means / means.sum(-2, keepdims=True)
+    return shares
+
+
+def _centres(shares: Array) -> Array:
+    centres: Array = (np.arange(shares.shape[-2])[:, None] * shares).sum(-2)
+    return centres
+
+
+def _percentiles(samples: Array) -> Array:
+    """The 2.5 and 97.5 percentiles [2, ...] over the first axis, NaNs left out where there are others."""
+    unknown = np.isnan(samples).all(0)
+    bounds: Array = np.nanpercentile(np.where(unknown, 0.0, samples), (2.5, 97.5), axis=0)
+    return np.where(unknown, np.nan, bounds)

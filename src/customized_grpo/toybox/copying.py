@@ -1,0 +1,61 @@
+"""The copy-paste meter: is a picture closer to being its reference than a correct picture would be?
+
+Closeness is the correlation of two pictures' layouts: 8 x 8 local means, which shifts, small crops, brightness and
+noise hardly move. A correct picture is close to the reference too, how close depends on the prompt's scene, so the
+meter is relative: 0 is the closeness to be expected of correct pictures, 1 is an exact copy.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from customized_grpo.randomness import generator
+from customized_grpo.toybox.drawing import render
+from customized_grpo.toybox.language import Request
+from customized_grpo.toybox.world import Scenes, Subjects, sample_scenes
+
+LAYOUT = 8
+COPIED = 0.5
+"""A picture is a copy when it is at least half way from correct pictures to the reference itself."""
+CORRECT_PICTURES = 4
+"""Correct pictures drawn for each prompt, to know how close they are."""
+
+
+def closeness(images: Tensor, references: Tensor) -> Tensor:
+    """Correlation [B] in [-1, 1] of the layouts of `images` and `references` [B, 3, H, W]."""
+    return F.cosine_similarity(_layout(images), _layout(references), dim=-1)
+
+
+def copy_scores(images: Tensor, requests: list[Request], references: Tensor, subjects: Subjects) -> Tensor:
+    """How far each of `images` [B, 3, 32, 32] is from correct pictures (0) towards its reference (1); [B], at most 1.
+
+    `subjects` are those of `references` [B, 3, 32, 32]; what a request leaves free differs among the correct pictures.
+    """
+    expected = torch.stack(
+        [closeness(render(subjects, scenes)[0], references) for scenes in _correct_scenes(requests)]
+    ).mean(0)
+    return (closeness(images, references) - expected) / (1 - expected).clamp(min=1e-3)
+
+
+def _correct_scenes(requests: list[Request]) -> list[Scenes]:
+    """Settings that satisfy the requests; the same free choices for every request, whatever the batch."""
+    free = sample_scenes(CORRECT_PICTURES, generator(0, "copy meter"))
+    chosen = []
+    for row in range(CORRECT_PICTURES):
+        same = free.take(torch.full((len(requests),), row))
+        asked = {
+            name: torch.tensor(
+                [
+                    default if getattr(request, name) is None else getattr(request, name)
+                    for request, default in zip(requests, getattr(same, name).tolist(), strict=True)
+                ]
+            )
+            for name in ("scene", "accessory", "position")
+        }
+        chosen.append(Scenes(**asked, variation=same.variation))
+    return chosen
+
+
+def _layout(images: Tensor) -> Tensor:
+    cells = F.adaptive_avg_pool2d(images, LAYOUT).flatten(1)
+    return cells - cells.mean(1, keepdim=True)
