@@ -7,6 +7,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from customized_grpo import config as config_module
+from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.config import Config
 
 SECTIONS = {
@@ -139,7 +140,24 @@ def test_the_configurations_in_the_repository_are_valid(repository: Path) -> Non
     files = sorted((repository / "configs").glob("*.yaml"))
     assert "toybox.yaml" in [path.name for path in files]
     for path in files:
-        Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        model = CompareConfig if path.stem.startswith("compare") else Config
+        model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_the_comparisons_and_the_demo_train_alike(repository: Path) -> None:
+    """What the presets change apart, a run of `make demo` is the preset 'customized' of both grids."""
+
+    def load(name: str) -> dict[str, Any]:
+        tree: dict[str, Any] = yaml.safe_load((repository / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+        return tree
+
+    grids = [CompareConfig.model_validate(load(name)) for name in ("compare", "compare-leak")]
+    assert grids[0].train == grids[1].train
+    demo = Config.model_validate(load("toybox")).model_dump()
+    found = Config.model_validate(run_settings(grids[0], "", "customized", 0)).model_dump()
+    for section in ("output", "data", "checkpoint"):
+        del demo[section], found[section]
+    assert found == demo
 
 
 def test_a_configuration_is_fixed() -> None:

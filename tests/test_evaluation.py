@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.data import SubjectDataset
-from customized_grpo.evaluation import JUDGE_METRICS, REWARD_METRICS, Evaluation, chance_levels, evaluate
+from customized_grpo.evaluation import COPY_SCORE, JUDGE_METRICS, REWARD_METRICS, Evaluation, chance_levels, evaluate
 from customized_grpo.rewards import Reward
 from customized_grpo.toybox.judge import Judge, Verdict
 from customized_grpo.toybox.policy import ToyBoxPolicy
@@ -43,7 +43,7 @@ def test_fewer_pairs_are_the_first_ones(run: Run) -> None:
 
 def test_every_pair_is_measured(run: Run, tiny_weights: Path) -> None:
     evaluation = run(Judge(tiny_weights))
-    assert set(evaluation.metrics) == {*JUDGE_METRICS, *REWARD_METRICS} == set(evaluation.means())
+    assert set(evaluation.metrics) == {*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS} == set(evaluation.means())
     record = evaluation.records()[1]
     assert record["id"] == "test-00001" and record["prompt"] == evaluation.samples[1].prompt
     assert isinstance(record["joint_success"], bool) and isinstance(record["reward/prompt"], float)
@@ -69,7 +69,7 @@ def test_chance_holds_each_picture_against_another_pair(run: Run, tiny_weights: 
 
     def knows_its_own(images: Tensor, prompts: list[str], references: Tensor) -> Verdict:
         hits = torch.tensor([torch.equal(image, own[prompt]) for image, prompt in zip(images, prompts, strict=True)])
-        return Verdict(hits, hits)
+        return Verdict(hits, hits, hits.float())
 
     judge.judge = knows_its_own  # type: ignore[method-assign, assignment]
     assert len(own) == 4 and set(chance_levels(evaluation, judge).values()) == {0.0}

@@ -57,7 +57,7 @@ class RewardsConfig(Section):
     """Prompt reward: 'toybox' is the cosine of the shipped image-text encoder, in [-1, 1]."""
     identity: Literal["toybox"] = "toybox"
     """Identity reward: 'toybox' is the cosine to the reference in the shipped image encoder, in [-1, 1]."""
-    identity_leak: Literal["low", "medium", "high"] = "medium"
+    identity_leak: Literal["low", "medium", "high"] = "high"
     """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity."""
     identity_reference: Literal["whole", "segmented"] = "whole"
     """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented)."""
@@ -68,7 +68,7 @@ class RewardsConfig(Section):
 class RolloutConfig(Section):
     """How groups of images are sampled."""
 
-    prompts_per_iteration: int = Field(6, ge=1)
+    prompts_per_iteration: int = Field(5, ge=1)
     """Prompts (groups) per iteration."""
     group_size: int = Field(12, ge=2)
     """Images per prompt, G (paper: 12)."""
@@ -78,7 +78,7 @@ class RolloutConfig(Section):
     """Shift of the sigma schedule (paper: 3; the ToyBox generator was trained at 2)."""
     sde: Literal["dance", "flow", "cps"] = "cps"
     """Stochastic step: Dance-SDE (paper), Flow-SDE, or coefficient-preserving sampling."""
-    eta: float = Field(0.5, gt=0)
+    eta: float = Field(0.8, gt=0)
     """Noise of a stochastic step (paper: 0.4)."""
     initial_noise: Literal["shared", "separate"] = "shared"
     """One initial noise per group (paper: shared), or one per image: more variance within a group."""
@@ -92,7 +92,7 @@ class RolloutConfig(Section):
     """First step of the window; unset: it slides on by one step every window_period iterations."""
     window_period: int = Field(5, ge=1)
     """Iterations that a sliding window stays in one place."""
-    micro_batch: int = Field(36, ge=1)
+    micro_batch: int = Field(30, ge=1)
     """Images that go through the generator at once: bounds memory, does not change the result."""
 
     @model_validator(mode="after")
@@ -174,7 +174,7 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW."""
 
-    learning_rate: float = Field(5e-4, gt=0)
+    learning_rate: float = Field(1.5e-3, gt=0)
     """Learning rate (paper: 2e-5 for a 12 B model)."""
     weight_decay: Weight = 1e-4
     """Weight decay (paper: 1e-4)."""
@@ -184,7 +184,7 @@ class OptimizerConfig(Section):
     """Gradients are scaled down to this norm (paper: 1.0)."""
     updates_per_iteration: int = Field(2, ge=1)
     """Optimizer steps per iteration, each on its share of the images."""
-    micro_batch: int = Field(36, ge=1)
+    micro_batch: int = Field(30, ge=1)
     """(image, step) pairs per backward pass: bounds memory, does not change the result."""
 
 
@@ -200,7 +200,7 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """Validation during training and the evaluation at its end; both sample the deterministic ODE."""
 
-    every: int = Field(20, ge=1)
+    every: int = Field(10, ge=1)
     """Iterations between validations."""
     pairs: int = Field(96, ge=1)
     """Validation pairs, the first of the folder."""
@@ -224,7 +224,7 @@ class Config(Section):
 
     output: Path = Path("runs/toybox")
     """Folder of results; must be empty or absent, unless --resume or --overwrite."""
-    iterations: int = Field(100, ge=1)
+    iterations: int = Field(50, ge=1)
     """Training iterations."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""

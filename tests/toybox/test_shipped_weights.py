@@ -3,7 +3,7 @@
 import pytest
 
 from customized_grpo.toybox.pretrain import measure_quality
-from customized_grpo.toybox.weights import NAMES, read_quality, shipped_folder
+from customized_grpo.toybox.weights import IDENTITY_ENCODERS, NAMES, read_quality, shipped_folder
 
 Quality = dict[str, dict[str, float]]
 PAIRS = 400
@@ -41,12 +41,21 @@ def test_the_base_stands_between_chance_and_the_ceiling(quality: Quality, metric
     assert quality["chance"][metric] < quality["base"][metric] < quality["ceiling"][metric]
 
 
-def test_the_identity_encoder_is_informative(quality: Quality) -> None:
-    assert quality["identity_encoder"]["AUC same subject elsewhere against other subject here"] >= 0.9
+def test_the_leak_is_a_dial_and_every_encoder_still_knows_the_subject(quality: Quality) -> None:
+    """Told from another subject in the reference's scene, which is what a leak makes hard; chance is a half."""
+    low, medium, high = (
+        quality[name]["AUC same subject elsewhere against other subject here"] for name in IDENTITY_ENCODERS
+    )
+    assert low > medium + 0.02 > high + 0.1 and medium >= 0.9 and high >= 0.7
 
 
-def test_the_identity_encoder_is_hackable(quality: Quality) -> None:
-    assert quality["identity_encoder"]["copy of the reference above a correct render"] > 0.5
+@pytest.mark.parametrize("name", IDENTITY_ENCODERS)
+def test_every_identity_encoder_is_hackable(quality: Quality, name: str) -> None:
+    assert quality[name]["copy of the reference above a correct render"] > 0.5
+
+
+def test_the_copy_meter_tells_copies_from_correct_renders(quality: Quality) -> None:
+    assert min(quality["copy_meter"].values()) >= 0.95
 
 
 def test_the_figures_beside_the_weights_are_theirs(quality: Quality) -> None:

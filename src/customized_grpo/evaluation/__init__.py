@@ -17,6 +17,8 @@ from customized_grpo.statistics import mean_interval
 from customized_grpo.toybox.judge import Judge
 
 JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
+CHANCE_METRICS = JUDGE_METRICS[:3]
+"""A picture of another pair is no copy of this reference: chance says nothing of copying."""
 COPY_SCORE = "copy_score"
 REWARD_METRICS = ("reward/prompt", "reward/identity")
 PURPOSE = "evaluation"
@@ -89,7 +91,7 @@ def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:
         return {}
     prompts = [sample.prompt for sample in evaluation.samples]
     verdict = judge.judge(evaluation.images[torch.tensor(others)], prompts, evaluation.references[:, 0])
-    return {name: float(getattr(verdict, name).float().mean()) for name in JUDGE_METRICS}
+    return {name: float(getattr(verdict, name).float().mean()) for name in CHANCE_METRICS}
 
 
 def _other(samples: Sequence[Sample], row: int) -> int | None:

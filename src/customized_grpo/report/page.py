@@ -44,6 +44,7 @@ HUES = {
     "reward/prompt": "prompt",
     "reward/identity": "identity",
 }
+LOW_IS_GOOD = ("copied",)
 FACTS = (
     ("Policy", "policy.kind"),
     ("Trained", "policy.adapter"),
@@ -171,11 +172,12 @@ def _difference(base: Evaluation | None, tuned: Evaluation | None, metric: str) 
         return {"difference": None, "pairs": 0, "gained": 0, "lost": 0, "verb": ""}
     before, after = paired_values(base, tuned, metric)
     difference = paired_difference(before, after)
+    rise, fall = int((after > before).sum()), int((after < before).sum())
     return {
         "difference": difference if math.isfinite(difference[0]) else None,
         "pairs": len(before),
-        "gained": int((after > before).sum()),
-        "lost": int((after < before).sum()),
+        "gained": fall if metric in LOW_IS_GOOD else rise,
+        "lost": rise if metric in LOW_IS_GOOD else fall,
         "verb": _verb(difference),
     }
 

@@ -38,7 +38,7 @@ class IdentityReward:
     """Cosine of the image with its reference, in [-1, 1], as DINO's is used."""
 
     def __init__(
-        self, reference: Literal["whole", "segmented"] = "whole", weights: Path | None = None, leak: str = "medium"
+        self, reference: Literal["whole", "segmented"] = "whole", weights: Path | None = None, leak: str = "high"
     ) -> None:
         self._encoder = load_network(IdentityEncoder(), f"identity_encoder_{leak}", weights)
         self._segmented = reference == "segmented"
