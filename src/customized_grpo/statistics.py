@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ NORMAL_975 = 1.959963984540054
 Values = Sequence[float] | Sequence[bool] | npt.NDArray[np.floating] | npt.NDArray[np.bool_]
 
 
+@cache
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
     """Quantile of Student's t with `freedom` >= 1 degrees of freedom, to about six digits.
 

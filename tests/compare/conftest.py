@@ -1,8 +1,7 @@
 """Grids of run folders as `compare` leaves them, with made-up but plausible numbers."""
 
-import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from customized_grpo import statistics
 from customized_grpo.compare.results import Cell
 
 SCENES = {
@@ -133,14 +131,6 @@ def make_cells(
         for setting in settings
         for preset in presets
     ]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _quick_intervals() -> Iterator[None]:
-    """Student's quantile is integrated anew for every interval; once for each size of sample does here."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "t_quantile", functools.cache(statistics.t_quantile))
-        yield
 
 
 @pytest.fixture

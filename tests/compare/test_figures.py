@@ -11,7 +11,7 @@ from PIL import Image
 
 from customized_grpo.compare.figures import draw_svgs, write_figures
 from customized_grpo.compare.results import Cell, Result, read_csv, read_results, write_csv
-from customized_grpo.compare.style import _apart
+from customized_grpo.report.style import _apart
 
 MakeGrid = Callable[..., list[Cell]]
 

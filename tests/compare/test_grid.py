@@ -122,9 +122,9 @@ def test_a_folder_with_another_grid_is_refused(make: Make) -> None:
     found["rollout"]["eta"] = 0.3
     found["threads"] = 7
     (cell.folder / "config.yaml").write_text(yaml.safe_dump(found))
-    with pytest.raises(UserError, match=r"holds a run of another grid: rollout.eta is 0.3 there and 0.5 here\. Give"):
+    with pytest.raises(UserError, match=r"holds a run of another grid: rollout.eta is 0.3 there and 0.8 here\. Give"):
         check_grid(config, cells_of(config))
-    (cell.folder / "config.yaml").write_text(yaml.safe_dump(found | {"rollout": found["rollout"] | {"eta": 0.5}}))
+    (cell.folder / "config.yaml").write_text(yaml.safe_dump(found | {"rollout": found["rollout"] | {"eta": 0.8}}))
     check_grid(config, cells_of(config))
 
 

@@ -9,7 +9,7 @@ from customized_grpo.compare.config import CompareConfig
 from customized_grpo.compare.figures import write_figures
 from customized_grpo.compare.grid import cells_of, check_grid, label, run_grid
 from customized_grpo.compare.page import write_page
-from customized_grpo.compare.results import Cell, read_csv, read_results, write_csv
+from customized_grpo.compare.results import Cell, presets_in, read_csv, read_results, write_csv
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 
@@ -41,10 +41,11 @@ def compare(config: CompareConfig, display: Display, *, report_only: bool = Fals
 
 def write_results(config: CompareConfig, cells: list[Cell], failures: Mapping[Cell, str]) -> Path:
     """Write the table, the figures and the page of the finished runs; returns the page's path."""
-    results = read_results(cells, with_base=True)
-    order = list(config.presets)
-    write_csv(config.output / CSV, results)
-    write_figures(results, config.output / "figures", order)
+    table = config.output / CSV
+    write_csv(table, read_results(cells))
+    # From the table, not from the runs: what is drawn is what `figures` draws again from it.
+    results = read_csv(table)
+    write_figures(results, config.output / "figures", list(config.presets))
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return write_page(
         results, cells, config.output, title=config.title, settings_text=settings,
@@ -55,7 +56,7 @@ def write_results(config: CompareConfig, cells: list[Cell], failures: Mapping[Ce
 def figures(csv: Path, output: Path) -> Path:
     """Draw the figures of a comparison.csv into the folder `output`. Raises `UserError` where it cannot be read."""
     results = read_csv(csv)
-    write_figures(results, output, list(dict.fromkeys(result.preset for result in results)))
+    write_figures(results, output, presets_in(results))
     return output
 
 

@@ -10,8 +10,6 @@ from customized_grpo.config import Config, Section
 from customized_grpo.errors import UserError
 from customized_grpo.messages import worded
 
-REFERENCE = "naive-1:1"
-
 
 class CompareConfig(Section):
     """A grid of training runs: presets x seeds, once for each of `settings`."""

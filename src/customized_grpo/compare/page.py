@@ -11,7 +11,6 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from customized_grpo.compare import style
 from customized_grpo.compare.figures import draw_svgs
 from customized_grpo.compare.presets import BASE
 from customized_grpo.compare.results import (
@@ -26,10 +25,11 @@ from customized_grpo.compare.results import (
     settings_in,
     summarise,
 )
-from customized_grpo.compare.style import OURS
+from customized_grpo.report import style
 from customized_grpo.report.formats import duration, percent, points, reward
 from customized_grpo.report.page import SECRET
 from customized_grpo.report.records import data_uri
+from customized_grpo.report.style import OURS
 
 COLUMNS = (
     ("joint_success", "Joint success", "joint"),

@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from customized_grpo.compare.style import IDENTITY, INK, MUTED, PROMPT, grid, new_figure, rc, svg_text
 from customized_grpo.errors import UserError
+from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT, grid, new_figure, rc, svg_text
 
 HUES = {"prompt": PROMPT, "identity": IDENTITY}
 HEIGHT = 3.5

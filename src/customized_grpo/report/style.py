@@ -1,4 +1,4 @@
-"""How the figures of a comparison look: in the report's colours, blue for prompt, orange for identity, ink for both."""
+"""How matplotlib's figures look: in the report's colours, blue for prompt, orange for identity, ink for both."""
 
 import math
 import re
