@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from customized_grpo import __version__
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config import Config, Section
+from customized_grpo.config import Config, Section, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.messages import explain, worded
 
@@ -19,6 +19,11 @@ DIAGNOSE = ("prompts", "group_size", "batches")
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+GOES_ON = {
+    "train": "; `train --resume` goes on from the last checkpoint",
+    "compare": "; the same command goes on: finished runs are kept, the others go on from their last checkpoint",
+}
+"""What an interrupted command says, beyond that it was."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _run(_parser().parse_args(arguments))
     except _BadArguments as error:
-        _fail(explain(str(error), arguments))
+        model = CompareConfig if arguments[0] == "compare" else Config
+        _fail(explain(str(error), arguments, model))
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -37,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UnicodeDecodeError as error:
         _fail(f"a configuration file is not UTF-8 text ({error}); save it as UTF-8")
     except KeyboardInterrupt:
-        _fail("interrupted; `train --resume` goes on from the last checkpoint", INTERRUPTED)
+        _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", INTERRUPTED)
 
 
 def _run(options: Namespace) -> None:
@@ -98,17 +104,25 @@ def _diagnose(options: Namespace) -> None:
     given = {name: options[name] for name in DIAGNOSE}
     if (options.run is None) == (not options.config):
         raise UserError("diagnose: name a trained run with --run DIR, or what to start from with --config FILE")
-    config = None if options.run else _settings(Config, options, "run", "out", *DIAGNOSE)
+    config = _settings(Config, options, "run", "out", *DIAGNOSE)
+    if options.run and (given_too := _differing(config)):
+        raise UserError(f"diagnose: a run is measured with its own settings; leave out {given_too}, or give --config")
     from customized_grpo.diagnosis.command import diagnose
     from customized_grpo.display import Display
     from customized_grpo.trainer import TrainingError
 
     out = options.out or (options.run / "diagnosis" if options.run else Path("diagnosis"))
     try:
-        record = diagnose(config, out, Display(), run=options.run, **given)
+        record = diagnose(None if options.run else config, out, Display(), run=options.run, **given)
     except TrainingError as error:
         _fail(str(error), FAILURE)
     print(f"diagnosis: {record}")
+
+
+def _differing(config: Config) -> str:
+    """Names of the fields that are not as they are left out."""
+    usual = flatten(Config().model_dump())
+    return ", ".join(name for name, value in flatten(config.model_dump()).items() if value != usual[name])
 
 
 def _figures(options: Namespace) -> None:
@@ -267,7 +281,8 @@ def _add_toybox_actions(toybox: ArgumentParser) -> None:
     pretrain.add_argument(
         "--only",
         type=list[str] | None,
-        help="make only these, as [name,name]: clean_generator, generator, identity_encoder, prompt_encoder, judge",
+        help="make only these, as [name,name]: clean_generator, generator, identity_encoder_low, "
+        "identity_encoder_medium, identity_encoder_high, prompt_encoder, judge",
     )
     pretrain.add_argument("--threads", type=int | None, help="CPU threads; default: all cores")
     actions.add_subcommand("pretrain", pretrain, help="make the shipped weights again")

@@ -14,8 +14,9 @@ from customized_grpo.config import Config
 HELP = "See --help for all options."
 
 
-def explain(message: str, arguments: Sequence[str]) -> str:
-    """An error of the argument parser in one line; `arguments` tell which configuration file a field stands in."""
+def explain(message: str, arguments: Sequence[str], model: type[BaseModel] = Config) -> str:
+    """An error of the argument parser in one line; `arguments` tell which configuration file a field stands in, `model`
+    which fields there are."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line)
     text = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r" (found \1)", text)
@@ -25,7 +26,7 @@ def explain(message: str, arguments: Sequence[str]) -> str:
     unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
     unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
     if unknown:
-        text = f"unknown option or configuration field '{unknown[1]}'.{_nearest(unknown[1])}"
+        text = f"unknown option or configuration field '{unknown[1]}'.{_nearest(unknown[1], model)}"
     place = re.match(r"([\w.]+):", text)
     field = unknown[1] if unknown else place[1] if place else ""
     return f"{_file_of(field, arguments)}{text}\n{HELP}"
@@ -49,9 +50,9 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     return names
 
 
-def _nearest(name: str) -> str:
+def _nearest(name: str, model: type[BaseModel]) -> str:
     """A hint at the known field most like `name`; the same last part in another section counts as near."""
-    names = field_names()
+    names = field_names(model)
     last = name.split(".")[-1]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     near = near or [known for known in names if known.split(".")[-1] == last]

@@ -13,7 +13,7 @@ import yaml
 
 from customized_grpo import build
 from customized_grpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from customized_grpo.config import Config
+from customized_grpo.config import Config, flatten
 from customized_grpo.data import SubjectDataset, image_grid, save_image
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
@@ -26,6 +26,7 @@ from customized_grpo.toybox.judge import Judge
 from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
+UNFINISHED = "config.yaml.part"
 GALLERY_SCALE = 4
 REPORTED_IMAGES = 24
 WRITTEN = (
@@ -175,13 +176,15 @@ class _Session:
             self.display.note(f"resuming after iteration {done}, from {checkpoints[-1]}")
         elif resume:
             self.display.note(f"{self.output} has no checkpoint yet: starting from the first iteration")
+        # First of all files, and whole or not at all: a folder without it is not taken for a run's.
+        unfinished = self.output / UNFINISHED
+        unfinished.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+        os.replace(unfinished, self.output / "config.yaml")
         self._cut_logs()
         if self._writer is not None:
             self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
         weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
         (self.output / "weights.json").write_text(json.dumps(weights), encoding="utf-8")
-        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
-        (self.output / "config.yaml").write_text(config, encoding="utf-8")
 
     def loop(self) -> None:
         """Train to the last iteration, with validations and checkpoints on the way."""
@@ -302,7 +305,7 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         what = "cannot be written to" if nearest.is_dir() else "is a file"
         raise UserError(f"output: {nearest} {what}; name a folder elsewhere")
-    if not output.exists() or not any(output.iterdir()):
+    if not output.exists() or not any(path.name != UNFINISHED for path in output.iterdir()):
         return
     if not (resume or overwrite):
         raise UserError(
@@ -325,15 +328,8 @@ def _delete_run(output: Path) -> None:
 
 def _pinned(config: Config) -> dict[str, Any]:
     """The fields that decide the result of a run, by dotted name."""
-    flat = _flatten(config.model_dump(mode="json")) | {"data.path": str(config.data.path.resolve())}
+    flat = flatten(config.model_dump(mode="json")) | {"data.path": str(config.data.path.resolve())}
     return {name: value for name, value in flat.items() if not name.startswith(MAY_CHANGE)}
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _summary_writer() -> Any:

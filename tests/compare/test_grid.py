@@ -1,3 +1,4 @@
+import fcntl
 import os
 import signal
 import subprocess
@@ -11,9 +12,10 @@ import pytest
 import yaml
 
 from customized_grpo.compare.config import CompareConfig, run_settings
-from customized_grpo.compare.grid import cells_of, check_grid
+from customized_grpo.compare.grid import _reason, cells_of, check_grid, run_grid
 from customized_grpo.compare.presets import PRESETS
 from customized_grpo.config import Config
+from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 
 Make = Callable[..., CompareConfig]
@@ -26,6 +28,7 @@ def make_tree(make_settings: Callable[..., dict[str, Any]], tmp_path: Path, toyb
 
     def make(**changes: Any) -> dict[str, Any]:
         train = make_settings({"data.test": toybox_data / "test"})
+        del train["output"]
         presets = {"base": 2, "naive-1:1": 2, "customized": 2}
         return {"output": str(tmp_path / "grid"), "presets": presets, "train": train, "jobs": 2} | changes
 
@@ -77,15 +80,24 @@ def test_settings_change_the_runs_they_name(make: Make) -> None:
     assert {seed for _, _, seed in labels[:4]} == {0}, "seed by seed"
 
 
+def test_a_setting_may_change_the_number_of_steps_under_calibrated_weights(make: Make) -> None:
+    config = make(presets={"customized-calibrated": 2}, settings={"fine": {"rollout": {"num_steps": 6}}})
+    check_grid(config, cells_of(config))
+    assert len(run_settings(config, "fine", "customized-calibrated", 0)["advantages"]["table"]) == 6
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"presets": {"naive": 3}}, "unknown preset 'naive'; choose among base, naive-1:1, naive-1:1.5, sars"),
         ({"presets": {"sars": 1}}, "'sars' has 1 seed, and an interval over seeds takes at least 2"),
-        ({"presets": {"sars": 0}}, "'sars' has 0 seeds; expected 1 or more"),
+        ({"presets": {"sars": -1}}, "'sars' has -1 seeds; expected 1 or more, or 0 to leave it out"),
+        ({"presets": {"sars": 0}}, "nothing to train"),
         ({"presets": {"base": 3}}, "nothing to train"),
         ({"presets": {"hinge": 2}}, "hinge_thresholds: preset 'hinge' needs them"),
         ({"settings": {}}, "settings: empty"),
+        ({"settings": {"odd": {"seed": 3}}}, "settings 'odd': seed would be overwritten"),
+        ({"settings": {"odd": {"advantages": {"shape": "min"}}}}, "settings 'odd': advantages.shape would be"),
     ],
 )
 def test_a_bad_grid_is_refused(make: Make, changes: dict[str, Any], message: str) -> None:
@@ -93,18 +105,40 @@ def test_a_bad_grid_is_refused(make: Make, changes: dict[str, Any], message: str
         make(**changes)
 
 
+def test_without_presets_all_are_run_that_need_nothing_more(make_tree: Callable[..., Any]) -> None:
+    tree = make_tree()
+    del tree["presets"]
+    assert set(CompareConfig.model_validate(tree).trained) == set(PRESETS) - {"hinge"}
+
+
 def test_one_seed_is_enough_without_intervals(make: Make) -> None:
     assert len(cells_of(make(presets={"sars": 1}, intervals=False))) == 1
 
 
+@pytest.mark.parametrize(("field", "value"), [("seed", 3), ("output", "elsewhere")])
+def test_what_a_grid_chooses_itself_is_refused(make_tree: Callable[..., Any], field: str, value: object) -> None:
+    tree = make_tree()
+    tree["train"][field] = value
+    with pytest.raises(ValueError, match=f"train: {field} would be overwritten"):
+        CompareConfig.model_validate(tree)
+
+
 def test_missing_test_data_are_refused(make_tree: Callable[..., Any]) -> None:
     tree = make_tree()
-    del tree["train"]["data"]["test"]
-    with pytest.raises(ValueError, match=r"train.data.test: presets are compared on test data"):
-        CompareConfig.model_validate(tree)
     tree["train"]["data"]["test"] = "nowhere"
     config = CompareConfig.model_validate(tree)
     with pytest.raises(UserError, match=r"train.data.test: nowhere is not a data folder"):
+        check_grid(config, cells_of(config))
+    check_grid(config, cells_of(config), data=False)
+    for changes in ({"settings": {"odd": {"data": {"test": None}}}}, {"train": tree["train"] | {"data": {}}}):
+        config = CompareConfig.model_validate(tree | changes)
+        with pytest.raises(UserError, match=r"presets are compared on test data"):
+            check_grid(config, cells_of(config))
+
+
+def test_settings_that_would_share_a_folder_are_refused(make: Make) -> None:
+    config = make(settings={"a b": {}, "a/b": {}})
+    with pytest.raises(UserError, match=r"alike as names of folders \(a-b-naive-1-1-seed0\)"):
         check_grid(config, cells_of(config))
 
 
@@ -128,10 +162,44 @@ def test_a_folder_with_another_grid_is_refused(make: Make) -> None:
     check_grid(config, cells_of(config))
 
 
+def test_a_damaged_configuration_of_a_run_is_named(make: Make) -> None:
+    config = make()
+    path = cells_of(config)[0].folder / "config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text("rollout: {")
+    with pytest.raises(UserError, match=r"config.yaml: not the configuration that train wrote"):
+        check_grid(config, cells_of(config))
+
+
+def test_a_folder_that_another_process_works_on_is_refused(make: Make, display: Display) -> None:
+    config = make()
+    config.output.mkdir()
+    with (config.output / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(
+            UserError, match=r"worked on by another compare, or by runs that a killed one left"
+        ):
+            run_grid(config, cells_of(config), display)
+    assert sorted(path.name for path in config.output.iterdir()) == [".lock"]
+
+
+def test_the_reason_of_a_failure_is_this_attempts(tmp_path: Path) -> None:
+    log = tmp_path / "run.log"
+    log.write_text("customized-grpo: error: interrupted\n")
+    before = log.stat().st_size
+    assert _reason(log, before, -9) == f"killed by signal 9; see {log}"
+    with log.open("a") as file:
+        file.write("iteration 3/50\n")
+    assert _reason(log, before, 137) == f"exit status 137 after: iteration 3/50; see {log}"
+    with log.open("a") as file:
+        file.write("customized-grpo: error: the disk is full\nbye\n")
+    assert _reason(log, before, 1) == "the disk is full"
+
+
 def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
     make_tree: Callable[..., Any], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
-    tree = make_tree(presets={"base": 2, "naive-1:1": 2, "customized-calibrated": 2}, calibration_prompts=2)
+    tree = make_tree(presets={"base": 2, "naive-1:1": 2, "customized-calibrated": 2}, calibration_prompts=13)
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(tree))
     grid = tmp_path / "grid"
@@ -141,24 +209,34 @@ def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
 
     first = command("compare", "--config", path)
     assert first.returncode == 1, first.stderr
-    assert "1 runs failed" in first.stderr and "naive-1:1 seed 1: output: " in first.stderr
+    assert "3 runs failed" in first.stderr and "naive-1:1 seed 1: output: " in first.stderr
     assert "holds other files than a run's" in first.stderr
-    assert "customized-calibrated seed 1: done  2/2" in first.stdout
+    assert "customized-calibrated seed 1: its time weights could not be measured: --prompts: 13" in first.stderr
+    assert "naive-1:1 seed 0: done  2/2" in first.stdout
     page = (grid / "comparison.html").read_text()
     assert "naive-1:1 seed 1" in page and "holds other files" in page
     logs = {path: path.read_bytes() for path in grid.glob("runs/*/metrics.jsonl")}
-    assert len(logs) == 3
+    assert len(logs) == 1
 
     stray.unlink()
-    second = command("compare", "--config", path)
+    second = command("compare", "--config", path, "--calibration_prompts", "2")
     assert second.returncode == 0, second.stderr
+    assert "customized-calibrated seed 1: done  2/2" in second.stdout
     assert "naive-1:1 seed 1: done" in second.stdout and "naive-1:1 seed 0" not in second.stdout
     assert {path: path.read_bytes() for path in logs} == logs, "finished runs are not repeated"
     assert len((grid / "comparison.csv").read_text().splitlines()) == 1 + 3 * 2
     assert {path.name for path in (grid / "figures").iterdir()} >= {"plane.svg", "plane.png", "curves.svg"}
 
-    again = command("compare", "--config", path, "--report_only", "--title", "Another title")
+    path.write_text(yaml.safe_dump(tree | {"calibration_prompts": 2, "title": "Another title"}))
+    again = command("compare", "--config", path, "--report_only")
     assert again.returncode == 0 and "Another title" in (grid / "comparison.html").read_text()
+    for option, value, message in (
+        ("--train.rollout.eta", "0.3", "holds another grid: train.rollout.eta is 0.8 there and 0.3 here"),
+        ("--settings", "{low: {}}", "holds another grid: settings. is '{}' there and None here"),
+        ("--calibration_prompts", "3", "calibration_prompts: 3 are asked for, but the weights in"),
+    ):
+        refused = command("compare", "--config", path, option, value)
+        assert refused.returncode == 2 and message in refused.stderr
     drawn = command("figures", "--csv", grid / "comparison.csv", "--output", tmp_path / "drawn")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "drawn" / "plane.svg").read_bytes() == (grid / "figures" / "plane.svg").read_bytes()

@@ -2,10 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.toybox.copying import closeness
+from customized_grpo.randomness import generator
+from customized_grpo.toybox.copying import CORRECT_PICTURES, closeness, copy_scores
+from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.judge import Judge
+from customized_grpo.toybox.language import parse
 from customized_grpo.toybox.pairs import Pairs, draw_pairs
 from customized_grpo.toybox.pretraining import crop_and_jitter
+from customized_grpo.toybox.world import Scenes, sample_scenes
 
 COUNT = 300
 
@@ -50,10 +54,32 @@ def test_a_score_does_not_depend_on_the_rest_of_the_batch(judge: Judge, pairs: P
     assert torch.allclose(alone, scores(judge, pairs, pairs.targets)[7:8], atol=1e-5)
 
 
-def test_what_a_prompt_leaves_free_is_averaged_over(judge: Judge, pairs: Pairs) -> None:
-    """A prompt without a scene: correct pictures are of several scenes, so none of them is expected to be close."""
-    free = judge.judge(pairs.references[:4], ["a star"] * 4, pairs.references[:4])
-    assert free.copied.all()
+def test_a_score_is_relative_to_the_mean_closeness_of_correct_pictures(pairs: Pairs) -> None:
+    """With a prompt that names no scene: the correct pictures expected are of several, the same ones for every row."""
+    rows = torch.arange(3)
+    references, subjects, images = pairs.references[rows], pairs.subjects.take(rows), pairs.targets[rows]
+    request = parse("a star wearing a red hat")
+    free = sample_scenes(CORRECT_PICTURES, generator(0, "copy meter"))
+    hat = torch.full((3,), request.accessory)
+    correct = [
+        render(subjects, Scenes(s.scene.repeat(3), hat, s.position.repeat(3), s.variation.repeat(3, 1)))[0]
+        for s in (free.take(torch.tensor([row])) for row in range(CORRECT_PICTURES))
+    ]
+    expected = sum(closeness(picture, references) for picture in correct) / CORRECT_PICTURES
+    wanted = (closeness(images, references) - expected) / (1 - expected)
+    assert torch.allclose(copy_scores(images, [request] * 3, references, subjects), wanted, atol=1e-5)
+    assert len(set(free.scene.tolist())) > 1
+
+
+def test_what_counts_as_a_copy_is_a_matter_of_the_background(judge: Judge, pairs: Pairs) -> None:
+    """Known and stated in the docs: a picture as asked, but on the reference's own background, mostly is one too."""
+    stays = Scenes(
+        pairs.reference_scenes.scene, pairs.target_scenes.accessory, pairs.target_scenes.position,
+        pairs.reference_scenes.variation,
+    )  # fmt: skip
+    images = render(pairs.subjects, stays)[0]
+    share = judge.judge(images, pairs.captions, pairs.references).copied.float().mean()
+    assert 0.5 < float(share) < 0.95
 
 
 def test_closeness_is_the_correlation_of_8_by_8_means() -> None:

@@ -55,7 +55,7 @@ def test_every_identity_encoder_is_hackable(quality: Quality, name: str) -> None
 
 
 def test_the_copy_meter_tells_copies_from_correct_renders(quality: Quality) -> None:
-    assert min(quality["copy_meter"].values()) >= 0.95
+    assert min(share for name, share in quality["copy_meter"].items() if name.startswith("AUC")) >= 0.95
 
 
 def test_the_figures_beside_the_weights_are_theirs(quality: Quality) -> None:

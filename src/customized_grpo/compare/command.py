@@ -9,6 +9,7 @@ from customized_grpo.compare.config import CompareConfig
 from customized_grpo.compare.figures import write_figures
 from customized_grpo.compare.grid import cells_of, check_grid, label, run_grid
 from customized_grpo.compare.page import write_page
+from customized_grpo.compare.presets import BASE
 from customized_grpo.compare.results import Cell, presets_in, read_csv, read_results, write_csv
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
@@ -27,7 +28,7 @@ def compare(config: CompareConfig, display: Display, *, report_only: bool = Fals
     input, before any work, and `GridError` in the end where runs failed.
     """
     cells = cells_of(config)
-    check_grid(config, cells)
+    check_grid(config, cells, data=not report_only)
     failures = {} if report_only else run_grid(config, cells, display)
     if not any(cell.finished for cell in cells):
         if failures:
@@ -42,7 +43,9 @@ def compare(config: CompareConfig, display: Display, *, report_only: bool = Fals
 def write_results(config: CompareConfig, cells: list[Cell], failures: Mapping[Cell, str]) -> Path:
     """Write the table, the figures and the page of the finished runs; returns the page's path."""
     table = config.output / CSV
-    write_csv(table, read_results(cells))
+    # The base is evaluated by every run; it is shown for as many seeds as were asked for.
+    base = config.presets.get(BASE, 0)
+    write_csv(table, [result for result in read_results(cells) if result.preset != BASE or result.seed < base])
     # From the table, not from the runs: what is drawn is what `figures` draws again from it.
     results = read_csv(table)
     write_figures(results, config.output / "figures", list(config.presets))

@@ -6,9 +6,15 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from customized_grpo.compare.presets import BASE, CALIBRATED, HINGE, PRESETS
-from customized_grpo.config import Config, Section
+from customized_grpo.config import Config, Section, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.messages import worded
+
+OF_THE_GRID = {
+    "seed", "output", "advantages.normalise", "advantages.shape", "advantages.thresholds", "advantages.weights",
+    "advantages.lookup", "advantages.table",
+}  # fmt: skip
+"""Fields of `train` that a grid sets itself, run by run."""
 
 
 class CompareConfig(Section):
@@ -18,8 +24,8 @@ class CompareConfig(Section):
     """Folder of the grid; a grid already begun there goes on."""
     title: str = "Customized-GRPO against its parts and its rivals"
     """Headline of the page."""
-    presets: dict[str, int] = Field(default_factory=lambda: {BASE: 3} | dict.fromkeys(PRESETS, 3))
-    """Seeds of each preset: 3 means seeds 0, 1, 2."""
+    presets: dict[str, int] = Field(default_factory=lambda: dict.fromkeys([BASE, *PRESETS], 3) | {HINGE: 0})
+    """Seeds of each preset: 3 means seeds 0, 1, 2; 0 leaves it out."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=lambda: dict[str, dict[str, Any]]({"": {}}))
     """Named variations of `train`, each crossed with all presets: {name: {rewards: {identity_leak: low}}}."""
     intervals: bool = True
@@ -38,27 +44,35 @@ class CompareConfig(Section):
         for name, seeds in self.presets.items():
             if name != BASE and name not in PRESETS:
                 raise ValueError(f"presets: unknown preset '{name}'; choose among {', '.join([BASE, *PRESETS])}")
-            if seeds < 1:
-                raise ValueError(f"presets: '{name}' has {seeds} seeds; expected 1 or more, or leave it out")
-            if self.intervals and seeds < 2:
+            if seeds < 0:
+                raise ValueError(f"presets: '{name}' has {seeds} seeds; expected 1 or more, or 0 to leave it out")
+            if self.intervals and seeds == 1:
                 raise ValueError(
                     f"presets: '{name}' has 1 seed, and an interval over seeds takes at least 2; give it more, "
                     "or set intervals to false"
                 )
-        if not set(self.presets) - {BASE}:
+        if not self.trained:
             raise ValueError(f"presets: nothing to train; add some of {', '.join(PRESETS)}")
-        if HINGE in self.presets and self.hinge_thresholds is None:
+        if HINGE in self.trained and self.hinge_thresholds is None:
             raise ValueError("hinge_thresholds: preset 'hinge' needs them; give [prompt, identity], null for no limit")
-        if self.train.data.test is None:
-            raise ValueError("train.data.test: presets are compared on test data; name its folder")
         if not self.settings:
             raise ValueError('settings: empty; leave it out, or write {"": {}} for a single variation')
+        shared = flatten(self.train.model_dump(mode="json"))
+        usual = flatten(Config().model_dump(mode="json"))
+        places = {"train": {name for name, value in shared.items() if value != usual[name]}}
+        places |= {f"settings '{name}'": set(flatten(changes)) for name, changes in self.settings.items()}
+        for place, names in places.items():
+            if taken := sorted(names & OF_THE_GRID):
+                raise ValueError(
+                    f"{place}: {', '.join(taken)} would be overwritten: a grid chooses seeds and folders, and its "
+                    "presets how advantages are made; leave it out"
+                )
         return self
 
     @property
     def trained(self) -> dict[str, int]:
         """Seeds by preset, of those that are trained."""
-        return {name: seeds for name, seeds in self.presets.items() if name != BASE}
+        return {name: seeds for name, seeds in self.presets.items() if name != BASE and seeds}
 
 
 def run_settings(
@@ -68,19 +82,20 @@ def run_settings(
 
     `table` holds the calibrated time weights. Raises `UserError` where the parts do not make a valid configuration.
     """
-    tree = config.train.model_dump(mode="json")
-    tree = _merged(tree, config.settings[setting])
-    if preset is not None:
-        tree = _merged(tree, PRESETS[preset])
-    if preset == HINGE:
-        tree = _merged(tree, {"advantages": {"thresholds": list(config.hinge_thresholds or ())}})
-    if preset == CALIBRATED:
-        # Before the calibration is measured, any table of the right length stands for it.
-        table = table or [list(config.train.advantages.constant)] * config.train.rollout.num_steps
-        tree = _merged(tree, {"advantages": {"table": table}})
-    tree["seed"] = seed
+    tree = _merged(config.train.model_dump(mode="json"), config.settings[setting])
     try:
-        return Config.model_validate(tree).model_dump(mode="json")
+        shared = Config.model_validate(tree)
+        if shared.data.test is None:
+            raise UserError("data.test: presets are compared on test data; name its folder in train.data.test")
+        if preset is not None:
+            tree = _merged(tree, PRESETS[preset])
+        if preset == HINGE:
+            tree = _merged(tree, {"advantages": {"thresholds": list(config.hinge_thresholds or ())}})
+        if preset == CALIBRATED:
+            # Before the calibration is measured, any table of the right length stands for it.
+            table = table or [list(shared.advantages.constant)] * shared.rollout.num_steps
+            tree = _merged(tree, {"advantages": {"table": table}})
+        return Config.model_validate(tree | {"seed": seed}).model_dump(mode="json")
     except ValidationError as error:
         where = f"settings '{setting}', preset '{preset}'" if setting else f"preset '{preset}'"
         raise UserError(f"{where}: " + "; ".join(worded(each) for each in error.errors())) from error

@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,22 @@ import yaml
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.presets import CALIBRATED
 from customized_grpo.compare.results import Cell
+from customized_grpo.config import flatten
 from customized_grpo.display import Display, RunState
 from customized_grpo.errors import UserError
+from customized_grpo.run import load_run_config
+from customized_grpo.runtime import resolve_precision
+
+if sys.platform != "win32":
+    import fcntl
 
 POLL_SECONDS = 1.0
-FREE = ("output", "threads", "policy.precision")
-"""Fields in which a run found in the folder may differ from the one that is asked for."""
+RECORD = "grid.yaml"
+RECORDED = {"train", "settings", "hinge_thresholds"}
+"""What all runs of a grid rest on: written down when it begins, and held to when it goes on."""
+FREE = ("output", "threads", "train.threads")
+"""Fields that do not decide what a run comes to."""
+Table = list[list[float]]
 
 
 def cells_of(config: CompareConfig) -> list[Cell]:
@@ -43,66 +54,61 @@ def label(cell: Cell) -> str:
     return f"{cell.setting + ': ' if cell.setting else ''}{cell.preset} seed {cell.seed}"
 
 
-def check_grid(config: CompareConfig, cells: Sequence[Cell]) -> None:
-    """Refuse, before any work, settings that make no valid run, missing data, and a folder with runs of another grid.
-
-    Raises `UserError`.
-    """
+def check_grid(config: CompareConfig, cells: Sequence[Cell], *, data: bool = True) -> None:
+    """Refuse, before any work, settings that make no valid run, a folder with another grid or with runs of one, and
+    missing `data`. Raises `UserError`."""
+    twice = [folder.name for folder, count in Counter(cell.folder for cell in cells).items() if count > 1]
+    if twice:
+        raise UserError(f"settings: the names of some are alike as names of folders ({twice[0]}); rename one")
+    _check_record(config)
+    for setting in dict.fromkeys(cell.setting for cell in cells if cell.preset == CALIBRATED):
+        _check_calibration(config, _calibration(config, setting))
     for cell in cells:
         wanted = run_settings(config, cell.setting, cell.preset, cell.seed)
-        for field in ("path", "validation", "test"):
+        for field in ("path", "validation", "test") if data else ():
             folder = wanted["data"][field]
             if folder is not None and not (Path(folder) / "metadata.jsonl").is_file():
                 raise UserError(f"train.data.{field}: {folder} is not a data folder: it has no metadata.jsonl")
-        path = cell.folder / "config.yaml"
-        if path.is_file():
-            _check_run(path, cell, wanted)
-
-
-def _check_run(path: Path, cell: Cell, wanted: dict[str, Any]) -> None:
-    found = _flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-    calibrated = ("advantages.table",) if cell.preset == CALIBRATED else ()
-    differing = [
-        f"{name} is {found.get(name)!r} there and {value!r} here"
-        for name, value in _flatten(wanted).items()
-        if name not in (*FREE, *calibrated) and found.get(name) != value
-    ]
-    if differing:
-        more = f" and {len(differing) - 5} more fields" if len(differing) > 5 else ""
-        raise UserError(
-            f"{cell.folder} holds a run of another grid: {'; '.join(differing[:5])}{more}. "
-            "Give this grid an output of its own, or restore the settings"
-        )
+        if (cell.folder / "config.yaml").is_file():
+            _check_run(cell, wanted)
 
 
 def run_grid(config: CompareConfig, cells: Sequence[Cell], display: Display) -> dict[Cell, str]:
-    """Run what is not finished, `config.jobs` at a time; returns the failed runs with their reasons."""
-    _calibrate(config, cells, display)
+    """Run what is not finished, `config.jobs` at a time; returns the failed runs with their reasons.
+
+    Raises `UserError` where another process works on this grid.
+    """
+    config.output.mkdir(parents=True, exist_ok=True)
+    with _locked(config.output) as lock, _stop_on_sigterm():
+        _write_yaml(config.output / RECORD, _record(config))
+        failures = _calibrate(config, cells, display, lock)
+        return failures | _run_all(config, [cell for cell in cells if cell not in failures], display, lock)
+
+
+def _run_all(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int) -> dict[Cell, str]:
     waiting = [cell for cell in cells if not cell.finished]
-    total = config.train.iterations
-    states = {cell: RunState(label(cell), "done" if cell.finished else "waiting", total) for cell in cells}
+    states = {cell: _observed(config, cell) for cell in cells}
     failures: dict[Cell, str] = {}
     running: dict[int, _Job] = {}
-    for cell in cells:
-        _observe(cell, states[cell])
-    with display.grid(list(states.values())) as show, _stop_on_sigterm():
+    with display.grid(list(states.values())) as show:
         try:
             while waiting or running:
                 for slot in range(config.jobs):
                     if waiting and slot not in running:
                         cell = waiting.pop(0)
-                        running[slot] = _start(config, cell, slot)
+                        running[slot] = _start(config, cell, slot, lock)
                         states[cell].status = "running"
                 for slot, job in list(running.items()):
-                    _observe(job.cell, states[job.cell])
-                    code = job.process.poll()
+                    state, code = states[job.cell], job.process.poll()
+                    state.iteration, state.joint = _progress(job.cell)
                     if code is None:
                         continue
-                    job.log.close()
                     del running[slot]
-                    states[job.cell].status = "done" if code == 0 else "failed"
-                    if code:
-                        failures[job.cell] = states[job.cell].note = _reason(job.log_path, code)
+                    reason = job.reason(code) if code or not job.cell.finished else ""
+                    state.status = "failed" if reason else "done"
+                    if reason:
+                        failures[job.cell] = state.note = reason
+                    job.log.close()
                 show()
                 time.sleep(POLL_SECONDS)
         finally:
@@ -119,60 +125,71 @@ class _Job:
     cell: Cell
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    log_path: Path
+    before: int
+    """Bytes that the log held before this process."""
+
+    def reason(self, code: int) -> str:
+        """Why the process ended without a result."""
+        return _reason(Path(self.log.name), self.before, code)
 
 
-def _start(config: CompareConfig, cell: Cell, slot: int) -> _Job:
+def _start(config: CompareConfig, cell: Cell, slot: int, lock: int) -> _Job:
     cores = _cores(config.jobs, slot)
     settings = run_settings(config, cell.setting, cell.preset, cell.seed, _table(config, cell))
-    settings |= {"output": str(cell.folder), "threads": config.train.threads or len(cores)}
+    settings |= {"output": str(cell.folder), "threads": settings["threads"] or len(cores)}
     path = config.output / "configs" / f"{cell.folder.name}.yaml"
     _write_yaml(path, settings)
-    log_path = config.output / "logs" / f"{cell.folder.name}.log"
     command = ["train", "--config", str(path), "--resume"]
-    process, log = _launch(command, log_path, settings["threads"])
+    process, log, before = _launch(command, _log_of(config, cell.folder.name), settings["threads"], lock)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(process.pid, cores)
-    return _Job(cell, process, log, log_path)
+    return _Job(cell, process, log, before)
 
 
-def _launch(command: Sequence[str], log_path: Path, threads: int) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+def _launch(
+    command: Sequence[str], log_path: Path, threads: int, lock: int
+) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log = log_path.open("ab")
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
-    arguments = [sys.executable, "-m", "customized_grpo", *command]
-    return subprocess.Popen(
-        arguments, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
-    ), log
+    process = subprocess.Popen(
+        [sys.executable, "-m", "customized_grpo", *command], stdin=subprocess.DEVNULL, stdout=log,
+        stderr=subprocess.STDOUT, pass_fds=(lock,) if sys.platform != "win32" else (),
+        env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    return process, log, log_path.stat().st_size
 
 
-def _calibrate(config: CompareConfig, cells: Sequence[Cell], display: Display) -> None:
-    """Measure the time weights that preset 'customized-calibrated' needs, once for each setting."""
-    for setting in dict.fromkeys(cell.setting for cell in cells if cell.preset == CALIBRATED):
+def _calibrate(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int) -> dict[Cell, str]:
+    """Measure the time weights that preset 'customized-calibrated' needs, once for each setting; returns the runs that
+    cannot be made because it failed."""
+    failures: dict[Cell, str] = {}
+    for setting in dict.fromkeys(cell.setting for cell in cells if cell.preset == CALIBRATED and not cell.finished):
         folder = _calibration(config, setting)
         if (folder / "weights.yaml").is_file():
             continue
         display.note(f"measuring time weights{f' of {setting}' if setting else ''} for {CALIBRATED} ...")
-        path = config.output / "configs" / f"calibration{_slug(setting)}.yaml"
+        name = f"calibration{_slug(setting)}"
+        path = config.output / "configs" / f"{name}.yaml"
         _write_yaml(path, run_settings(config, setting, None, 0))
-        log_path = config.output / "logs" / f"calibration{_slug(setting)}.log"
         options = ["--out", str(folder), "--prompts", str(config.calibration_prompts)]
-        cores = _cores(1, 0)
-        process, log = _launch(["diagnose", "--config", str(path), *options], log_path, len(cores))
-        with log, _stop_on_sigterm():
-            try:
-                code = process.wait()
-            finally:
-                process.terminate()
+        command = ["diagnose", "--config", str(path), *options]
+        process, log, before = _launch(command, _log_of(config, name), len(_cores(1, 0)), lock)
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+            log.close()
         if code:
-            raise UserError(f"the time weights could not be measured: {_reason(log_path, code)}; see {log_path}")
+            reason = f"its time weights could not be measured: {_reason(Path(log.name), before, code)}"
+            failures |= {cell: reason for cell in cells if (cell.preset, cell.setting) == (CALIBRATED, setting)}
+    return failures
 
 
-def _table(config: CompareConfig, cell: Cell) -> list[list[float]] | None:
+def _table(config: CompareConfig, cell: Cell) -> Table | None:
     if cell.preset != CALIBRATED:
         return None
     path = _calibration(config, cell.setting) / "weights.yaml"
-    table: list[list[float]] = yaml.safe_load(path.read_text(encoding="utf-8"))["advantages"]["table"]
+    table: Table = yaml.safe_load(path.read_text(encoding="utf-8"))["advantages"]["table"]
     return table
 
 
@@ -180,11 +197,19 @@ def _calibration(config: CompareConfig, setting: str) -> Path:
     return config.output / "calibration" / (_slug(setting) or "weights")
 
 
-def _observe(cell: Cell, state: RunState) -> None:
-    """How far the run is, and its last validation."""
+def _log_of(config: CompareConfig, name: str) -> Path:
+    return config.output / "logs" / f"{name}.log"
+
+
+def _observed(config: CompareConfig, cell: Cell) -> RunState:
+    total = run_settings(config, cell.setting, cell.preset, cell.seed)["iterations"]
+    return RunState(label(cell), "done" if cell.finished else "waiting", total, *_progress(cell))
+
+
+def _progress(cell: Cell) -> tuple[int, float | None]:
+    """The last iteration of a run, and joint success on its last validation."""
     metrics, checks = (_last_row(cell.folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
-    state.iteration = metrics.get("iteration", 0)
-    state.joint = checks.get("joint_success")
+    return metrics.get("iteration", 0), checks.get("joint_success")
 
 
 def _last_row(path: Path) -> dict[str, Any]:
@@ -197,19 +222,80 @@ def _last_row(path: Path) -> dict[str, Any]:
     return row
 
 
-def _reason(log_path: Path, code: int) -> str:
-    lines = [line.strip() for line in log_path.read_text(encoding="utf-8", errors="replace").splitlines()]
-    said = [line for line in lines if line]
+def _reason(log_path: Path, before: int, code: int) -> str:
+    """The error that the process told, if it did, and how it ended."""
+    said = log_path.read_bytes()[before:].decode("utf-8", errors="replace").splitlines()
     errors = [line.partition("error: ")[2] for line in said if line.startswith("customized-grpo: error: ")]
-    return (errors or said or [f"exit status {code}, without a word"])[-1]
+    if errors:
+        return errors[-1]
+    ended = f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+    last = next((line.strip() for line in reversed(said) if line.strip()), "")
+    return f"{ended}{f' after: {last}' if last else ''}; see {log_path}"
 
 
-def _cores(jobs: int, slot: int) -> list[int]:
-    """The cores of one of `jobs` processes: disjoint shares, as two processes on one core slow each other down."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    share = max(1, len(cores) // jobs)
-    first = slot * share % len(cores)
-    return cores[first : first + share]
+def _record(config: CompareConfig) -> dict[str, Any]:
+    record = config.model_dump(mode="json", include=RECORDED)
+    return record | {"settings": {name: json.dumps(changes) for name, changes in config.settings.items()}}
+
+
+def _check_record(config: CompareConfig) -> None:
+    """Settings may be added to a grid; what it began with must be as it was."""
+    path = config.output / RECORD
+    if not path.is_file():
+        return
+    try:
+        there = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"{path}: not the record that compare wrote ({error}); use another output") from error
+    _refuse(there, flatten(_record(config)), there, f"{config.output} holds another grid")
+
+
+def _check_run(cell: Cell, wanted: dict[str, Any]) -> None:
+    here = flatten(wanted) | {"policy.precision": resolve_precision(wanted["policy"]["precision"])}
+    if cell.preset == CALIBRATED:
+        del here["advantages.table"]
+    there = flatten(load_run_config(cell.folder).model_dump(mode="json"))
+    _refuse(there, here, here, f"{cell.folder} holds a run of another grid")
+
+
+def _check_calibration(config: CompareConfig, folder: Path) -> None:
+    if not (folder / "weights.yaml").is_file():
+        return
+    made = json.loads((folder / "diagnosis.json").read_text(encoding="utf-8"))["settings"]["prompts"]
+    if made != config.calibration_prompts:
+        raise UserError(
+            f"calibration_prompts: {config.calibration_prompts} are asked for, but the weights in {folder} were "
+            f"measured on {made}; restore the number, or give this grid an output of its own"
+        )
+
+
+def _refuse(there: dict[str, Any], here: dict[str, Any], names: Iterable[str], what: str) -> None:
+    """Raise `UserError` where the fields `names` differ."""
+    differing = [
+        f"{name} is {there.get(name)!r} there and {here.get(name)!r} here"
+        for name in names
+        if name not in FREE and there.get(name) != here.get(name)
+    ]
+    if differing:
+        more = f" and {len(differing) - 5} more fields" if len(differing) > 5 else ""
+        raise UserError(
+            f"{what}: {'; '.join(differing[:5])}{more}. Give this grid an output of its own, or restore the settings"
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[int]:
+    """Hold the grid's lock; its descriptor is handed to the runs, so that one left behind still holds it."""
+    with (folder / ".lock").open("w") as lock:
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"output: {folder} is being worked on by another compare, or by runs that a killed one left "
+                    "behind; wait for them, or end them"
+                ) from error
+        yield lock.fileno()
 
 
 @contextmanager
@@ -226,18 +312,19 @@ def _stop_on_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _cores(jobs: int, slot: int) -> list[int]:
+    """The cores of one of `jobs` processes: disjoint shares, as two processes on one core slow each other down."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    share = max(1, len(cores) // jobs)
+    first = slot * share % len(cores)
+    return cores[first : first + share]
+
+
 def _slug(setting: str, preset: str = "", seed: int | None = None) -> str:
     parts = [part for part in (setting, preset) if part] + ([] if seed is None else [f"seed{seed}"])
-    return re.sub(r"[^\w.-]+", "-", "-".join(parts))
+    return re.sub(r"[^\w.-]+", "-", "-".join(parts)).strip(".")
 
 
 def _write_yaml(path: Path, tree: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

@@ -84,13 +84,11 @@ def write_page(
     title: str,
     settings_text: str,
     failures: Mapping[str, str],
-    state: str = "",
 ) -> Path:
     """Write `comparison.html` into the grid's folder and return its path.
 
     `cells`: all runs that were asked for; pictures come from the finished ones, and presets are in their order.
-    `failures`: reason by name of run. `state`: a line on how far the grid is, beside the count of runs. Raises
-    UserError where an evaluation with pictures to show cannot be read.
+    `failures`: reason by name of run. Raises UserError where an evaluation with pictures to show cannot be read.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -102,7 +100,6 @@ def write_page(
     environment.filters.update(percent=percent, points=points)
     content = page_content(results, cells) | {
         "title": title,
-        "state": state,
         "failures": failures,
         "config": SECRET.sub(r"\1(not shown)", settings_text),
     }

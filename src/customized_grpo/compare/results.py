@@ -81,10 +81,10 @@ class Row:
     differences: Mapping[str, Interval]
 
 
-def read_results(cells: Sequence[Cell], *, with_base: bool = True) -> list[Result]:
+def read_results(cells: Sequence[Cell]) -> list[Result]:
     """Results of the finished cells, by setting, preset (both in the order of `cells`) and seed.
 
-    `with_base` puts the untrained policy first, as the preset "base", once per setting and seed: any run holds
+    The untrained policy comes first, as the preset "base", once per setting and seed: any run holds
     its evaluation. Raises UserError where a file is missing or broken, or runs of a setting were evaluated on
     different pairs: every preset must have met the same ones for differences of means to be paired.
     """
@@ -95,7 +95,7 @@ def read_results(cells: Sequence[Cell], *, with_base: bool = True) -> list[Resul
         if not cell.finished:
             continue
         place = settings.index(cell.setting)
-        for side in ("tuned", BASE) if with_base else ("tuned",):
+        for side in ("tuned", BASE):
             records = read_records(cell.folder, side)
             ids = tuple(records)
             _check_pairs(cell, ids, *first.setdefault(cell.setting, (cell, ids)))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from customized_grpo.statistics import t_interval
 from customized_grpo.trainer import REWARD_NAMES
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
-WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS)
+WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS, f"{WEIGHTS}.part")
 """What the command writes into its folder, and all that it replaces."""
 
 Record = dict[str, Any]
@@ -78,8 +79,11 @@ def diagnose(
     measured = f"{record['settings']['generator']}, {prompts} prompts of {config.data.path}, groups of {group_size}"
     output.mkdir(parents=True, exist_ok=True)
     (output / RECORD).write_text(json.dumps(_clean(record), indent=1) + "\n", encoding="utf-8")
-    (output / WEIGHTS).write_text(weights_yaml(weights, measured), encoding="utf-8")
     write_figure(_clean(record), output / FIGURE)
+    # Last, and whole or not at all: who finds it takes the diagnosis for done.
+    unfinished = output / f"{WEIGHTS}.part"
+    unfinished.write_text(weights_yaml(weights, measured), encoding="utf-8")
+    os.replace(unfinished, output / WEIGHTS)
     _show(record, display)
     return output / RECORD
 

@@ -13,6 +13,7 @@ from customized_grpo.display import Display, Stages
 from customized_grpo.errors import UserError
 from customized_grpo.rollout import sample_ode
 from customized_grpo.runtime import configure
+from customized_grpo.toybox.copying import COPIED
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.judge import HUE_TOLERANCE, Judge
@@ -173,7 +174,8 @@ def _measure_encoders(folder: Path, pairs: Pairs, draw: torch.Generator) -> dict
 
 
 def _measure_copy_meter(judge: Judge, pairs: Pairs, draw: torch.Generator) -> dict[str, float]:
-    """AUC of the copy score at telling copies of the reference from correct renders of the prompt.
+    """AUC of the copy score at telling copies of the reference from correct renders of the prompt; and which share of
+    pictures that are no copies, but stand on the reference's background, it calls copies.
 
     Jittered copies are crops of 60 to 100 % of the side, half of them mirrored, with other brightness and contrast.
     """
@@ -182,10 +184,18 @@ def _measure_copy_meter(judge: Judge, pairs: Pairs, draw: torch.Generator) -> di
         return judge.judge(images, pairs.captions, pairs.references).copy_score
 
     correct = scores(pairs.targets)
+    asked, there = pairs.target_scenes, pairs.reference_scenes
+    background = type(asked)(there.scene, asked.accessory, asked.position, there.variation)
+    others = pairs.subjects.take(torch.arange(len(asked)).roll(1))
     copies = {"exact": pairs.references, "jittered": crop_and_jitter(pairs.references, draw)}
-    return {
-        f"AUC {name} copies against correct renders": _share(scores(c)[:, None] > correct) for name, c in copies.items()
-    }
+    on_background = {"subject": pairs.subjects, "another subject": others}
+    found = {}
+    for name, images in copies.items():
+        found[f"AUC {name} copies against correct renders"] = _share(scores(images)[:, None] > correct)
+    for name, subjects in on_background.items():
+        called = scores(render(subjects, background)[0]) > COPIED
+        found[f"{name} on the reference's background, otherwise as asked, called a copy"] = _share(called)
+    return found
 
 
 def _share(hits: Tensor) -> float:
