@@ -1,5 +1,6 @@
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -228,13 +229,17 @@ def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
     path.write_text(yaml.safe_dump(tree | {"calibration_prompts": 2, "title": "Another title"}))
     again = command("compare", "--config", path, "--report_only")
     assert again.returncode == 0 and "Another title" in (grid / "comparison.html").read_text()
-    for option, value, message in (
-        ("--train.rollout.eta", "0.3", "holds another grid: train.rollout.eta is 0.8 there and 0.3 here"),
-        ("--settings", "{low: {}}", "holds another grid: settings. is '{}' there and None here"),
-        ("--calibration_prompts", "3", "calibration_prompts: 3 are asked for, but the weights in"),
+    for change, message in (
+        (
+            {"train": tree["train"] | {"rollout": {}}},
+            "holds another grid: train.rollout.prompts_per_iteration is 2 there",
+        ),
+        ({"settings": {"low": {}}}, "holds another grid: settings. is '{}' there and None here"),
+        ({"calibration_prompts": 3}, "calibration_prompts: 3 are asked for, but the weights in"),
     ):
-        refused = command("compare", "--config", path, option, value)
-        assert refused.returncode == 2 and message in refused.stderr
+        config = CompareConfig.model_validate(tree | {"calibration_prompts": 2} | change)
+        with pytest.raises(UserError, match=re.escape(message)):
+            check_grid(config, cells_of(config))
     drawn = command("figures", "--csv", grid / "comparison.csv", "--output", tmp_path / "drawn")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "drawn" / "plane.svg").read_bytes() == (grid / "figures" / "plane.svg").read_bytes()
