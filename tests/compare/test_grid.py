@@ -232,7 +232,7 @@ def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
     for change, message in (
         (
             {"train": tree["train"] | {"rollout": {}}},
-            "holds another grid: train.rollout.prompts_per_iteration is 2 there",
+            "another grid: train.rollout.prompts_per_iteration is 2 there",
         ),
         ({"settings": {"low": {}}}, "holds another grid: settings. is '{}' there and None here"),
         ({"calibration_prompts": 3}, "calibration_prompts: 3 are asked for, but the weights in"),
