@@ -22,7 +22,7 @@ demo: $(INSTALLED) $(MANIFESTS) ## Train on ToyBox from nothing to a report; a f
 	$(BIN)/customized-grpo train --config configs/toybox.yaml --overwrite \
 		--data.validation $(DATA)/validation --data.test $(DATA)/test $(ARGS)
 
-compare: $(INSTALLED) $(MANIFESTS) ## The paper's experiment, 53 runs; hours, and goes on where it stopped
+compare: $(INSTALLED) $(MANIFESTS) ## The paper's experiment, 56 runs; hours, and goes on where it stopped
 	$(BIN)/customized-grpo compare --config configs/compare.yaml $(ARGS)
 
 compare-leak: $(INSTALLED) $(MANIFESTS) ## When does it help? 18 runs; goes on where it stopped

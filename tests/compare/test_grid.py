@@ -61,7 +61,8 @@ def test_the_presets_are_what_their_names_say(make: Make) -> None:
     naive = advantages(config, "naive-1:1")
     assert (naive["shape"], naive["weights"], naive["constant"]) == ("none", "constant", [0.5, 0.5])
     prompt, identity = advantages(config, "naive-1:1.5")["constant"]
-    assert identity / prompt == pytest.approx(1.5) and prompt + identity == pytest.approx(1)
+    assert prompt / identity == pytest.approx(1.5) and prompt + identity == pytest.approx(1)
+    assert advantages(config, "naive-1.5:1")["constant"] == [identity, prompt]
     both = advantages(config, "customized")
     assert (both["shape"], both["weights"], both["lookup"]) == ("sars", "tdw", "step")
     assert advantages(config, "customized-published") == both | {"lookup": "counter"}

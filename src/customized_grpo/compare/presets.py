@@ -25,7 +25,8 @@ def _one_signal(shape: str) -> Settings:
 
 PRESETS: dict[str, Settings] = {
     "naive-1:1": _naive(0.5, 0.5),
-    "naive-1:1.5": _naive(0.4, 0.6),
+    "naive-1:1.5": _naive(0.6, 0.4),
+    "naive-1.5:1": _naive(0.4, 0.6),
     "sars": _advantages(shape="sars", weights="constant", constant=[0.5, 0.5]),
     "tdw": _advantages(shape="none", weights="tdw"),
     "customized": _advantages(shape="sars", weights="tdw"),
@@ -38,7 +39,10 @@ PRESETS: dict[str, Settings] = {
     "gdpo": _naive(0.5, 0.5, normalise="group_then_batch"),
     HINGE: _naive(0.5, 0.5),
 }
-"""By name, in the order of tables. naive: a fixed weighted sum, prompt:identity 1:1 or 1:1.5; customized: the paper's
-method, SARS and TDW; -published: with the published code's lookup of TDW by the loop counter; -calibrated: with the
-time weights that `diagnose` measures, in place of TDW's; gdpo: arXiv 2601.05242; hinge: naive 1:1, but each reward
-counts only up to `hinge_thresholds`."""
+"""By name, in the order of tables.
+
+naive: a fixed weighted sum, identity:prompt 1:1, 1:1.5 (the tuned one of the paper) or 1.5:1. sars, tdw, customized: one
+half of the paper's method, the other, both. -published: with the published code's lookup of TDW by the loop counter.
+-calibrated: with the time weights that `diagnose` measures in place of TDW's. gdpo: arXiv 2601.05242. hinge: naive 1:1,
+but each reward counts only up to `hinge_thresholds`.
+"""
