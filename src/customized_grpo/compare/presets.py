@@ -41,7 +41,7 @@ PRESETS: dict[str, Settings] = {
 }
 """By name, in the order of tables.
 
-naive: a fixed weighted sum, identity:prompt 1:1, 1:1.5 (the tuned one of the paper) or 1.5:1. sars, tdw, customized: one
+naive: a fixed weighted sum, identity:prompt 1:1, 1:1.5 (the paper's tuned one) or 1.5:1. sars, tdw, customized: one
 half of the paper's method, the other, both. -published: with the published code's lookup of TDW by the loop counter.
 -calibrated: with the time weights that `diagnose` measures in place of TDW's. gdpo: arXiv 2601.05242. hinge: naive 1:1,
 but each reward counts only up to `hinge_thresholds`.
