@@ -91,7 +91,7 @@ def test_a_setting_may_change_the_number_of_steps_under_calibrated_weights(make:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"presets": {"naive": 3}}, "unknown preset 'naive'; choose among base, naive-1:1, naive-1:1.5, sars"),
+        ({"presets": {"naive": 3}}, "unknown preset 'naive'; choose among base, naive-1:1, naive-1:1.5, naive-1.5:1"),
         ({"presets": {"sars": 1}}, "'sars' has 1 seed, and an interval over seeds takes at least 2"),
         ({"presets": {"sars": -1}}, "'sars' has -1 seeds; expected 1 or more, or 0 to leave it out"),
         ({"presets": {"sars": 0}}, "nothing to train"),
