@@ -26,8 +26,9 @@ from customized_grpo.statistics import t_interval
 from customized_grpo.trainer import REWARD_NAMES
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
-WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS, f"{WEIGHTS}.part")
+WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS)
 """What the command writes into its folder, and all that it replaces."""
+UNFINISHED = f"{WEIGHTS}.part"
 
 Record = dict[str, Any]
 
@@ -81,7 +82,7 @@ def diagnose(
     (output / RECORD).write_text(json.dumps(_clean(record), indent=1) + "\n", encoding="utf-8")
     write_figure(_clean(record), output / FIGURE)
     # Last, and whole or not at all: who finds it takes the diagnosis for done.
-    unfinished = output / f"{WEIGHTS}.part"
+    unfinished = output / UNFINISHED
     unfinished.write_text(weights_yaml(weights, measured), encoding="utf-8")
     os.replace(unfinished, output / WEIGHTS)
     _show(record, display)
@@ -204,7 +205,8 @@ def _show(record: Mapping[str, Any], display: Display) -> None:
 def _check_output(output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--out: {output} is a file; name a folder")
-    others = sorted(path.name for path in output.iterdir() if path.name not in WRITTEN) if output.is_dir() else []
+    found = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    others = sorted(found - {*WRITTEN, UNFINISHED})
     if others:
         raise UserError(
             f"--out: the folder {output} holds other files than a diagnosis ({', '.join(others[:3])}"
