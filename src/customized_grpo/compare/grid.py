@@ -151,12 +151,13 @@ def _launch(
 ) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log = log_path.open("ab")
+    before = log.seek(0, os.SEEK_END)
     process = subprocess.Popen(
         [sys.executable, "-m", "customized_grpo", *command], stdin=subprocess.DEVNULL, stdout=log,
         stderr=subprocess.STDOUT, pass_fds=(lock,) if sys.platform != "win32" else (),
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
-    return process, log, log_path.stat().st_size
+    return process, log, before
 
 
 def _calibrate(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int) -> dict[Cell, str]:

@@ -1,13 +1,11 @@
 """`comparison.html`: one self-contained page about a grid of runs, no scripts in it and nothing from elsewhere."""
 
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from markupsafe import Markup
 
@@ -27,7 +25,7 @@ from customized_grpo.compare.results import (
 )
 from customized_grpo.report import style
 from customized_grpo.report.formats import duration, percent, points, reward
-from customized_grpo.report.page import SECRET
+from customized_grpo.report.page import SECRET, render_page
 from customized_grpo.report.records import data_uri
 from customized_grpo.report.style import OURS
 
@@ -90,24 +88,13 @@ def write_page(
     `cells`: all runs that were asked for; pictures come from the finished ones, and presets are in their order.
     `failures`: reason by name of run. Raises UserError where an evaluation with pictures to show cannot be read.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(percent=percent, points=points)
     content = page_content(results, cells) | {
         "title": title,
         "failures": failures,
         "config": SECRET.sub(r"\1(not shown)", settings_text),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    path, unfinished = folder / "comparison.html", folder / "comparison.html.part"
-    unfinished.write_text(environment.get_template("template.html.j2").render(content), encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
+    return render_page(Path(__file__).parent, content, folder / "comparison.html")
 
 
 def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, Any]:

@@ -73,18 +73,22 @@ def write_report(run_dir: Path) -> Path:
     on the page with the command that adds it. Raises UserError where metrics.jsonl is missing or a file is
     broken.
     """
-    run = read_run(run_dir)
+    return render_page(Path(__file__).parent, page_content(read_run(run_dir)), run_dir / "report.html")
+
+
+def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path:
+    """Write the `template.html.j2` of the folder `templates`, filled with `content`, to `path`, whole or not at all;
+    returns `path`."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(templates),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, points=points, reward=reward, duration=duration, scientific=scientific)
-    html = environment.get_template("template.html.j2").render(page_content(run))
-    path, unfinished = run_dir / "report.html", run_dir / "report.html.part"
-    unfinished.write_text(html, encoding="utf-8")
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(environment.get_template("template.html.j2").render(content), encoding="utf-8")
     os.replace(unfinished, path)
     return path
 
