@@ -10,9 +10,8 @@ import numpy as np
 from markupsafe import Markup
 
 from customized_grpo.compare.figures import draw_svgs
-from customized_grpo.compare.presets import BASE
+from customized_grpo.compare.presets import BASE, OURS, REFERENCE
 from customized_grpo.compare.results import (
-    REFERENCE,
     Cell,
     Interval,
     Result,
@@ -27,7 +26,6 @@ from customized_grpo.report import style
 from customized_grpo.report.formats import duration, percent, points, reward
 from customized_grpo.report.page import SECRET, render_page
 from customized_grpo.report.records import data_uri
-from customized_grpo.report.style import OURS
 
 COLUMNS = (
     ("joint_success", "Joint success", "joint"),

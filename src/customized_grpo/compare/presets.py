@@ -7,6 +7,9 @@ Settings = Mapping[str, Any]
 
 BASE = "base"
 """The untuned generator: evaluated by every run, trained by none."""
+REFERENCE = "naive-1:1"
+"""What the others are compared with."""
+OURS = "customized"
 CALIBRATED = "customized-calibrated"
 HINGE = "hinge"
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from customized_grpo.compare.presets import BASE
+from customized_grpo.compare.presets import BASE, REFERENCE
 from customized_grpo.errors import UserError
 from customized_grpo.report.records import Columns, read_lines, to_columns
 from customized_grpo.statistics import t_interval
 
 Interval = tuple[float, float, float]
-REFERENCE = "naive-1:1"
 JUDGED = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
 REWARDS = ("reward/prompt", "reward/identity")
 METRICS = (*JUDGED, *REWARDS, "conflict_rate", "seconds")
