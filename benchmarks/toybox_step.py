@@ -201,7 +201,7 @@ def _trainer(options: argparse.Namespace, data: Path, **rollout: Any) -> Trainer
 def _encoded(trainer: Trainer[Context]) -> tuple[Task, Context]:
     """An iteration's worth of prompts and references, and what the policy makes of them."""
     samples = list(trainer.dataset)[: trainer.config.rollout.prompts_per_iteration]
-    references = trainer.dataset.references(samples, trainer.policy.resolution)
+    references = trainer.dataset.references(samples, trainer.policy.prepare_reference)
     task = Task([sample.prompt for sample in samples], references, None)
     return task, trainer.policy.encode(task.prompts, references)
 

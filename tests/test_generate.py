@@ -24,7 +24,7 @@ def run(tmp_path: Path, make_config: Callable[..., Config]) -> Path:
     policy = build.build_policy(config.policy, config.seed)
     for _, parameter in policy.trainable_parameters():
         parameter.data.add_(0.05)
-    policy.save_adapter(folder / "adapter")
+    policy.save_adapter(folder)
     return folder
 
 
@@ -65,7 +65,7 @@ def test_pictures_stand_side_by_side_with_noises_of_their_own(draw: Callable[...
 
 
 def test_the_base_needs_no_adapter(draw: Callable[..., Image.Image], run: Path) -> None:
-    (run / "adapter" / "adapter_model.safetensors").unlink()
+    (run / "adapter_model.safetensors").unlink()
     draw(base=True)
     with pytest.raises(UserError, match=r"no adapter there"):
         draw()

@@ -18,7 +18,7 @@ from customized_grpo.trainer import Metrics, Trainer
 MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
-ADAPTER = Path("adapter/adapter_model.safetensors")
+ADAPTER = Path("adapter_model.safetensors")
 FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
 
 

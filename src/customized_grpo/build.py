@@ -1,40 +1,56 @@
 """From a configuration to the parts of a run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.data import Sample, SubjectDataset
+from customized_grpo.display import Stages
 from customized_grpo.errors import UserError
-from customized_grpo.policies import Policy
+from customized_grpo.policies import EncodesAhead, Policy
 from customized_grpo.rewards import Reward
+from customized_grpo.runtime import resolve_device, resolve_precision
 from customized_grpo.toybox.judge import Judge
-from customized_grpo.toybox.network import Context
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward, PromptReward
 
-POLICIES = {"toybox": ToyBoxPolicy.load}
-PROMPT_REWARDS = {"toybox": PromptReward}
-IDENTITY_REWARDS = {"toybox": IdentityReward}
+
+def resolved(config: Config) -> Config:
+    """`config` with the precision written down that this machine runs it in: it decides the result."""
+    policy = config.policy
+    device = resolve_device("cpu" if policy.kind == "toybox" else policy.device)
+    precision = resolve_precision(policy.precision, device)
+    return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision})})
 
 
-def build_policy(config: PolicyConfig, seed: int) -> ToyBoxPolicy:
+def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     """The generator, ready to be tuned; `seed` draws the LoRA factors."""
-    return POLICIES[config.kind](
+    device = resolve_device("cpu" if config.kind == "toybox" else config.device)
+    precision = resolve_precision(config.precision, device)
+    if config.kind != "toybox":
+        from customized_grpo.policies.catalogue import load_policy
+
+        return load_policy(config, seed, device, bf16=precision == "bf16")
+    return ToyBoxPolicy.load(
         config.weights,
         adapter=config.adapter,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        precision=config.precision,
+        precision=precision,
         seed=seed,
     )
 
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
+    settings = config.rewards
+    if config.policy.kind != "toybox":
+        from customized_grpo.rewards.catalogue import load_rewards
+
+        return load_rewards(settings, resolve_device(config.policy.device))
     weights = config.policy.weights
-    prompt, identity = PROMPT_REWARDS[config.rewards.prompt], IDENTITY_REWARDS[config.rewards.identity]
-    return prompt(weights), identity(config.rewards.identity_reference, weights, config.rewards.identity_leak)
+    return PromptReward(weights), IdentityReward(settings.identity_reference, weights, settings.identity_leak)
 
 
 def build_judge(config: Config) -> Judge | None:
@@ -46,7 +62,7 @@ def build_judge(config: Config) -> Judge | None:
     return judge
 
 
-def check_samples(samples: Iterable[Sample], policy: Policy[Context], source: Path, *, masks: bool) -> None:
+def check_samples(samples: Iterable[Sample], policy: Policy[Any], source: Path, *, masks: bool) -> None:
     """Refuse, before any work, data that the policy or the rewards cannot take. Raises `UserError` listing the
     samples."""
     problems = []
@@ -65,8 +81,21 @@ def check_samples(samples: Iterable[Sample], policy: Policy[Context], source: Pa
         raise UserError(f"{source}: {len(problems)} unusable samples:\n  " + "\n  ".join(problems[:10]) + more)
 
 
-def open_dataset(path: Path, config: Config, policy: Policy[Context]) -> SubjectDataset:
+def open_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:
     """The dataset in the folder `path`, wholly checked."""
     dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels)
     check_samples(dataset, policy, path, masks=config.rewards.identity_reference == "segmented")
     return dataset
+
+
+def encode_ahead(policy: Policy[Any], datasets: Mapping[SubjectDataset, int | None], stages: Stages) -> None:
+    """Have a policy with large encoders encode all that it will be asked for: of each dataset the first so many
+    samples, all if None."""
+    if not isinstance(policy, EncodesAhead):
+        return
+    wanted = [(dataset, sample) for dataset, count in datasets.items() for sample in dataset.samples[:count]]
+    policy.encode_ahead(
+        [sample.prompt for _, sample in wanted],
+        lambda index: wanted[index][0].references([wanted[index][1]], policy.prepare_reference)[0],
+        lambda done: stages.update("encoding prompts and references", done, len(wanted)),
+    )

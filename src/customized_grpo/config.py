@@ -22,12 +22,18 @@ class Section(BaseModel):
 class PolicyConfig(Section):
     """The generator to tune."""
 
-    kind: Literal["toybox"] = "toybox"
-    """Which generator: 'toybox' is the CPU-scale one whose weights ship with the package."""
+    kind: Literal["toybox", "flux1-kontext", "uno", "flux2-klein", "flux2", "qwen-image-edit-plus"] = "toybox"
+    """Which generator: 'toybox' is the CPU-scale one whose weights ship with the package; the others are diffusers
+    pipelines (docs/models.md)."""
+    model: str | None = None
+    """Folder or hub id of the pipeline; unset: the one that docs/models.md names. Not for toybox."""
+    base_adapter: str | None = None
+    """LoRA merged into the model before training starts: a safetensors file, or owner/name/file.safetensors on the hub.
+    Not for toybox."""
     weights: Path | None = None
-    """Folder of ToyBox weights (generator.safetensors, ...) to use instead of the shipped ones."""
+    """Folder of ToyBox weights (generator.safetensors, ...) to use instead of the shipped ones. Only for toybox."""
     adapter: Literal["lora", "full"] = "lora"
-    """Train LoRA factors, or every weight of the denoiser."""
+    """Train LoRA factors, or (only for toybox) every weight of the denoiser."""
     lora_rank: int = Field(32, ge=1)
     """Rank of the LoRA factors (paper: 512, for a 12 B model)."""
     lora_alpha: int = Field(32, ge=1)
@@ -35,6 +41,50 @@ class PolicyConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of the generator's matrix products; log-probabilities are always fp32. auto: bf16 where the
     processor multiplies it."""
+    device: str = "auto"
+    """Where the generator runs: cpu, cuda, cuda:1, mps; auto: cuda where there is one. ToyBox runs on the CPU."""
+    height: int = Field(512, ge=16)
+    """Height of images in pixels, a multiple of 16 (paper: 512). Not for toybox."""
+    width: int = Field(512, ge=16)
+    """Width of images in pixels, a multiple of 16 (paper: 512). Not for toybox."""
+    reference_side: int | None = Field(None, ge=16)
+    """References are seen in the area of a square of this side in pixels (uno: with this longer side), their shape
+    kept; unset: as the model's own pipeline has it. Not for toybox."""
+    guidance: float | None = Field(None, ge=1)
+    """Guidance scale, in rollout and update; unset: the pipeline's own. Not for toybox."""
+    offload: bool = False
+    """Keep the encoders on the CPU once the data are encoded, instead of letting them go. Not for toybox."""
+    gradient_checkpointing: bool = True
+    """Compute activations again in the backward pass instead of keeping them. Not for toybox, which keeps them."""
+    compile: bool = False
+    """Compile the transformer's repeated blocks (torch.compile). Not for toybox."""
+    attention_backend: str | None = None
+    """diffusers' attention backend: native, flash, _flash_3, sage, ...; unset: its default. Not for toybox."""
+    cache: Path = Path("runs/conditions")
+    """Folder of encoded prompts and references, shared by runs; may be deleted at any time. Not for toybox."""
+
+    @model_validator(mode="after")
+    def _for_this_kind(self) -> "PolicyConfig":
+        usual = PolicyConfig.model_fields
+        taken = NOT_FOR_TOYBOX if self.kind == "toybox" else ONLY_FOR_TOYBOX
+        given = [name for name in taken if getattr(self, name) != usual[name].default]
+        if given:
+            raise ValueError(f"{', '.join(given)}: not for kind='{self.kind}'; leave it out")
+        if self.kind == "toybox" and self.device not in ("auto", "cpu"):
+            raise ValueError(f"device={self.device}: ToyBox runs on the CPU; leave it out")
+        for name in ("height", "width"):
+            if getattr(self, name) % 16:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not a multiple of 16, an image token's side in pixels"
+                )
+        return self
+
+
+NOT_FOR_TOYBOX = (
+    "model", "base_adapter", "height", "width", "reference_side", "guidance", "offload", "gradient_checkpointing",
+    "compile", "attention_backend", "cache",
+)  # fmt: skip
+ONLY_FOR_TOYBOX = ("weights", "adapter")
 
 
 class DataConfig(Section):
@@ -53,12 +103,24 @@ class DataConfig(Section):
 class RewardsConfig(Section):
     """The two rewards, in the order (prompt, identity)."""
 
-    prompt: Literal["toybox"] = "toybox"
-    """Prompt reward: 'toybox' is the cosine of the shipped image-text encoder, in [-1, 1]."""
-    identity: Literal["toybox"] = "toybox"
-    """Identity reward: 'toybox' is the cosine to the reference in the shipped image encoder, in [-1, 1]."""
+    prompt: Literal["toybox", "clip", "siglip", "pickscore"] = "toybox"
+    """Prompt reward, a cosine in [-1, 1]: of ToyBox's shipped image-text encoder, CLIP, SigLIP or PickScore."""
+    identity: Literal["toybox", "dino", "clip"] = "toybox"
+    """Identity reward, the cosine to the reference in [-1, 1]: in ToyBox's shipped image encoder, DINO (paper: DINOv2)
+    or CLIP's image encoder."""
+    prompt_model: str | None = None
+    """Folder or hub id of the prompt reward's model; unset: the usual one (docs/rewards.md). Not for toybox."""
+    identity_model: str | None = None
+    """Folder or hub id of the identity reward's model; unset: the usual one (docs/rewards.md). Not for toybox."""
     identity_leak: Literal["low", "medium", "high"] = "high"
-    """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity."""
+    """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity. Only
+    for toybox."""
+    several_references: Literal["mean", "max"] = "mean"
+    """Identity to several references: the mean of the cosines, or the largest. Not for toybox, which has one."""
+    background: Share = 1.0
+    """Grey level behind a segmented reference, from black to white. Not for toybox."""
+    micro_batch: int = Field(32, ge=1)
+    """Images scored at once: bounds memory, does not change the result. Not for toybox."""
     identity_reference: Literal["whole", "segmented"] = "whole"
     """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented)."""
     max_invalid_share: Share = 0.5
@@ -74,8 +136,9 @@ class RolloutConfig(Section):
     """Images per prompt, G (paper: 12)."""
     num_steps: int = Field(10, ge=2)
     """Denoising steps, T (paper: 25)."""
-    shift: float = Field(2.0, gt=0)
-    """Shift of the sigma schedule (paper: 3; the ToyBox generator was trained at 2)."""
+    shift: float | None = Field(2.0, gt=0)
+    """Shift of the sigma schedule (paper: 3; the ToyBox generator was trained at 2); null: the generator's own
+    schedule."""
     sde: Literal["dance", "flow", "cps"] = "cps"
     """Stochastic step: Dance-SDE (paper), Flow-SDE, or coefficient-preserving sampling."""
     eta: float = Field(0.8, gt=0)
@@ -210,7 +273,7 @@ class EvaluationConfig(Section):
     gallery: int = Field(8, ge=1)
     """Pairs shown in a gallery."""
     judge: Literal["toybox", "none"] = "toybox"
-    """Who says whether the prompt is satisfied and identity kept: the ToyBox judge, or nobody."""
+    """Who says whether the prompt is satisfied and identity kept: the ToyBox judge, or nobody. Only for toybox."""
 
 
 class LogConfig(Section):
@@ -251,6 +314,20 @@ class Config(Section):
     """Validation and test."""
     log: LogConfig = LogConfig()
     """Loggers."""
+
+    @model_validator(mode="after")
+    def _one_world(self) -> "Config":
+        """ToyBox's rewards and judge read ToyBox's pictures, and nothing else does."""
+        world = self.policy.kind == "toybox"
+        read_by = {"rewards.prompt": self.rewards.prompt, "rewards.identity": self.rewards.identity}
+        for name, value in read_by.items():
+            if (value == "toybox") != world:
+                raise ValueError(f"{name}={value} does not read the pictures of policy.kind={self.policy.kind}")
+        if self.evaluation.judge == "toybox" and not world:
+            raise ValueError(
+                f"evaluation.judge=toybox does not read the pictures of policy.kind={self.policy.kind}; set it to none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _table_fits(self) -> "Config":

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from customized_grpo import build
-from customized_grpo.data import image_grid, load_image, resize_square, save_image
+from customized_grpo.data import image_grid, load_image, save_image
 from customized_grpo.errors import UserError
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
@@ -31,14 +31,14 @@ def generate(run: Path, reference: Path, prompt: str, out: Path, base: bool, see
     configure(config.threads)
     policy = build.build_policy(config.policy, config.seed)
     policy.check(prompt, 1)
-    image = resize_square(load_image(reference, config.data.max_pixels), policy.resolution)
+    image = policy.prepare_reference(load_image(reference, config.data.max_pixels), 1)
     if not base:
-        policy.load_adapter(run / "adapter")
+        policy.load_adapter(run)
     with policy.untuned() if base else nullcontext(), torch.no_grad():
-        condition = policy.encode([prompt], image[None, None]).take(torch.zeros(count, dtype=torch.long))
-        noise = batched_normal(seed, 0, [0] * count, range(count), "generate", policy.latent_shape)
+        condition = policy.encode([prompt], [[image]]).take(torch.zeros(count, dtype=torch.long))
+        noise = batched_normal(seed, 0, [0] * count, range(count), "generate", policy.latent_shape).to(policy.device)
         sigmas = policy.sigmas(config.rollout.num_steps, config.rollout.shift)
         images = sample_ode(policy, condition, noise, sigmas, config.rollout.micro_batch)
-    scale = max(1, -(-MIN_SIDE // policy.resolution))
+    scale = max(1, -(-MIN_SIDE // max(policy.size)))
     save_image(image_grid(images, columns=count, scale=scale), out)
     return out

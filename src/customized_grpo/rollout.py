@@ -159,4 +159,5 @@ class _Walk(Generic[ConditionT]):
 
     def _noise(self, prompts: Tensor, samples: Tensor, purpose: str) -> Tensor:
         shape = self.policy.latent_shape
-        return batched_normal(self.seed, self.iteration, prompts.tolist(), samples.tolist(), purpose, shape)
+        noise = batched_normal(self.seed, self.iteration, prompts.tolist(), samples.tolist(), purpose, shape)
+        return noise.to(self.policy.device)

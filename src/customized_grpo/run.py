@@ -14,27 +14,29 @@ import yaml
 from customized_grpo import build
 from customized_grpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from customized_grpo.config import Config, flatten
-from customized_grpo.data import SubjectDataset, image_grid, save_image
+from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
 from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
 from customized_grpo.rewards import Reward
-from customized_grpo.runtime import configure, resolve_precision
+from customized_grpo.runtime import configure
 from customized_grpo.toybox.judge import Judge
 from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 UNFINISHED = "config.yaml.part"
-GALLERY_SCALE = 4
+GALLERY_SIDE, GALLERY_PADDING = 128, 4
+"""Smaller pictures are shown enlarged by a whole factor; both in pixels."""
 REPORTED_IMAGES = 24
 WRITTEN = (
     *LOGS,
     "config.yaml",
     "weights.json",
     "report.html",
-    "adapter",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
     "checkpoints",
     "diagnosis",
     "evaluation",
@@ -43,8 +45,9 @@ WRITTEN = (
 )
 """What a run writes into its folder, and all that --overwrite deletes."""
 MAY_CHANGE = (
-    "output", "iterations", "threads", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share",
-    "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "evaluation.", "log.",
+    "output", "iterations", "threads", "policy.device", "policy.offload", "policy.gradient_checkpointing",
+    "policy.cache", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share",
+    "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "evaluation.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes."""
 
@@ -52,8 +55,7 @@ MAY_CHANGE = (
 def train(config: Config, display: Display, *, resume: bool = False, overwrite: bool = False) -> Path:
     """Train as `config` says; returns the path of the report. Raises `UserError` on bad input, before any work."""
     configure(config.threads)
-    precision = resolve_precision(config.policy.precision)
-    config = config.model_copy(update={"policy": config.policy.model_copy(update={"precision": precision})})
+    config = build.resolved(config)
     output = config.output
     _check_output(output, resume=resume, overwrite=overwrite)
     policy = build.build_policy(config.policy, config.seed)
@@ -62,6 +64,9 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
         for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()
         if path is not None
     }
+    wanted = {"path": None, "validation": config.evaluation.pairs, "test": config.evaluation.test_pairs}
+    with display.stages() as stages:
+        build.encode_ahead(policy, {dataset: wanted[name] for name, dataset in datasets.items()}, stages)
     trainer = Trainer(config, policy, build.build_rewards(config), datasets["path"])
     session = _Session(config, trainer, datasets, display)
     if overwrite:
@@ -81,8 +86,10 @@ def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Displ
     policy = build.build_policy(config.policy, config.seed)
     path = data or config.data.test or config.data.validation or config.data.path
     dataset = build.open_dataset(path, config, policy)
-    policy.load_adapter(run / "adapter")
+    policy.load_adapter(run)
     pairs = pairs or config.evaluation.test_pairs
+    with display.stages() as stages:
+        build.encode_ahead(policy, {dataset: pairs}, stages)
     rewards, judge = build.build_rewards(config), build.build_judge(config)
     display.comparison(write_evaluation(config, policy, dataset, rewards, judge, run / "evaluation", pairs))
     return write_report(run)
@@ -206,7 +213,7 @@ class _Session:
 
     def finish(self) -> Path:
         """Write the adapter, the final evaluation and the report."""
-        self.policy.save_adapter(self.output / "adapter")
+        self.policy.save_adapter(self.output)
         if "test" in self.datasets:
             self.display.note("evaluating before and after on the test data ...")
             folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
@@ -257,8 +264,11 @@ class _Session:
         self.display.validation(row)
         shown = min(self.config.evaluation.gallery, len(evaluation.images))
         assert self.base_images is not None
-        rows = [evaluation.references[:shown, 0], self.base_images[:shown], evaluation.images[:shown]]
-        grid = image_grid(torch.cat(rows), columns=shown, scale=GALLERY_SCALE, padding=GALLERY_SCALE)
+        size = self.policy.size
+        references = torch.stack([fit(row[0], size) for row in evaluation.references[:shown]])
+        rows = [references, self.base_images[:shown].cpu(), evaluation.images[:shown].cpu()]
+        scale = max(1, GALLERY_SIDE // max(size))
+        grid = image_grid(torch.cat(rows), columns=shown, scale=scale, padding=GALLERY_PADDING)
         save_image(grid, self._gallery(self.trainer.iteration))
 
     def _watch_ratio(self, metrics: Metrics) -> None:

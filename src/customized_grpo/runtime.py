@@ -7,15 +7,40 @@ from typing import Literal
 
 import torch
 
+from customized_grpo.errors import UserError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP = 1 << 30
 
 
-def resolve_precision(precision: Literal["auto", "fp32", "bf16"]) -> Literal["fp32", "bf16"]:
-    """`precision`, or for "auto" bf16 where the processor multiplies it natively: emulated, it is 20 times slower."""
+CPU = torch.device("cpu")
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device named, or for "auto" the first CUDA device, the CPU without one. Raises `UserError` where it is none,
+    or not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"policy.device: '{name}' is no device; give cpu, cuda, cuda:1 or mps") from error
+    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(device.type, False) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"policy.device: there is no '{name}' here; leave it out, or use cpu")
+    return device
+
+
+def resolve_precision(
+    precision: Literal["auto", "fp32", "bf16"], device: torch.device = CPU
+) -> Literal["fp32", "bf16"]:
+    """`precision`, or for "auto" bf16 where `device` multiplies it natively: emulated, it is 20 times slower."""
     if precision != "auto":
         return precision
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if native else "fp32"
 
 
 def configure(threads: int | None) -> None:

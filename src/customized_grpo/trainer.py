@@ -121,18 +121,18 @@ class Trainer(Generic[ConditionT]):
             len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
         )
         samples = [self.dataset[index] for index in wanted]
-        size = self.policy.resolution
+        prepare = self.policy.prepare_reference
         return Task(
             [sample.prompt for sample in samples],
-            self.dataset.references(samples, size),
-            self.dataset.masks(samples, size) if self.config.rewards.identity_reference == "segmented" else None,
+            self.dataset.references(samples, prepare),
+            self.dataset.masks(samples, prepare) if self.config.rewards.identity_reference == "segmented" else None,
         )
 
     def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid. Raises `TrainingError` when too many failed."""
         scores = [reward.score(images, task) for reward in self.rewards]
-        rewards = torch.stack([score.values for score in scores], dim=-1)
-        valid = torch.stack([score.valid for score in scores], dim=-1)
+        rewards = torch.stack([score.values.float().cpu() for score in scores], dim=-1)
+        valid = torch.stack([score.valid.cpu() for score in scores], dim=-1)
         failed, limit = 1 - float(valid.float().mean()), self.config.rewards.max_invalid_share
         if failed > limit:
             raise TrainingError(
@@ -173,11 +173,14 @@ class Trainer(Generic[ConditionT]):
         num_samples, num_steps = advantages[..., 0].numel(), len(plan.trained)
         shuffled = torch.randperm(num_samples, generator=generator(self.config.seed, self.iteration, "update order"))
         updates = min(self.config.optimizer.updates_per_iteration, num_samples)
-        flat = advantages.flatten(0, 1).T.contiguous()
+        flat = advantages.flatten(0, 1).T.contiguous().to(self.policy.device)
         parts: list[_Part] = []
         norms, losses = [], []
         done, total = 0, num_samples * num_steps
-        for number, rows in enumerate(shuffled.tensor_split(updates)):
+        for number, share in enumerate(shuffled.tensor_split(updates)):
+            # In the rollout's order: a micro-batch then holds one prompt and one step where it can, as there, and the
+            # same kernels round alike.
+            rows = share.sort().values
             items = torch.cartesian_prod(torch.arange(num_steps), rows)
             loss = 0.0
             for chunk in items.split(self.config.optimizer.micro_batch):

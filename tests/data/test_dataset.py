@@ -31,6 +31,10 @@ def picture(path: Path, height: int = 8, width: int = 8, seed: int = 0) -> Path:
     return path
 
 
+def square(image: torch.Tensor, count: int) -> torch.Tensor:
+    return resize_square(image, 8)
+
+
 def mask(path: Path, height: int = 8, width: int = 8) -> Path:
     values = np.zeros((height, width), dtype=np.uint8)
     values[height // 4 :, : width // 2] = 255
@@ -284,37 +288,41 @@ def test_references_and_masks_are_batches_in_order(folder: Path) -> None:
     both = {"references": ["a.png", "b.png"], "masks": ["a_mask.png", "b_mask.png"]}
     metadata(folder, record(**both), record(id="2", **{key: names[::-1] for key, names in both.items()}))
     data = SubjectDataset.open(folder)
-    references, masks = data.references(list(data), 8), data.masks(list(data), 8)
+    references, masks = data.references(list(data), square), data.masks(list(data), square)
     assert masks is not None
-    assert references.shape == (2, 2, 3, 8, 8)
-    assert masks.shape == (2, 2, 1, 8, 8)
-    assert torch.equal(references[0, 0], resize_square(load_image(folder / "a.png"), 8))
-    assert torch.equal(references[0, 1], load_image(folder / "b.png"))
-    assert torch.equal(references[1], references[0].flip(0))
-    assert torch.equal(masks[0, 0], resize_square(load_mask(folder / "a_mask.png"), 8))
-    assert torch.equal(masks[1], masks[0].flip(0))
+    assert torch.equal(references[0][0], resize_square(load_image(folder / "a.png"), 8))
+    assert torch.equal(references[0][1], load_image(folder / "b.png"))
+    assert torch.equal(torch.stack(references[1]), torch.stack(references[0]).flip(0))
+    assert torch.equal(masks[0][0], resize_square(load_mask(folder / "a_mask.png"), 8))
+    assert torch.equal(torch.stack(masks[1]), torch.stack(masks[0]).flip(0))
+
+
+def test_samples_of_a_batch_may_differ_in_their_references(folder: Path) -> None:
+    picture(folder / "wide.png", 6, 18)
+    metadata(folder, record(references=["wide.png"]), record(id="2", references=["a.png", "b.png", "wide.png"]))
+    data = SubjectDataset.open(folder)
+    counts: list[int] = []
+
+    def prepare(image: torch.Tensor, count: int) -> torch.Tensor:
+        counts.append(count)
+        return image
+
+    first, second = data.references(list(data), prepare)
+    assert [tuple(image.shape[1:]) for image in (*first, *second)] == [(6, 18), (8, 8), (8, 8), (6, 18)]
+    assert counts == [1, 3, 3, 3]
 
 
 def test_a_batch_without_masks_has_none(folder: Path) -> None:
     metadata(folder, record())
     data = SubjectDataset.open(folder)
-    assert data.masks([data[0]], 8) is None
+    assert data.masks([data[0]], square) is None
 
 
-def test_uneven_batches_are_refused_by_name(folder: Path) -> None:
-    metadata(
-        folder,
-        record(id="one"),
-        record(id="two", references=["a.png", "b.png"]),
-        record(id="masked", masks=["a_mask.png"]),
-    )
+def test_batches_with_some_masks_are_refused_by_name(folder: Path) -> None:
+    metadata(folder, record(id="one"), record(id="masked", masks=["a_mask.png"]))
     data = SubjectDataset.open(folder)
-    with pytest.raises(UserError, match=r"different numbers of references: 'one' 1, 'two' 2; give every"):
-        data.references([data[0], data[1]], 8)
     with pytest.raises(UserError, match=r"1 of 2 samples of one batch have no masks: 'one'; give masks"):
-        data.masks([data[0], data[2]], 8)
-    with pytest.raises(ValueError, match="at least one sample"):
-        data.references([], 8)
+        data.masks(list(data), square)
 
 
 @pytest.mark.parametrize(("cache_bytes", "loads"), [(10**6, 2), (0, 4), (3 * 8 * 8 * 4, 4)])
@@ -330,10 +338,8 @@ def test_the_cache_is_bounded_and_changes_nothing(
     monkeypatch.setattr(dataset, "load_image", counted)
     metadata(folder, record(), record(id="2", references=["b.png"]))
     data = SubjectDataset.open(folder, cache_bytes=cache_bytes)
-    first = data.references(list(data), 8)
-    kept = first.clone()
-    first.zero_()
-    assert torch.equal(data.references(list(data), 8), kept)
+    first, second = (torch.stack([row[0] for row in data.references(list(data), square)]) for _ in range(2))
+    assert torch.equal(first, second)
     assert len(loaded) == loads
 
 
@@ -342,7 +348,7 @@ def test_an_image_lost_after_opening_is_named(folder: Path) -> None:
     data = SubjectDataset.open(folder)
     (folder / "a.png").unlink()
     with pytest.raises(UserError, match=r"a\.png: no such image file"):
-        data.references([data[0]], 8)
+        data.references([data[0]], square)
 
 
 def test_written_metadata_is_read_back(folder: Path) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from customized_grpo.data import image_grid, inspect_image, load_image, load_mask, resize_square, save_image
-from customized_grpo.data.images import SquareCache
+from customized_grpo.data.images import PictureCache, fit, resize
 from customized_grpo.errors import UserError
 
 
@@ -232,10 +232,37 @@ def test_the_cache_drops_the_least_recently_used() -> None:
         loaded.append(path.name)
         return torch.zeros(3, 4, 4)
 
-    cache = SquareCache(max_bytes=2 * 3 * 4 * 4 * 4)
+    def prepare(image: Tensor, count: int) -> Tensor:
+        return image * count
+
+    cache = PictureCache(max_bytes=2 * 3 * 4 * 4 * 4)
     for name in "abacab":
-        cache.get(load, Path(name), 4)
+        cache.get(load, Path(name), prepare, 1)
     assert loaded == ["a", "b", "c", "b"]
+    assert cache.get(load, Path("b"), prepare, 2) is not cache.get(load, Path("b"), prepare, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 30), (30, 20), (64, 48), (16, 16)])
+def test_resizing_keeps_shape_and_crops_what_is_over(height: int, width: int) -> None:
+    ramp = torch.linspace(0, 1, width).expand(3, height, width)
+    resized = resize(ramp, (16, 32))
+    assert resized.shape == (3, 16, 32)
+    assert resize(resized, (16, 32)) is resized
+    # The middle stays in the middle, and the ramp still rises.
+    assert resized.mean() == pytest.approx(0.5, abs=0.02)
+    assert (resized[0, 8].diff() >= -1e-4).all()
+    if height * 2 > width:
+        slope = (resized[0, 8, -4] - resized[0, 8, 3]) / 25
+        assert float(slope) == pytest.approx(1 / (width - 1) * (width / 32), rel=0.15)
+
+
+def test_a_fitted_picture_is_whole_and_on_white() -> None:
+    dark = torch.zeros(3, 10, 30)
+    fitted = fit(dark, (20, 20))
+    assert fitted.shape == (3, 20, 20)
+    assert (fitted[:, :6] == 1).all() and (fitted[:, -6:] == 1).all()
+    assert (fitted[:, 7:13] == 0).all()
+    assert fit(dark, (10, 30)) is dark
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -64,7 +64,7 @@ def test_a_run_is_measured_with_what_it_learned(small: MakeConfig, tmp_path: Pat
     policy = build.build_policy(config.policy, config.seed)
     for _, parameter in policy.trainable_parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-    policy.save_adapter(run / "adapter")
+    policy.save_adapter(run)
     (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     output = tmp_path / "out"
     output.mkdir()

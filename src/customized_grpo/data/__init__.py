@@ -3,6 +3,7 @@
 from customized_grpo.data.dataset import Sample, SubjectDataset, batch_indices, write_metadata
 from customized_grpo.data.images import (
     MAX_PIXELS,
+    fit,
     image_grid,
     inspect_image,
     load_image,
@@ -16,6 +17,7 @@ __all__ = [
     "Sample",
     "SubjectDataset",
     "batch_indices",
+    "fit",
     "image_grid",
     "inspect_image",
     "load_image",

@@ -22,7 +22,8 @@ from customized_grpo.data.images import (
     CACHE_BYTES,
     MAX_PIXELS,
     ImageLoader,
-    SquareCache,
+    PictureCache,
+    Prepare,
     inspect_image,
     load_image,
     load_mask,
@@ -51,7 +52,7 @@ class SubjectDataset:
     def __init__(self, folder: Path, samples: Sequence[Sample], max_pixels: int, cache_bytes: int) -> None:
         self.folder = folder
         self.samples = tuple(samples)
-        self._squares = SquareCache(max_pixels, cache_bytes)
+        self._pictures = PictureCache(max_pixels, cache_bytes)
 
     @classmethod
     def open(cls, folder: str | Path, max_pixels: int = MAX_PIXELS, cache_bytes: int = CACHE_BYTES) -> "SubjectDataset":
@@ -75,18 +76,14 @@ class SubjectDataset:
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
 
-    def references(self, samples: Sequence[Sample], size: int) -> Tensor:
-        """The references of B samples, [B, K, 3, size, size], float32 in [0, 1]; centre-cropped and resized.
+    def references(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]]:
+        """The references of B samples, for each its K pictures [3, h, w] in [0, 1], as `prepare` leaves them."""
+        return self._load(load_image, [sample.references for sample in samples], prepare)
 
-        Raises UserError, naming the samples, when they do not all have the same number K of references.
-        """
-        self._check_equal_counts(samples)
-        return self._stack(load_image, [sample.references for sample in samples], size)
+    def masks(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]] | None:
+        """The masks of B samples, K of [1, h, w] in [0, 1] each, prepared as `references`; None if none has any.
 
-    def masks(self, samples: Sequence[Sample], size: int) -> Tensor | None:
-        """The masks of B samples, [B, K, 1, size, size] in [0, 1], cut as `references`; None if none has any.
-
-        Raises UserError when only some have masks, or not all the same number.
+        Raises UserError when only some have masks.
         """
         without = [sample.id for sample in samples if not sample.masks]
         if len(without) == len(samples):
@@ -96,21 +93,10 @@ class SubjectDataset:
                 f"{self.folder / METADATA}: {len(without)} of {len(samples)} samples of one batch have no "
                 f"masks: {_shortened(map(repr, without), ', ')}; give masks to every sample or to none"
             )
-        self._check_equal_counts(samples)
-        return self._stack(load_mask, [sample.masks for sample in samples], size)
+        return self._load(load_mask, [sample.masks for sample in samples], prepare)
 
-    def _check_equal_counts(self, samples: Sequence[Sample]) -> None:
-        if len({len(sample.references) for sample in samples}) > 1:
-            counts = (f"{sample.id!r} {len(sample.references)}" for sample in samples)
-            raise UserError(
-                f"{self.folder / METADATA}: samples of one batch have different numbers of references: "
-                f"{_shortened(counts, ', ')}; give every sample the same number"
-            )
-
-    def _stack(self, load: ImageLoader, paths: Sequence[Sequence[Path]], size: int) -> Tensor:
-        if not paths:
-            raise ValueError("a batch needs at least one sample")
-        return torch.stack([torch.stack([self._squares.get(load, path, size) for path in row]) for row in paths])
+    def _load(self, load: ImageLoader, paths: Sequence[Sequence[Path]], prepare: Prepare) -> list[list[Tensor]]:
+        return [[self._pictures.get(load, path, prepare, len(row)) for path in row] for row in paths]
 
 
 def write_metadata(folder: str | Path, samples: Iterable[Sample]) -> Path:

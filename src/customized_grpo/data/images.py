@@ -107,28 +107,67 @@ def resize_square(image: Tensor, size: int) -> Tensor:
     return F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-class SquareCache:
-    """Pictures loaded and cut by `resize_square`; the least recently used go beyond `max_bytes` in all."""
+def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[C, H, W] resized (bicubic, antialiased) to (height, width) `size`, cropped at its centre if its shape differs.
+
+    An image of that size is returned as it is.
+    """
+    height, width = image.shape[-2:]
+    if (height, width) == size:
+        return image
+    scale = max(size[0] / height, size[1] / width)
+    kept_height, kept_width = min(height, round(size[0] / scale)), min(width, round(size[1] / scale))
+    top, left = (height - kept_height) // 2, (width - kept_width) // 2
+    cut = image[:, top : top + kept_height, left : left + kept_width]
+    return F.interpolate(cut[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[C, H, W] scaled to lie wholly within (height, width) `size`, centred on white."""
+    height, width = image.shape[-2:]
+    if (height, width) == size:
+        return image
+    scale = min(size[0] / height, size[1] / width)
+    inner = (max(1, round(height * scale)), max(1, round(width * scale)))
+    scaled = F.interpolate(image[None], inner, mode="bilinear", antialias=True)[0].clamp(0, 1)
+    top, left = (size[0] - inner[0]) // 2, (size[1] - inner[1]) // 2
+    fitted = image.new_ones(image.shape[0], *size)
+    fitted[:, top : top + inner[0], left : left + inner[1]] = scaled
+    return fitted
+
+
+Prepare = Callable[[Tensor, int], Tensor]
+"""Brings a picture [C, H, W] that is one of so many references into the size in which it is seen."""
+
+
+class PictureCache:
+    """Pictures loaded and prepared; the least recently used go beyond `max_bytes` in all."""
 
     def __init__(self, max_pixels: int = MAX_PIXELS, max_bytes: int = CACHE_BYTES) -> None:
         self._max_pixels = max_pixels
         self._max_bytes = max_bytes
         self._bytes = 0
-        self._squares: OrderedDict[tuple[ImageLoader, Path, int], Tensor] = OrderedDict()
+        self._pictures: OrderedDict[tuple[ImageLoader, Path, Prepare, int], Tensor] = OrderedDict()
 
-    def get(self, load: ImageLoader, path: Path, size: int) -> Tensor:
-        """`resize_square(load(path, max_pixels), size)`. The tensor is shared: do not write into it."""
-        key = (load, path, size)
-        if key in self._squares:
-            self._squares.move_to_end(key)
-            return self._squares[key]
-        square = resize_square(load(path, self._max_pixels), size).clone()
-        self._squares[key] = square
-        self._bytes += square.nbytes
-        while self._bytes > self._max_bytes:
-            _, oldest = self._squares.popitem(last=False)
+    def get(self, load: ImageLoader, path: Path, prepare: Prepare, count: int) -> Tensor:
+        """`prepare(load(path, max_pixels), count)`. The tensor is shared: do not write into it."""
+        key = (load, path, prepare, count)
+        if key in self._pictures:
+            self._pictures.move_to_end(key)
+            return self._pictures[key]
+        picture = prepare(load(path, self._max_pixels), count).clone()
+        self._pictures[key] = picture
+        self._bytes += picture.nbytes
+        while self._bytes > self._max_bytes and len(self._pictures) > 1:
+            _, oldest = self._pictures.popitem(last=False)
             self._bytes -= oldest.nbytes
-        return square
+        return picture
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """[3, H, W] or [1, H, W] in [0, 1] as an 8-bit picture, values clamped and rounded."""
+    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
 
 
 def save_image(image: Tensor, path: str | Path) -> None:
@@ -143,9 +182,8 @@ def save_image(image: Tensor, path: str | Path) -> None:
         raise ValueError(f"expected an image [3, H, W] or [1, H, W], got {list(image.shape)}")
     if not torch.isfinite(image).all():
         raise ValueError(f"{path}: the image has values that are not finite")
-    pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0]).save(path, format="PNG")
+    to_pil(image).save(path, format="PNG")
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, padding: int = 0, background: float = 1.0) -> Tensor:

@@ -21,7 +21,7 @@ from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weight
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.run import load_run_config
-from customized_grpo.runtime import configure, resolve_precision
+from customized_grpo.runtime import configure
 from customized_grpo.statistics import t_interval
 from customized_grpo.trainer import REWARD_NAMES
 
@@ -54,12 +54,13 @@ def diagnose(
     configure(config.threads)
     policy = build.build_policy(config.policy, config.seed)
     if run is not None:
-        policy.load_adapter(run / "adapter")
+        policy.load_adapter(run)
     dataset = build.open_dataset(config.data.path, config, policy)
     if prompts > len(dataset):
         raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
     rewards = build.build_rewards(config)
     with display.stages() as stages:
+        build.encode_ahead(policy, {dataset: None}, stages)
         sensitivity = measure(
             config, policy, rewards, dataset, prompts=prompts, group_size=group_size,
             on_progress=lambda done, of: stages.update("sensitivity", done, of),
@@ -168,8 +169,7 @@ def _check(config: Config | None, run: Path | None, output: Path, counts: Mappin
         raise UserError("diagnose measures a finished run (--run) or a configuration (--config): give one of the two")
     _check_output(output)
     config = config or load_run_config(run or Path())
-    precision = resolve_precision(config.policy.precision)
-    return config.model_copy(update={"policy": config.policy.model_copy(update={"precision": precision})})
+    return build.resolved(config)
 
 
 def _settings(config: Config, run: Path | None) -> Record:

@@ -129,12 +129,12 @@ def step_gradients(trainer: Trainer[Any], rollout: Rollout[Any], plan: Plan, adv
     for chunk in rows.split(trainer.config.optimizer.micro_batch):
         log_prob = trainer.transition(rollout, plan, torch.full_like(chunk, index), chunk).log_prob
         for reward, own in enumerate(advantages):
-            loss = -(own[chunk] * log_prob).sum() / len(rows)
+            loss = -(own[chunk].to(log_prob.device) * log_prob).sum() / len(rows)
             last = reward == len(advantages) - 1
             parts = torch.autograd.grad(
                 loss, parameters, retain_graph=not last, allow_unused=True, materialize_grads=True
             )
-            total[reward] += torch.cat([part.flatten() for part in parts])
+            total[reward] += torch.cat([part.flatten() for part in parts]).cpu()
     return total
 
 

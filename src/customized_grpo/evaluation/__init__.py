@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.data import Sample, SubjectDataset
-from customized_grpo.policies import ConditionT, Policy
+from customized_grpo.policies import ConditionT, Policy, References
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards import Reward, Task
 from customized_grpo.rollout import sample_ode
@@ -29,7 +29,7 @@ class Evaluation:
     """Images [N, 3, H, W] of N pairs, their references, and each metric [N] (float; the judge's verdicts 0 or 1)."""
 
     samples: Sequence[Sample]
-    references: Tensor
+    references: References
     images: Tensor
     metrics: dict[str, Tensor]
 
@@ -55,28 +55,28 @@ class Evaluation:
 
 def evaluate(
     policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Sequence[Reward], judge: Judge | None, *, pairs: int,
-    num_steps: int, shift: float, seed: int, micro_batch: int, masks: bool = False,
+    num_steps: int, shift: float | None, seed: int, micro_batch: int, masks: bool = False,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise.
 
     `masks`: the rewards want the references' masks.
     """
     samples = list(dataset)[:pairs]
-    references = dataset.references(samples, policy.resolution)
+    references = dataset.references(samples, policy.prepare_reference)
     prompts = [sample.prompt for sample in samples]
     condition = policy.encode(prompts, references)
     rows = range(len(samples))
-    noise = batched_normal(seed, 0, rows, [0] * len(samples), PURPOSE, policy.latent_shape)
+    noise = batched_normal(seed, 0, rows, [0] * len(samples), PURPOSE, policy.latent_shape).to(policy.device)
     with torch.no_grad():
         images = sample_ode(policy, condition, noise, policy.sigmas(num_steps, shift), micro_batch)
-    task = Task(prompts, references, dataset.masks(samples, policy.resolution) if masks else None)
+    task = Task(prompts, references, dataset.masks(samples, policy.prepare_reference) if masks else None)
     scores = [reward.score(images.unsqueeze(1), task) for reward in rewards]
     metrics = {
-        name: torch.where(score.valid, score.values, torch.nan).squeeze(1)
+        name: torch.where(score.valid, score.values, torch.nan).squeeze(1).float().cpu()
         for name, score in zip(REWARD_METRICS, scores, strict=True)
     }
     if judge is not None:
-        verdict = judge.judge(images, prompts, references[:, 0])
+        verdict = judge.judge(images, prompts, first_references(references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
     return Evaluation(samples, references, images, metrics)
 
@@ -90,8 +90,13 @@ def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:
     if None in others:
         return {}
     prompts = [sample.prompt for sample in evaluation.samples]
-    verdict = judge.judge(evaluation.images[torch.tensor(others)], prompts, evaluation.references[:, 0])
+    verdict = judge.judge(evaluation.images[torch.tensor(others)], prompts, first_references(evaluation.references))
     return {name: float(getattr(verdict, name).float().mean()) for name in CHANCE_METRICS}
+
+
+def first_references(references: References) -> Tensor:
+    """The first reference of each pair, [N, 3, h, w]: all of one size."""
+    return torch.stack([row[0] for row in references])
 
 
 def _other(samples: Sequence[Sample], row: int) -> int | None:

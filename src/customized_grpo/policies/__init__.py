@@ -1,14 +1,17 @@
-"""What a generator must do to be tuned. `toybox.policy` is one."""
+"""What a generator must do to be tuned. `toybox.policy` is one; `diffusers_policy` makes one of a pipeline."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 ConditionT = TypeVar("ConditionT", bound="Condition")
+References = Sequence[Sequence[Tensor]]
+"""References of B prompts: for each its K >= 1 pictures [3, h, w] in [0, 1]. K and sizes may differ; where they do not,
+a tensor [B, K, 3, h, w] is one too."""
 
 
 class Condition(Protocol):
@@ -27,8 +30,8 @@ class Policy(Protocol[ConditionT]):
     """A subject-driven generator on rectified flow: sigma falls from 1 (noise) to 0 (image)."""
 
     @property
-    def resolution(self) -> int:
-        """Side of the square references it takes and of the images it makes, in pixels."""
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images it makes, in pixels."""
         ...
 
     @property
@@ -36,16 +39,26 @@ class Policy(Protocol[ConditionT]):
         """Shape of one latent, without the batch."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where latents live."""
+        ...
+
     def check(self, prompt: str, num_references: int) -> None:
         """Raise `UserError` for a prompt, or a number of references, that it cannot take."""
         ...
 
-    def encode(self, prompts: Sequence[str], references: Tensor) -> ConditionT:
-        """Prompts and references [B, K, 3, H, W] in [0, 1] to a condition of B rows."""
+    def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
+        """A picture or mask [C, h, w] in the size in which it is seen as one of `count` references."""
         ...
 
-    def sigmas(self, num_steps: int, shift: float) -> Tensor:
-        """Noise levels [num_steps + 1] float32 from 1 to 0."""
+    def encode(self, prompts: Sequence[str], references: References) -> ConditionT:
+        """Prompts and their prepared references to a condition of B rows."""
+        ...
+
+    def sigmas(self, num_steps: int, shift: float | None) -> Tensor:
+        """Noise levels [num_steps + 1] float32 from 1 to 0, on the CPU; the generator's own schedule if `shift` is
+        None."""
         ...
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: ConditionT) -> Tensor:
@@ -70,4 +83,18 @@ class Policy(Protocol[ConditionT]):
 
     def load_adapter(self, folder: Path) -> None:
         """Read what `save_adapter` wrote. Raises `UserError` where it does not fit."""
+        ...
+
+
+@runtime_checkable
+class EncodesAhead(Protocol):
+    """A policy whose encoders are large: they run once over the data, before the generator takes their place."""
+
+    def encode_ahead(
+        self, prompts: Sequence[str], references: Callable[[int], Sequence[Tensor]], on_progress: Callable[[int], None]
+    ) -> None:
+        """Encode every prompt with its prepared references (by its index), keep the results, let the encoders go.
+
+        `on_progress` hears how many are done.
+        """
         ...

@@ -6,15 +6,17 @@ from typing import Protocol
 
 from torch import Tensor
 
+from customized_grpo.policies import References
+
 
 @dataclass(frozen=True)
 class Task:
-    """What P groups were asked for: the prompts, the references [P, K, 3, H, W] in [0, 1] and their masks [P, K, 1,
-    H, W], None where the data has none."""
+    """What P groups were asked for: the prompts, for each its K references [3, h, w] in [0, 1], and their masks
+    [1, h, w], None where the data has none."""
 
     prompts: Sequence[str]
-    references: Tensor
-    masks: Tensor | None
+    references: References
+    masks: References | None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
+from customized_grpo.data.images import resize_square
 from customized_grpo.errors import UserError
+from customized_grpo.policies import References
 from customized_grpo.runtime import resolve_precision
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
@@ -21,13 +23,16 @@ from customized_grpo.toybox.network import Context, Denoiser, Generator
 from customized_grpo.toybox.weights import first_misfit, load_network
 
 LORA_TARGETS = ["qkv", "out", "up", "down", "modulation"]
+OWN_SHIFT = 2.0
+"""Shift of the times that pre-training drew."""
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
 class ToyBoxPolicy:
     """A `policies.Policy` whose latents are the pixels [3, 32, 32] in [-1, 1]."""
 
-    resolution = SIZE
+    size = (SIZE, SIZE)
+    device = torch.device("cpu")
     latent_shape = torch.Size((3, SIZE, SIZE))
 
     def __init__(
@@ -65,15 +70,20 @@ class ToyBoxPolicy:
         if num_references != 1:
             raise UserError(f'ToyBox takes one reference image, not {num_references}; leave one in "references"')
 
-    def encode(self, prompts: Sequence[str], references: Tensor) -> Context:
-        """See `Policy.encode`; `references` [B, 1, 3, 32, 32]."""
+    def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
+        """See `Policy.prepare_reference`: the square at its centre, 32 x 32."""
+        return resize_square(picture, SIZE)
+
+    def encode(self, prompts: Sequence[str], references: References) -> Context:
+        """See `Policy.encode`; one reference [3, 32, 32] each."""
+        pictures = torch.stack([row[0] for row in references])
         with torch.no_grad(), self._precision():
-            context: Context = self._context(tokenize(prompts), references[:, 0] * 2 - 1)
+            context: Context = self._context(tokenize(prompts), pictures * 2 - 1)
         return context
 
-    def sigmas(self, num_steps: int, shift: float) -> Tensor:
+    def sigmas(self, num_steps: int, shift: float | None) -> Tensor:
         """See `Policy.sigmas`."""
-        return shift_sigmas(num_steps, shift)
+        return shift_sigmas(num_steps, OWN_SHIFT if shift is None else shift)
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Context) -> Tensor:
         """See `Policy.velocity`."""

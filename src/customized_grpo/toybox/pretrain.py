@@ -125,7 +125,7 @@ def _draw(folder: Path, pairs: Pairs, draw: torch.Generator) -> Tensor:
     """What the base draws for the pairs, by the deterministic ODE."""
     policy = ToyBoxPolicy.load(folder)
     noise = torch.randn(len(pairs.captions), *policy.latent_shape, generator=draw)
-    condition = policy.encode(pairs.captions, pairs.references.unsqueeze(1))
+    condition = policy.encode(pairs.captions, [[reference] for reference in pairs.references])
     with policy.untuned():
         return sample_ode(policy, condition, noise, shift_sigmas(NUM_STEPS, SHIFT), micro_batch=50)
 

@@ -46,14 +46,16 @@ class IdentityReward:
     @torch.no_grad()
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`. Raises `UserError` when it is to segment and the data has no masks."""
-        references = task.references[:, 0]
+        references = torch.stack([row[0] for row in task.references])
         if self._segmented:
             if task.masks is None:
                 raise UserError(
                     "rewards.identity_reference is 'segmented', but the data has no masks; "
                     'add "masks" to its metadata.jsonl or set rewards.identity_reference=whole'
                 )
-            references = torch.lerp(torch.full_like(references, BACKDROP), references, task.masks[:, 0])
+            references = torch.lerp(
+                torch.full_like(references, BACKDROP), references, torch.stack([row[0] for row in task.masks])
+            )
         return _cosines(_in_chunks(self._encoder, images.flatten(0, 1)), self._encoder(references))
 
 

@@ -1,0 +1,71 @@
+"""The families of diffusers pipelines by the names that configurations have for them."""
+
+import json
+
+import torch
+
+from customized_grpo.config import PolicyConfig
+from customized_grpo.errors import UserError
+from customized_grpo.policies.conditions import ConditionCache
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy, Settings
+from customized_grpo.policies.family import Family
+from customized_grpo.policies.flux1_kontext import Flux1Kontext
+from customized_grpo.policies.flux2 import Flux2
+from customized_grpo.policies.flux2_klein import Flux2Klein
+from customized_grpo.policies.loading import fingerprint, load_pipeline, locate, merge_base_adapter
+from customized_grpo.policies.qwen_image_edit_plus import QwenImageEditPlus
+from customized_grpo.policies.uno import Uno
+
+FAMILIES: dict[str, Family] = {
+    "flux1-kontext": Flux1Kontext(),
+    "uno": Uno(),
+    "flux2-klein": Flux2Klein(),
+    "flux2": Flux2(),
+    "qwen-image-edit-plus": QwenImageEditPlus(),
+}
+MODELS = {
+    "flux1-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+    "uno": "black-forest-labs/FLUX.1-dev",
+    "flux2-klein": "black-forest-labs/FLUX.2-klein-base-4B",
+    "flux2": "black-forest-labs/FLUX.2-dev",
+    "qwen-image-edit-plus": "Qwen/Qwen-Image-Edit-2511",
+}
+"""What a family uses where the configuration names no model."""
+NEEDS_CUDA = ("flash", "_flash", "sage", "_sage", "_native_cudnn", "_native_flash", "xformers")
+"""How the names of diffusers' attention backends begin that run on CUDA only."""
+
+
+def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: bool) -> DiffusersPolicy:
+    """The policy that `config` describes. Raises `UserError` before the weights are read where it can."""
+    check_backend(config.attention_backend, device)
+    family = FAMILIES[config.kind]
+    folder = locate(config.model or MODELS[config.kind], family)
+    pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
+    if config.base_adapter is not None:
+        merge_base_adapter(pipe, config.base_adapter)
+    settings = Settings(
+        device=device,
+        bf16=bf16,
+        size=(config.height, config.width),
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        guidance=config.guidance,
+        reference_side=config.reference_side,
+        offload=config.offload,
+        gradient_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
+        attention_backend=config.attention_backend,
+        seed=seed,
+    )
+    guided = (family.guidance if config.guidance is None else config.guidance) > 1
+    stands_for = json.dumps([config.kind, fingerprint(folder, (*family.text_encoders, "vae")), bf16, guided])
+    return DiffusersPolicy(family, pipe, ConditionCache(config.cache, stands_for), settings)
+
+
+def check_backend(name: str | None, device: torch.device) -> None:
+    """Raise `UserError` for an attention backend that wants CUDA on a machine, or a device, without it."""
+    if name is not None and name.startswith(NEEDS_CUDA) and device.type != "cuda":
+        raise UserError(
+            f"policy.attention_backend: '{name}' runs on CUDA, and the device is {device}; leave it out, or use "
+            "policy.device=cuda"
+        )

@@ -1,0 +1,113 @@
+"""Encoded prompts and references: rows that every step of every sample shares, kept on disk between runs."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from customized_grpo.errors import UserError
+
+Sizes = tuple[tuple[int, int], ...]
+"""(height, width) of references, in pixels."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt with its references, encoded: tensors by name, without a batch axis, and the references' sizes."""
+
+    tensors: Mapping[str, Tensor]
+    sizes: Sizes
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of equal shapes, stacked: `tensors` [b, ...] by name. `places` [b]: where they stand among the samples."""
+
+    tensors: Mapping[str, Tensor]
+    sizes: Sizes
+    places: Tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """`rows`, one per prompt, on the CPU, and for each of B samples the `index` [B] of its row: taking copies none."""
+
+    rows: tuple[Row, ...]
+    index: Tensor
+
+    def take(self, index: Tensor) -> "Conditions":
+        """See `policies.Condition.take`."""
+        return Conditions(self.rows, self.index[index])
+
+    def batches(self, device: torch.device) -> Iterator[Batch]:
+        """The samples in batches of equal shapes, on `device`.
+
+        References of other sizes and prompts of other lengths make other token sequences; they go through the
+        generator apart, so that nothing is padded and nothing masked.
+        """
+        sources = self.index.tolist()
+        moved = {source: self._moved(source, device) for source in dict.fromkeys(sources)}
+        places: dict[object, list[int]] = {}
+        for place, source in enumerate(sources):
+            row = self.rows[source]
+            shapes = tuple((name, tensor.shape) for name, tensor in row.tensors.items())
+            places.setdefault((row.sizes, shapes), []).append(place)
+        for batch in places.values():
+            rows = [moved[sources[place]] for place in batch]
+            alike = all(row is rows[0] for row in rows)
+            tensors = {
+                name: tensor.expand(len(rows), *tensor.shape) if alike else torch.stack([row[name] for row in rows])
+                for name, tensor in rows[0].items()
+            }
+            yield Batch(tensors, self.rows[sources[batch[0]]].sizes, torch.tensor(batch))
+
+    def _moved(self, source: int, device: torch.device) -> dict[str, Tensor]:
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.rows[source].tensors.items()}
+
+
+class ConditionCache:
+    """Rows on disk, one safetensors file each, named by a hash of the generator, the prompt and the references."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        """`fingerprint` stands for everything else that a row depends on: model, precision, guidance."""
+        self._folder, self._fingerprint = folder, fingerprint
+
+    def path(self, prompt: str, references: Sequence[Tensor]) -> Path:
+        """Where the row of `prompt` with its prepared `references` [3, h, w] lies."""
+        digest = hashlib.sha256(json.dumps([self._fingerprint, prompt]).encode())
+        for reference in references:
+            digest.update(repr(tuple(reference.shape)).encode())
+            digest.update(reference.detach().contiguous().float().numpy().tobytes())
+        name = digest.hexdigest()
+        return self._folder / name[:2] / f"{name}.safetensors"
+
+    def read(self, prompt: str, references: Sequence[Tensor]) -> Row | None:
+        """The row, or None where there is none yet. Raises `UserError` for a damaged file."""
+        path = self.path(prompt, references)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                sizes = tuple((height, width) for height, width in json.loads(file.metadata()["sizes"]))
+                return Row({name: file.get_tensor(name) for name in file.keys()}, sizes)  # noqa: SIM118
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: a damaged file of the condition cache ({error}); delete it") from error
+
+    def write(self, prompt: str, references: Sequence[Tensor], row: Row) -> None:
+        """Keep `row`, whole or not at all."""
+        path = self.path(prompt, references)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}.part")
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in row.tensors.items()}
+        save_file(tensors, unfinished, metadata={"sizes": json.dumps(row.sizes)})
+        os.replace(unfinished, path)

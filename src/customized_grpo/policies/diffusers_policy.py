@@ -1,0 +1,195 @@
+"""A policy of a diffusers pipeline: its transformer gets LoRA factors, its encoders run once, ahead of training."""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from customized_grpo.algorithm import shift_sigmas
+from customized_grpo.data.images import resize
+from customized_grpo.errors import UserError
+from customized_grpo.policies import References
+from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
+from customized_grpo.policies.family import Family
+from customized_grpo.policies.lora import add_lora, first_line, load_lora, save_lora
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of `config.PolicyConfig` a diffusers policy rests on, worked out for this machine."""
+
+    device: torch.device
+    bf16: bool
+    size: tuple[int, int]
+    lora_rank: int
+    lora_alpha: int
+    guidance: float | None = None
+    reference_side: int | None = None
+    offload: bool = False
+    gradient_checkpointing: bool = True
+    compile: bool = False
+    attention_backend: str | None = None
+    seed: int = 0
+
+
+class DiffusersPolicy:
+    """A `policies.Policy`; latents are packed tokens [N, C]."""
+
+    def __init__(self, family: Family, pipe: Any, cache: ConditionCache, settings: Settings) -> None:
+        """`pipe` on the CPU. Raises `UserError` for guidance or an attention backend that it cannot take."""
+        family.check_guidance(pipe, settings.guidance)
+        self._family, self._pipe, self._cache, self._settings = family, pipe, cache, settings
+        self._guidance = family.guidance if settings.guidance is None else settings.guidance
+        self._transformer = pipe.transformer.eval()
+        self._trainable = add_lora(
+            pipe.transformer, family.lora_targets, settings.lora_rank, settings.lora_alpha, settings.seed
+        )
+        for name in (*family.text_encoders, "vae"):
+            getattr(pipe, name).requires_grad_(False).eval()
+        if settings.gradient_checkpointing:
+            self._transformer.enable_gradient_checkpointing()
+        if settings.attention_backend is not None:
+            self._use_backend(settings.attention_backend)
+        if settings.compile:
+            self._transformer.compile_repeated_blocks()
+        self._placed = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """See `Policy.size`."""
+        return self._settings.size
+
+    @property
+    def latent_shape(self) -> torch.Size:
+        """See `Policy.latent_shape`: (N, C)."""
+        return self._family.latent_shape(self._pipe, self.size)
+
+    @property
+    def device(self) -> torch.device:
+        """See `Policy.device`."""
+        return self._settings.device
+
+    def check(self, prompt: str, num_references: int) -> None:
+        """See `Policy.check`."""
+        most = self._family.max_references
+        if num_references > most:
+            raise UserError(f'this generator takes at most {most} references, not {num_references}; see "references"')
+
+    def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
+        """See `Policy.prepare_reference`."""
+        height, width = picture.shape[-2:]
+        return resize(picture, self._family.reference_size(height, width, count, self._settings.reference_side))
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], references: References) -> Conditions:
+        """See `Policy.encode`; what was encoded before comes from the cache."""
+        rows = [self._row(prompt, list(pictures)) for prompt, pictures in zip(prompts, references, strict=True)]
+        return Conditions(tuple(rows), torch.arange(len(rows)))
+
+    @torch.no_grad()
+    def encode_ahead(
+        self, prompts: Sequence[str], references: Callable[[int], Sequence[Tensor]], on_progress: Callable[[int], None]
+    ) -> None:
+        """See `policies.EncodesAhead`."""
+        for index, prompt in enumerate(prompts):
+            self._row(prompt, references(index))
+            on_progress(index + 1)
+        if self._settings.offload:
+            self._place_encoders(torch.device("cpu"))
+        else:
+            self._pipe.register_modules(**dict.fromkeys(self._family.text_encoders))
+            self._pipe.vae.encoder = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._place()
+
+    def sigmas(self, num_steps: int, shift: float | None) -> Tensor:
+        """See `Policy.sigmas`."""
+        if shift is None:
+            return self._family.sigmas(self._pipe, num_steps, self.size)
+        return shift_sigmas(num_steps, shift)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Conditions) -> Tensor:
+        """See `Policy.velocity`."""
+        self._place()
+        parts, places = [], []
+        with self._precision():
+            for batch in condition.batches(self.device):
+                rows = batch.places.to(latents.device)
+                part = self._family.velocity(
+                    self._transformer,
+                    latents[rows],
+                    sigma[batch.places.to(sigma.device)],
+                    batch,
+                    self.size,
+                    self._guidance,
+                )
+                parts.append(part.float())
+                places.append(rows)
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """See `Policy.decode`."""
+        self._place()
+        images = self._family.decode(self._pipe, latents, self.size)
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    def trainable_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """See `Policy.trainable_parameters`: the LoRA factors."""
+        return self._trainable
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """See `Policy.untuned`."""
+        self._transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            self._transformer.enable_adapters()
+
+    def save_adapter(self, folder: Path) -> None:
+        """See `Policy.save_adapter`: in diffusers' own format."""
+        save_lora(self._transformer, self._family.pipeline, folder)
+
+    def load_adapter(self, folder: Path) -> None:
+        """See `Policy.load_adapter`."""
+        load_lora(self._transformer, folder)
+
+    def _row(self, prompt: str, references: Sequence[Tensor]) -> Row:
+        row = self._cache.read(prompt, references)
+        if row is None:
+            self._place_encoders(self.device)
+            encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=self._guidance > 1)
+            row = Row({name: tensor.cpu() for name, tensor in encoded.tensors.items()}, encoded.sizes)
+            self._cache.write(prompt, references, row)
+        return row
+
+    def _place_encoders(self, device: torch.device) -> None:
+        encoders = [getattr(self._pipe, name) for name in self._family.text_encoders]
+        if None in encoders:
+            raise RuntimeError("a prompt that was not encoded ahead: the encoders are gone")
+        for encoder in (*encoders, self._pipe.vae):
+            encoder.to(device)
+
+    def _place(self) -> None:
+        """The transformer comes to the device when the encoders have had it."""
+        if not self._placed:
+            self._transformer.to(self.device)
+            self._pipe.vae.to(self.device)
+            self._placed = True
+
+    def _use_backend(self, name: str) -> None:
+        try:
+            self._transformer.set_attention_backend(name)
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise UserError(f"policy.attention_backend: '{name}' cannot be used: {first_line(error)}") from error
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16) if self._settings.bf16 else nullcontext()

@@ -1,0 +1,67 @@
+"""What one family of diffusers pipelines does in its own way; `diffusers_policy` makes a policy of it."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from customized_grpo.policies.conditions import Batch, Row
+
+
+class Family(Protocol):
+    """A pipeline's tokens, position ids, schedule and guidance.
+
+    N = H/16 * W/16 image tokens, S reference tokens, C channels of a packed latent.
+    """
+
+    pipeline: Any
+    """Class of the pipeline, which loads it and knows the format of its LoRAs."""
+    transformer: Any
+    """Class of its transformer."""
+    saved_as: tuple[str, ...]
+    """Names of pipeline classes whose folders hold the parts."""
+    text_encoders: tuple[str, ...]
+    """Names of the parts that are let go once all prompts are encoded."""
+    lora_targets: str
+    """Regular expression of the names of the linear layers that get LoRA factors."""
+    max_references: int
+    guidance: float
+    """Used where the configuration gives none."""
+
+    def components(self, folder: str) -> dict[str, Any]:
+        """Parts of the pipeline that are not loaded the way its class would."""
+        ...
+
+    def check_guidance(self, pipe: Any, guidance: float | None) -> None:
+        """Raise `UserError` for guidance that would have no effect."""
+        ...
+
+    def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
+        """The size in which a picture of `height` x `width` is seen as one of `count` references; `side`: what the
+        configuration asks for."""
+        ...
+
+    def encode(
+        self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
+    ) -> Row:
+        """One prompt and its references [3, h, w] in [0, 1]; `guided`: guidance is more than 1."""
+        ...
+
+    def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
+        """The pipeline's own schedule [num_steps + 1] for images of (height, width) `size`."""
+        ...
+
+    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
+        """(N, C)."""
+        ...
+
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], guidance included."""
+        ...
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+        ...

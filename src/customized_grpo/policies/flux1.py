@@ -1,0 +1,96 @@
+"""What FLUX.1's generators share: text, latents, schedule, and the transformer's call.
+
+Shape legend: b samples, H x W image in pixels, N = H/16 * W/16 image tokens, S reference tokens, L text tokens, C
+channels of a packed latent.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxKontextPipeline
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+from torch import Tensor
+
+from customized_grpo.policies.conditions import Batch, Row
+from customized_grpo.policies.sizes import sizes_of
+
+LORA_TARGETS = (
+    r"(transformer_blocks|single_transformer_blocks)\.\d+\."
+    r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|proj_out)"
+)
+"""The projections of all attentions, and of a single block its output, as UNO's and the paper's LoRA have it."""
+
+
+def encode(pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device) -> Row:
+    """`text` [L, D] of T5, `pooled` [D'] of CLIP, and the `reference` tokens [S, C]."""
+    text, pooled, _ = pipe.encode_prompt(prompt=[prompt], device=device)
+    tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
+    return Row({"text": text[0], "pooled": pooled[0], "reference": tokens}, sizes_of(references))
+
+
+def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
+    """A picture [3, h, w] in [0, 1] as tokens [h/16 * w/16, C]: the mode of the VAE's latent, scaled and packed."""
+    pixels = (2 * reference[None] - 1).to(pipe.vae.device, pipe.vae.dtype)
+    latents = pipe._encode_vae_image(pixels, generator=None)
+    return pipe._pack_latents(latents, 1, *latents.shape[1:])[0]
+
+
+def grid_ids(height: int, width: int, *, first: int = 0, row: int = 0, column: int = 0) -> Tensor:
+    """Position ids [h * w, 3] float32 of a grid of tokens of `height` x `width` pixels, whose corner is at
+    (`first`, `row`, `column`)."""
+    ids = FluxKontextPipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32)
+    return ids + torch.tensor([float(first), float(row), float(column)])
+
+
+def own_sigmas(pipe: Any, num_steps: int, image_tokens: int) -> Tensor:
+    """The pipeline's schedule [num_steps + 1]: linear, shifted the more the more tokens the image has."""
+    scheduler = pipe.scheduler
+    settings = [
+        scheduler.config.get(name, default)
+        for name, default in (
+            ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
+        )
+    ]  # fmt: skip
+    return scheduled(scheduler, num_steps, calculate_shift(image_tokens, *settings))
+
+
+def scheduled(scheduler: Any, num_steps: int, mu: float) -> Tensor:
+    """Sigmas [num_steps + 1] of a flow-matching scheduler shifted by `mu`."""
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu")
+    sigmas: Tensor = scheduler.sigmas.float().cpu()
+    return sigmas
+
+
+def timestep(sigma: Tensor, like: Tensor) -> Tensor:
+    """`sigma` [b] as pipelines hand it to their transformers: through units of 1000, in the precision of `like`."""
+    return (sigma.to(like.device) * 1000).to(like.dtype) / 1000
+
+
+def velocity(transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, ids: Tensor, guidance: float) -> Tensor:
+    """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b]; `ids` [N + S, 3] of the image's tokens and the
+    references', which follow them."""
+    text = batch["text"]
+    embedded = None
+    if transformer.config.guidance_embeds:
+        embedded = torch.full([len(latents)], guidance, device=latents.device, dtype=torch.float32)
+    predicted: Tensor = transformer(
+        hidden_states=torch.cat([latents.to(text.dtype), batch["reference"]], dim=1),
+        timestep=timestep(sigma, text),
+        guidance=embedded,
+        pooled_projections=batch["pooled"],
+        encoder_hidden_states=text,
+        txt_ids=torch.zeros(text.shape[1], 3, device=latents.device),
+        img_ids=ids.to(latents.device),
+        return_dict=False,
+    )[0]
+    return predicted[:, : latents.shape[1]]
+
+
+def decode(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+    """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+    config = pipe.vae.config
+    unpacked = pipe._unpack_latents(latents.to(pipe.vae.dtype), *size, pipe.vae_scale_factor)
+    images: Tensor = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+    return images

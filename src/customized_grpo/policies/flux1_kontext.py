@@ -1,0 +1,54 @@
+"""FLUX.1 Kontext: one reference, whose tokens follow the image's and whose ids have 1 on their first axis."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from torch import Tensor
+
+from customized_grpo.policies import flux1
+from customized_grpo.policies.conditions import Batch, Row
+from customized_grpo.policies.sizes import to_area
+
+
+class Flux1Kontext:
+    """A `diffusers_policy.Family`."""
+
+    pipeline: Any = FluxKontextPipeline
+    transformer: Any = FluxTransformer2DModel
+    saved_as: tuple[str, ...] = ("FluxKontextPipeline",)
+    text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    lora_targets = flux1.LORA_TARGETS
+    max_references = 1
+    guidance = 3.5
+    reference_side = 1024
+
+    def components(self, folder: str) -> dict[str, Any]:
+        return {}
+
+    def check_guidance(self, pipe: Any, guidance: float | None) -> None:
+        """Guidance is embedded: any value has an effect."""
+
+    def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
+        return to_area(height, width, (side or self.reference_side) ** 2)
+
+    def encode(
+        self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
+    ) -> Row:
+        return flux1.encode(pipe, prompt, references, device)
+
+    def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
+        return flux1.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
+
+    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
+        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
+
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        ids = torch.cat([flux1.grid_ids(*size), flux1.grid_ids(*batch.sizes[0], first=1)])
+        return flux1.velocity(transformer, latents, sigma, batch, ids, guidance)
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return flux1.decode(pipe, latents, size)

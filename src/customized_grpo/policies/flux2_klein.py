@@ -1,0 +1,65 @@
+"""FLUX.2 [klein]: FLUX.2's tokens; a Qwen3 reads the prompt, and guidance is classifier-free, or distilled away."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
+from torch import Tensor
+
+from customized_grpo.errors import UserError
+from customized_grpo.policies import flux2
+from customized_grpo.policies.conditions import Batch, Row
+from customized_grpo.policies.sizes import sizes_of
+
+
+class Flux2Klein:
+    """A `diffusers_policy.Family`."""
+
+    pipeline: Any = Flux2KleinPipeline
+    transformer: Any = Flux2Transformer2DModel
+    saved_as: tuple[str, ...] = ("Flux2KleinPipeline",)
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    lora_targets = flux2.LORA_TARGETS
+    max_references = flux2.MAX_REFERENCES
+    guidance = 4.0
+
+    def components(self, folder: str) -> dict[str, Any]:
+        return {}
+
+    def check_guidance(self, pipe: Any, guidance: float | None) -> None:
+        """Raises `UserError` for guidance of a generator from which it is distilled away."""
+        if pipe.config.is_distilled and guidance not in (None, 1.0):
+            raise UserError(
+                f"policy.guidance: this model is distilled and takes none, found {guidance}; leave it out, or name a "
+                "base model (FLUX.2-klein-base) in policy.model"
+            )
+
+    def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
+        return flux2.reference_size(height, width, side)
+
+    def encode(
+        self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
+    ) -> Row:
+        tensors = {"text": pipe.encode_prompt([prompt], device=device)[0][0]}
+        if guided and not pipe.config.is_distilled:
+            tensors["negative"] = pipe.encode_prompt([""], device=device)[0][0]
+        return Row(tensors | {"reference": flux2.reference_tokens(pipe, references)}, sizes_of(references))
+
+    def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
+        return flux2.own_sigmas(pipe, num_steps, size)
+
+    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
+        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
+
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        positive = flux2.predict(transformer, latents, sigma, batch, size, "text", None)
+        if "negative" not in batch.tensors:
+            return positive
+        negative = flux2.predict(transformer, latents, sigma, batch, size, "negative", None)
+        return negative + guidance * (positive - negative)
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return flux2.decode(pipe, latents, size)

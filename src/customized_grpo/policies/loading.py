@@ -1,0 +1,173 @@
+"""Pipelines from a local folder or a hub id, checked before hours are spent; LoRAs to start from, merged into them."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError as InvalidId
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers.utils import logging as transformers_logging
+
+from customized_grpo.errors import UserError
+from customized_grpo.policies import uno
+from customized_grpo.policies.family import Family
+from customized_grpo.policies.lora import first_line
+
+INDEX = "model_index.json"
+
+
+def locate(model: str, family: Family) -> Path:
+    """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be.
+
+    Raises `UserError` where there is none, where it is another pipeline's, or lacks a part.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+            raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
+        folder = _download(model)
+    index = _read_index(folder)
+    if index.get("_class_name") not in family.saved_as:
+        raise UserError(
+            f"policy.model: {folder} holds a {index.get('_class_name')}, but policy.kind takes a "
+            f"{' or '.join(family.saved_as)}; name another model or kind"
+        )
+    missing = [
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value[0] and not (folder / name).is_dir()
+    ]
+    if missing:
+        raise UserError(f"policy.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew")
+    return folder
+
+
+def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
+    """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
+    quiet()
+    try:
+        pipe = family.pipeline.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, **family.components(str(folder))
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"policy.model: {folder} could not be loaded: {first_line(error)}") from error
+    if not isinstance(pipe.transformer, family.transformer):
+        raise UserError(
+            f"policy.model: the transformer in {folder} is a {type(pipe.transformer).__name__}, expected a "
+            f"{family.transformer.__name__}"
+        )
+    return pipe
+
+
+def merge_base_adapter(pipe: Any, name: str) -> None:
+    """Merge a LoRA into the transformer, so that training starts from it.
+
+    `name`: a safetensors file, or `owner/name/file.safetensors` on the hub. It is in diffusers' format, in that of
+    UNO's published LoRA, or a whole FLUX.1 transformer in the names of its first release, UNO merged in. Raises
+    `UserError` where it does not fit.
+    """
+    path = _locate_file(name)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"policy.base_adapter: {path} is no safetensors file ({error})") from error
+    try:
+        if uno.is_fused(state):
+            pipe.transformer.load_state_dict(uno.fused_to_diffusers(state))
+            return
+        factors = uno.published_to_diffusers(state) if uno.is_published_lora(state) else state
+        _check_fits(pipe.transformer, factors, path)
+        pipe.load_lora_weights(factors)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"policy.base_adapter: {path} does not fit the transformer ({first_line(error)}); name one that was made "
+            "for this model"
+        ) from error
+
+
+def fingerprint(folder: Path, parts: Sequence[str]) -> str:
+    """Stands for the files of the pipeline's `parts` in `folder`: their place, names, sizes and times."""
+    digest = hashlib.sha256(str(folder.resolve()).encode())
+    for part in parts:
+        for path in sorted((folder / part).rglob("*")):
+            if path.is_file():
+                about = path.stat()
+                digest.update(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def quiet() -> None:
+    """Keep libraries' bars and notes out of the display; their warnings and errors stay."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
+
+
+def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> None:
+    """What diffusers would leave out with a warning is refused: factors of layers that the transformer lacks."""
+    layers = {name for name, _ in transformer.named_modules()}
+    known = {name for name in factors if name.removeprefix("transformer.").split(".lora_")[0] in layers}
+    unknown = [name for name in factors if ".lora_" in name and name not in known]
+    if unknown or not known:
+        example = f"no layer for '{(unknown or list(factors))[0]}'"
+        raise UserError(
+            f"policy.base_adapter: {path} does not fit the transformer ({example}); name one that was made for this "
+            "model"
+        )
+
+
+def _download(model: str) -> Path:
+    try:
+        return Path(DiffusionPipeline.download(model))
+    except GatedRepoError as error:
+        raise UserError(
+            f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
+            "HF_TOKEN"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
+        raise UserError(
+            f"policy.model: {model} is no folder here, and could not be had from the hub ({first_line(error)}). Check "
+            "the name and the network, or download it and name its folder"
+        ) from error
+
+
+def _locate_file(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if path.is_absolute() or not file.endswith(".safetensors"):
+        raise UserError(
+            f"policy.base_adapter: {name} is neither a file nor owner/name/file.safetensors on the hub; note that only "
+            "safetensors files are read"
+        )
+    try:
+        return Path(hf_hub_download(f"{owner}/{repository}", file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
+        raise UserError(
+            f"policy.base_adapter: {name} is no file here, and could not be had from the hub ({first_line(error)})"
+        ) from error
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    if not path.is_file():
+        raise UserError(f"policy.model: {folder} holds no diffusers pipeline: it has no {INDEX}")
+    try:
+        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"policy.model: {path} is damaged ({error}); download it anew") from error
+    return index

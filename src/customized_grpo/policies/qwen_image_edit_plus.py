@@ -1,0 +1,122 @@
+"""Qwen-Image-Edit-Plus: several references, read by the text encoder too; classifier-free guidance, renormalised.
+
+Shape legend: b samples, H x W image in pixels, N = H/16 * W/16 image tokens, S reference tokens, L text tokens, C
+channels of a packed latent.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
+from torch import Tensor
+from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil, Qwen2VLProcessor
+
+from customized_grpo.data.images import to_pil
+from customized_grpo.policies import flux1
+from customized_grpo.policies.conditions import Batch, Row
+from customized_grpo.policies.sizes import sizes_of, to_area
+
+NEGATIVE_PROMPT = " "
+
+
+class ImageTextProcessor(Qwen2VLProcessor):
+    """Qwen2-VL's processor for pictures and text; that for video, which the original wants too, needs torchvision."""
+
+    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        self.image_token = "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+
+class QwenImageEditPlus:
+    """A `diffusers_policy.Family`."""
+
+    pipeline: Any = QwenImageEditPlusPipeline
+    transformer: Any = QwenImageTransformer2DModel
+    saved_as: tuple[str, ...] = ("QwenImageEditPlusPipeline",)
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    lora_targets = (
+        r"transformer_blocks\.\d+\.attn\."
+        r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+    )
+    max_references = 3
+    guidance = 4.0
+    reference_side = 1024
+
+    def components(self, folder: str) -> dict[str, Any]:
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        pictures = Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
+        return {"tokenizer": tokenizer, "processor": ImageTextProcessor(pictures, tokenizer)}
+
+    def check_guidance(self, pipe: Any, guidance: float | None) -> None:
+        """Guidance is classifier-free: 1 switches it off."""
+
+    def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
+        return to_area(height, width, (side or self.reference_side) ** 2, multiple=32)
+
+    def encode(
+        self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
+    ) -> Row:
+        pictures = [_seen_by_text_encoder(pipe, reference) for reference in references]
+        tensors = {"text": pipe.encode_prompt([prompt], image=pictures, device=device)[0][0]}
+        if guided:
+            tensors["negative"] = pipe.encode_prompt([NEGATIVE_PROMPT], image=pictures, device=device)[0][0]
+        tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
+        return Row(tensors | {"reference": tokens}, sizes_of(references))
+
+    def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
+        return flux1.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
+
+    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
+        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
+
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        positive = _predict(transformer, latents, sigma, batch, size, "text")
+        if "negative" not in batch.tensors:
+            return positive
+        negative = _predict(transformer, latents, sigma, batch, size, "negative")
+        combined = negative + guidance * (positive - negative)
+        return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+        grid = pipe._unpack_latents(latents.to(pipe.vae.dtype), *size, pipe.vae_scale_factor)
+        mean, std = (
+            torch.tensor(values, dtype=grid.dtype, device=grid.device).view(1, -1, 1, 1, 1)
+            for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+        )
+        images: Tensor = pipe.vae.decode(grid * std + mean, return_dict=False)[0][:, :, 0]
+        return images
+
+
+def _seen_by_text_encoder(pipe: Any, reference: Tensor) -> Any:
+    """A picture in the size in which the pipeline shows it to the text encoder."""
+    width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, reference.shape[-1] / reference.shape[-2])
+    return pipe.image_processor.resize(to_pil(reference), height, width)
+
+
+def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
+    """A picture [3, h, w] in [0, 1] as tokens [h/16 * w/16, C]."""
+    pixels = (2 * reference[None, :, None] - 1).to(pipe.vae.device, pipe.vae.dtype)
+    latents = pipe._encode_vae_image(pixels, generator=None)
+    return pipe._pack_latents(latents, 1, latents.shape[1], *latents.shape[3:])[0]
+
+
+def _predict(
+    transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], text: str
+) -> Tensor:
+    """Velocity [b, N, C] under the text named `text` of the batch."""
+    words = batch[text]
+    grids = [(1, height // 16, width // 16) for height, width in (size, *batch.sizes)]
+    predicted: Tensor = transformer(
+        hidden_states=torch.cat([latents.to(words.dtype), batch["reference"]], dim=1),
+        timestep=flux1.timestep(sigma, words),
+        encoder_hidden_states=words,
+        img_shapes=[grids] * len(latents),
+        return_dict=False,
+    )[0]
+    return predicted[:, : latents.shape[1]]

@@ -1,0 +1,30 @@
+"""Sizes of references: whole numbers of tokens, in about the shape of the picture."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+TOKEN = 16
+"""Pixels along the side of an image token: 8 by the VAE, 2 by packing."""
+
+
+def sizes_of(pictures: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """(height, width) of each picture [C, h, w]."""
+    return tuple((picture.shape[-2], picture.shape[-1]) for picture in pictures)
+
+
+def to_area(height: int, width: int, area: float, multiple: int = TOKEN) -> tuple[int, int]:
+    """(height, width) of about `area` pixels in the shape of `height` x `width`, in multiples of `multiple`."""
+    scale = math.sqrt(area / (height * width))
+    return _rounded(height * scale, multiple), _rounded(width * scale, multiple)
+
+
+def to_longer_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) with `side` pixels on the longer side, the shorter one rounded down to whole tokens."""
+    scale = side / max(height, width)
+    return max(TOKEN, int(height * scale) // TOKEN * TOKEN), max(TOKEN, int(width * scale) // TOKEN * TOKEN)
+
+
+def _rounded(length: float, multiple: int) -> int:
+    return max(multiple, round(length / multiple) * multiple)

@@ -1,0 +1,116 @@
+"""UNO (arXiv 2504.02160) on FLUX.1-dev: several references, each placed where the last one ended on both axes."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import FluxKontextPipeline, FluxTransformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
+from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
+from torch import Tensor
+
+from customized_grpo.errors import UserError
+from customized_grpo.policies import flux1
+from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.sizes import to_longer_side
+
+_PUBLISHED = re.compile(r"(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight")
+
+
+class Uno:
+    """A `diffusers_policy.Family`. FLUX.1-dev has Kontext's components, so Kontext's pipeline holds them."""
+
+    pipeline: Any = FluxKontextPipeline
+    transformer: Any = FluxTransformer2DModel
+    saved_as: tuple[str, ...] = ("FluxPipeline",)
+    text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
+    lora_targets = flux1.LORA_TARGETS
+    max_references = 4
+    guidance = 4.0
+    reference_side = 512
+    several_side = 320
+    """UNO's own longer side of one reference, and of each of several."""
+
+    def components(self, folder: str) -> dict[str, Any]:
+        return {}
+
+    def check_guidance(self, pipe: Any, guidance: float | None) -> None:
+        """Guidance is embedded: any value has an effect."""
+
+    def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
+        return to_longer_side(height, width, side or (self.reference_side if count == 1 else self.several_side))
+
+    def encode(
+        self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
+    ) -> Row:
+        return flux1.encode(pipe, prompt, references, device)
+
+    def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
+        # UNO counts an image token for every 16 x 16 *latent* pixels, which shifts less than FLUX does.
+        mu = calculate_shift(size[0] // 8 * (size[1] // 8) // 256, 256, 4096, 0.5, 1.15)
+        return flux1.scheduled(pipe.scheduler, num_steps, mu)
+
+    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
+        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
+
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        return flux1.velocity(transformer, latents, sigma, batch, diagonal_ids(size, batch.sizes), guidance)
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        return flux1.decode(pipe, latents, size)
+
+
+def diagonal_ids(size: tuple[int, int], references: Sizes) -> Tensor:
+    """Position ids [N + S, 3]: each reference begins, on both axes, where what stands before it ended (`pe=d`)."""
+    ids, row, column = [], 0, 0
+    for height, width in (size, *references):
+        ids.append(flux1.grid_ids(height, width, row=row, column=column))
+        row, column = row + height // 16, column + width // 16
+    return torch.cat(ids)
+
+
+def is_published_lora(state: dict[str, Tensor]) -> bool:
+    """Whether `state` has the names of UNO's published LoRA (`dit_lora.safetensors`)."""
+    return all(_PUBLISHED.fullmatch(name) for name in state)
+
+
+def is_fused(state: dict[str, Tensor]) -> bool:
+    """Whether `state` is a whole FLUX.1 transformer in the names of its first release, as UNO merged into it is."""
+    return "double_blocks.0.img_attn.qkv.weight" in state
+
+
+def fused_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole transformer, UNO merged in, in diffusers' names."""
+    converted: dict[str, Tensor] = convert_flux_transformer_checkpoint_to_diffusers(dict(state))
+    return converted
+
+
+def published_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """UNO's published LoRA in diffusers' names.
+
+    It has one pair of factors for queries, keys and values together; here each gets its third of `up`, and all the same
+    `down`. Raises `UserError` on names that it does not have.
+    """
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        match = _PUBLISHED.fullmatch(name)
+        if match is None:
+            raise UserError(f"'{name}' is no tensor of UNO's LoRA; expected names as {_PUBLISHED.pattern}")
+        kind, block, part, stream, factor = match.groups()
+        prefix = f"transformer.{'transformer_blocks' if kind == 'double' else 'single_transformer_blocks'}.{block}."
+        if part == "qkv":
+            names = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
+            targets = names if stream == "2" else ["attn.to_q", "attn.to_k", "attn.to_v"]
+        else:
+            targets = [{"1": "attn.to_out.0", "2": "attn.to_add_out", "": "proj_out"}[stream]]
+        if factor == "down":
+            converted |= {f"{prefix}{target}.lora_A.weight": tensor.clone() for target in targets}
+        else:
+            parts = tensor.chunk(len(targets))
+            converted |= {
+                f"{prefix}{t}.lora_B.weight": part.contiguous() for t, part in zip(targets, parts, strict=True)
+            }
+    return converted

@@ -1,0 +1,84 @@
+"""Pictures as an encoder of a checkpoint wants them: its image processor's steps, in torch, on the device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from customized_grpo.errors import UserError
+
+RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers for ways to resize, by torch's names."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize -> centre crop -> normalise. `shortest`: the shorter side after resizing, or `exact` (height, width)."""
+
+    shortest: int | None
+    exact: tuple[int, int] | None
+    crop: tuple[int, int] | None
+    mode: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, processor: Any) -> "Preprocessing":
+        """The steps of a transformers image processor. Raises `UserError` for sizes of a kind not known here."""
+        settings: Mapping[str, Any] = processor.to_dict()
+        size = dict(settings.get("size") or {}) if settings.get("do_resize", True) else {}
+        shortest, exact = size.get("shortest_edge"), None
+        if {"height", "width"} <= size.keys():
+            exact = (size["height"], size["width"])
+        if size and shortest is None and exact is None:
+            raise UserError(
+                f"{type(processor).__name__}: cannot resize to {size}; expected shortest_edge, or height and width"
+            )
+        crop = settings.get("crop_size") if settings.get("do_center_crop") else None
+        return cls(
+            shortest,
+            exact,
+            (crop["height"], crop["width"]) if crop else None,
+            RESAMPLE[settings.get("resample", 3)],
+            tuple(settings["image_mean"]),
+            tuple(settings["image_std"]),
+        )
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, h, w], normalised."""
+        pixels = _eight_bit(images.float())
+        height, width = pixels.shape[-2:]
+        target = self.exact or (height, width)
+        if self.shortest is not None:
+            short = min(height, width)
+            target = (self.shortest * height // short, self.shortest * width // short)
+        if target != (height, width):
+            smooth = {"antialias": True} if self.mode != "nearest-exact" else {}
+            pixels = _eight_bit(F.interpolate(pixels, target, mode=self.mode, **smooth))
+        if self.crop is not None:
+            pixels = _centre(pixels, self.crop)
+        mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+def composited(reference: Tensor, mask: Tensor, background: float) -> Tensor:
+    """The subject of `reference` [3, h, w], as `mask` [1, h, w] cuts it out, on a grey `background` in [0, 1]."""
+    return torch.lerp(torch.full_like(reference, background), reference, mask)
+
+
+def _eight_bit(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def _centre(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    height, width = pixels.shape[-2:]
+    missing = [max(0, wanted - given) for wanted, given in zip(size, (height, width), strict=True)]
+    if any(missing):
+        top, left = missing[0] // 2 + missing[0] % 2, missing[1] // 2 + missing[1] % 2
+        pixels = F.pad(pixels, (left, missing[1] - left, top, missing[0] - top))
+        height, width = pixels.shape[-2:]
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return pixels[..., top : top + size[0], left : left + size[1]]

@@ -1,0 +1,93 @@
+"""Rewards that are cosines in a pretrained encoder's space: DINO, CLIP, SigLIP, PickScore."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from customized_grpo.rewards import Scores, Task
+from customized_grpo.rewards.pictures import Preprocessing, composited
+
+Encode = Callable[[Tensor], Tensor]
+"""Preprocessed pictures [b, 3, h, w] to features [b, E]."""
+
+
+class PictureEncoder:
+    """Features of pictures, as unit vectors, in micro-batches; those of references are kept."""
+
+    def __init__(self, encode: Encode, preprocess: Preprocessing, device: torch.device, micro_batch: int) -> None:
+        self._encode, self._preprocess = encode, preprocess
+        self._device, self._micro_batch = device, micro_batch
+        self._kept: dict[bytes, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features [B, E] of `images` [B, 3, H, W] in [0, 1]."""
+        parts = [
+            F.normalize(self._encode(self._preprocess(part.to(self._device))).float(), dim=-1)
+            for part in images.split(self._micro_batch)
+        ]
+        return torch.cat(parts)
+
+    def reference(self, picture: Tensor) -> Tensor:
+        """Features [E] of a reference [3, h, w], computed once however often it comes."""
+        key = hashlib.blake2b(picture.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
+        if key not in self._kept:
+            self._kept[key] = self(picture[None])[0]
+        return self._kept[key]
+
+
+class IdentitySimilarity:
+    """Cosine of an image with its references, in [-1, 1], higher is more alike.
+
+    The paper multiplies DINO's by 100; normalised within a group, that changes nothing.
+    """
+
+    def __init__(self, encoder: PictureEncoder, *, segmented: bool, background: float, several: str) -> None:
+        """`segmented`: compare with the subject cut out by its mask, on the grey level `background`. `several`: to more
+        than one reference the "mean" of the cosines, or the largest ("max")."""
+        self._encoder, self._segmented, self._background, self._several = encoder, segmented, background, several
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        """See `Reward.score`."""
+        features = self._encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        values = torch.stack([self._to(group, self._targets(task, p)) for p, group in enumerate(features)])
+        return Scores(values, values.isfinite())
+
+    def _targets(self, task: Task, prompt: int) -> Tensor:
+        references = list(task.references[prompt])
+        if self._segmented:
+            if task.masks is None:
+                raise ValueError("the task has no masks to segment by")
+            pairs = zip(references, task.masks[prompt], strict=True)
+            references = [composited(reference, mask, self._background) for reference, mask in pairs]
+        return torch.stack([self._encoder.reference(reference) for reference in references])
+
+    def _to(self, group: Tensor, targets: Tensor) -> Tensor:
+        cosines = group @ targets.T
+        return cosines.amax(-1) if self._several == "max" else cosines.mean(-1)
+
+
+class PromptSimilarity:
+    """Cosine of an image with its prompt, in [-1, 1], higher is more as it says."""
+
+    def __init__(self, encoder: PictureEncoder, read: Callable[[Sequence[str]], Tensor]) -> None:
+        """`read`: prompts to features [P, E]."""
+        self._encoder, self._read = encoder, read
+
+    @torch.no_grad()
+    def score(self, images: Tensor, task: Task) -> Scores:
+        """See `Reward.score`."""
+        features = self._encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        words = F.normalize(self._read(task.prompts).float(), dim=-1)
+        values = torch.einsum("pge,pe->pg", features, words)
+        return Scores(values, values.isfinite())
+
+
+def pooled(features: Any) -> Tensor:
+    """The vectors in what transformers' `get_*_features` answer."""
+    vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return vectors

@@ -1,0 +1,286 @@
+"""What holds of every diffusers policy: one velocity in rollout and update, LoRA alone learns, adapters in diffusers'
+own format, encoders that go once they have done their work."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from customized_grpo.config import Config
+from customized_grpo.data import Sample, SubjectDataset, save_image
+from customized_grpo.data.dataset import write_metadata
+from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.rewards import Scores, Task
+from customized_grpo.rollout import sample_ode
+from customized_grpo.runtime import CPU, resolve_precision
+from customized_grpo.trainer import Trainer
+
+Load = Callable[..., DiffusersPolicy]
+Picture = Callable[..., Tensor]
+KINDS = tuple(FAMILIES)
+EVERY = pytest.mark.parametrize("kind", KINDS)
+
+
+class Brightness:
+    """A reward of a hundred distinct values or so, without a network."""
+
+    def __init__(self, sign: float = 1.0) -> None:
+        self.sign = sign
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        values = self.sign * images.mean((-3, -2, -1))
+        return Scores(values, torch.ones_like(values, dtype=torch.bool))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, picture: Picture) -> SubjectDataset:
+    """Two samples, of one reference each, in two shapes."""
+    folder = tmp_path / "data"
+    samples = []
+    for number, (height, width) in enumerate([(64, 64), (48, 80)]):
+        save_image(picture(height, width, number), folder / f"{number}.png")
+        samples.append(Sample(f"s{number}", f"a toy number {number} in the snow", (folder / f"{number}.png",)))
+    write_metadata(folder, samples)
+    return SubjectDataset.open(folder)
+
+
+def config(**changes: Any) -> Config:
+    tree: dict[str, Any] = {
+        "policy": {"kind": "flux1-kontext"},
+        "rewards": {"prompt": "clip", "identity": "clip"},
+        "evaluation": {"judge": "none"},
+        "rollout": {
+            "prompts_per_iteration": 2, "group_size": 4, "num_steps": 4, "shift": 3.0, "sde": "dance", "eta": 0.4,
+            "subset_share": 1.0, "micro_batch": 4,
+        },
+        "optimizer": {"learning_rate": 1e-3, "updates_per_iteration": 1, "micro_batch": 4},
+    }  # fmt: skip
+    for name, value in changes.items():
+        section, _, field = name.partition("__")
+        tree[section][field] = value
+    return Config.model_validate(tree)
+
+
+@EVERY
+def test_references_of_any_size_and_number(kind: str, load: Load, picture: Picture) -> None:
+    policy = load(kind)
+    most = min(2, FAMILIES[kind].max_references)
+    rows = [[picture(50, 70)], [picture(100, 40, k) for k in range(most)], [picture(30, 30)]]
+    prepared = [[policy.prepare_reference(image, len(row)) for image in row] for row in rows]
+    assert all(side % 16 == 0 for row in prepared for image in row for side in image.shape[1:])
+    prompts = ["a cat", "a dog in the snow", "a cat"]
+    condition = policy.encode(prompts, prepared)
+    latents = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+    sigma = torch.tensor([0.9, 0.5, 0.2])
+    with torch.no_grad():
+        together = policy.velocity(latents, sigma, condition)
+        # Each alone, and in another order, is the same.
+        for order in ([0], [1], [2], [2, 0, 1]):
+            index = torch.tensor(order)
+            apart = policy.velocity(latents[index], sigma[index], condition.take(index))
+            assert torch.allclose(apart, together[index], atol=1e-5)
+    assert together.shape == latents.shape and together.dtype == torch.float32
+    assert not torch.allclose(together[0], together[2], atol=1e-3)
+    images = policy.decode(latents)
+    assert images.shape == (3, 3, 64, 96) and images.min() >= 0 and images.max() <= 1
+
+
+@EVERY
+def test_the_reference_and_the_prompt_matter(kind: str, load: Load, picture: Picture) -> None:
+    policy = load(kind)
+    one, other = (policy.prepare_reference(picture(64, 64, seed), 1) for seed in (0, 1))
+    condition = policy.encode(["a cat", "a cat", "a dog"], [[one], [other], [one]])
+    latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1)
+    with torch.no_grad():
+        first, reference, prompt = policy.velocity(latents, torch.full((3,), 0.7), condition)
+    assert (first - reference).abs().max() > 1e-3
+    assert (first - prompt).abs().max() > 1e-4
+
+
+@EVERY
+def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
+    kind: str, load: Load, dataset: SubjectDataset, perturb: Callable[..., None]
+) -> None:
+    policy = load(kind)
+    perturb(policy)
+    settings = config()
+    trainer = Trainer(settings, policy, (Brightness(), Brightness()), dataset)
+    frozen = {name: p.clone() for name, p in policy._transformer.named_parameters() if not p.requires_grad}
+    before = [p.detach().clone() for _, p in policy.trainable_parameters()]
+    assert {name for name, _ in policy.trainable_parameters()} == {
+        name for name, _ in policy._transformer.named_parameters() if "lora_" in name
+    }
+
+    task = trainer.task(0)
+    captured: dict[str, Any] = {}
+    update = trainer._update
+
+    def spy(rollout: Any, plan: Any, advantages: Tensor, on_progress: Any) -> Any:
+        captured.update(rollout=rollout, plan=plan, advantages=advantages)
+        return update(rollout, plan, advantages, on_progress)
+
+    trainer._update = spy  # type: ignore[method-assign]
+    metrics = trainer.train_step()
+    assert metrics["first_ratio/min"] == pytest.approx(1, abs=1e-5)
+    assert metrics["first_ratio/max"] == pytest.approx(1, abs=1e-5)
+    assert all(torch.equal(p, frozen[n]) for n, p in policy._transformer.named_parameters() if n in frozen)
+    assert any(not torch.equal(p, old) for (_, p), old in zip(policy.trainable_parameters(), before, strict=True))
+
+    rollout, plan = captured["rollout"], captured["plan"]
+    advantages = captured["advantages"].flatten(0, 1).T
+    steps, rows = torch.cartesian_prod(torch.arange(len(plan.trained)), torch.arange(8)).unbind(1)
+    with torch.no_grad():
+        now = trainer.transition(rollout, plan, steps, rows).log_prob
+    gain = (now - rollout.log_probs[steps, rows]) * advantages[steps, rows].sign()
+    assert gain.mean() > 0
+    assert len(task.prompts) == 2
+
+
+@EVERY
+def test_rollout_and_update_compute_the_same_velocity_bitwise(
+    kind: str, load: Load, picture: Picture, perturb: Callable[..., None]
+) -> None:
+    policy = load(kind)
+    perturb(policy)
+    reference = policy.prepare_reference(picture(64, 64), 1)
+    condition = policy.encode(["a cat"], [[reference]]).take(torch.zeros(4, dtype=torch.long))
+    latents, sigma = torch.randn(4, *policy.latent_shape), torch.full((4,), 0.6)
+    with torch.no_grad():
+        in_rollout = policy.velocity(latents, sigma, condition)
+    in_update = policy.velocity(latents, sigma, condition)
+    assert in_update.requires_grad
+    assert torch.equal(in_rollout, in_update)
+
+
+@pytest.mark.parametrize("kind", ["flux1-kontext", "qwen-image-edit-plus"])
+def test_checkpointing_changes_no_gradient(
+    kind: str, load: Load, picture: Picture, perturb: Callable[..., None]
+) -> None:
+    gradients = []
+    for checkpointing in (True, False):
+        policy = load(kind, gradient_checkpointing=checkpointing)
+        perturb(policy)
+        reference = policy.prepare_reference(picture(64, 64), 1)
+        latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
+        condition = policy.encode(["a cat"], [[reference]])
+        policy.velocity(latents, torch.tensor([0.5]), condition).square().mean().backward()
+        # What only the last block's text stream reads has no gradient.
+        found = [p.grad for _, p in policy.trainable_parameters() if p.grad is not None]
+        assert len(found) > len(list(policy.trainable_parameters())) / 2
+        gradients.append(found)
+    for one, other in zip(*gradients, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+@EVERY
+def test_a_plain_pipeline_takes_the_adapter(
+    kind: str,
+    load: Load,
+    tiny_models: dict[str, Path],
+    tmp_path: Path,
+    picture: Picture,
+    perturb: Callable[..., None],
+) -> None:
+    """`pipe.load_lora_weights(run)` on a plain pipeline gives our tuned velocity, and ours loads what theirs saves."""
+    policy, family = load(kind), FAMILIES[kind]
+    perturb(policy)
+    policy.save_adapter(tmp_path / "run")
+    reference = policy.prepare_reference(picture(64, 64), 1)
+    condition = policy.encode(["a cat"], [[reference]])
+    latents, sigma = torch.randn(1, *policy.latent_shape), torch.tensor([0.6])
+
+    plain = family.pipeline.from_pretrained(tiny_models[kind], **family.components(str(tiny_models[kind])))
+    plain.load_lora_weights(tmp_path / "run")
+    (batch,) = condition.batches(torch.device("cpu"))
+    with torch.no_grad():
+        tuned = policy.velocity(latents, sigma, condition)
+        with policy.untuned():
+            base = policy.velocity(latents, sigma, condition)
+        theirs = family.velocity(plain.transformer, latents, sigma, batch, policy.size, family.guidance)
+    assert (tuned - base).abs().max() > 1e-3
+    assert torch.allclose(theirs, tuned, atol=1e-5)
+
+    # Theirs, saved by diffusers, in a policy of another seed.
+    plain.transformer.save_lora_adapter(tmp_path / "theirs", adapter_name="default_0")
+    with safe_open(tmp_path / "run" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert "lora_adapter_metadata" in file.metadata()
+    fresh = load(kind, seed=5)
+    fresh.load_adapter(tmp_path / "theirs")
+    with torch.no_grad():
+        assert torch.allclose(fresh.velocity(latents, sigma, condition), tuned, atol=1e-5)
+
+
+def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_path: Path) -> None:
+    policy, again = load("flux1-kontext"), load("flux1-kontext")
+    pictures = [policy.prepare_reference(picture(64, 64, seed), 1) for seed in range(2)]
+    heard: list[int] = []
+    policy.encode_ahead(["a cat", "a dog"], lambda index: [pictures[index]], heard.append)
+    assert heard == [1, 2]
+    assert policy._pipe.text_encoder is None and policy._pipe.vae.encoder is None
+    # From the cache, and the same as encoded anew.
+    kept = policy.encode(["a dog"], [[pictures[1]]]).rows[0]
+    fresh = FAMILIES["flux1-kontext"].encode(again._pipe, "a dog", [pictures[1]], torch.device("cpu"), guided=True)
+    assert kept.sizes == fresh.sizes
+    assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in fresh.tensors.items())
+    assert policy.decode(torch.randn(1, *policy.latent_shape)).shape == (1, 3, 64, 96)
+    with pytest.raises(RuntimeError, match="not encoded ahead"):
+        policy.encode(["a bird"], [[pictures[0]]])
+
+
+def test_offload_keeps_the_encoders(load: Load, picture: Picture) -> None:
+    policy = load("flux1-kontext", offload=True)
+    reference = policy.prepare_reference(picture(64, 64), 1)
+    policy.encode_ahead(["a cat"], lambda index: [reference], lambda done: None)
+    assert policy.encode(["a bird"], [[reference]]).rows
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"prompt": "a dog"}),
+        ({}, {"picture": 1}),
+        ({}, {"kind": "uno"}),
+        ({"kind": "qwen-image-edit-plus"}, {"kind": "qwen-image-edit-plus", "guidance": 1.0}),
+    ],
+)
+def test_the_cache_tells_what_a_row_depends_on(
+    one: dict[str, Any], other: dict[str, Any], load: Load, picture: Picture
+) -> None:
+    def path(kind: str = "flux1-kontext", prompt: str = "a cat", picture_seed: int = 0, **more: Any) -> Path:
+        return load(kind, **more)._cache.path(prompt, [picture(64, 64, picture_seed)])
+
+    settings = [{("picture_seed" if k == "picture" else k): v for k, v in each.items()} for each in (one, other)]
+    assert path(**settings[0]) == path(**settings[0])
+    assert path(**settings[0]) != path(**settings[1])
+
+
+@pytest.mark.parametrize("kind", ["flux1-kontext", "qwen-image-edit-plus"])
+def test_bf16_keeps_the_first_ratio(
+    kind: str, load: Load, dataset: SubjectDataset, perturb: Callable[..., None]
+) -> None:
+    """Where the update's micro-batches are of the rollout's size, it is 1 in bf16 too: their order is the same."""
+    policy = load(kind, precision="bf16")
+    perturb(policy)
+    settings = config(rollout__group_size=2, rollout__micro_batch=2, optimizer__micro_batch=2)
+    metrics = Trainer(settings, policy, (Brightness(), Brightness(-1.0)), dataset).train_step()
+    assert metrics["first_ratio/min"] == metrics["first_ratio/max"] == 1
+    assert all(p.dtype == torch.float32 for _, p in policy.trainable_parameters())
+
+
+def test_ode_samples_do_not_depend_on_micro_batches(load: Load, picture: Picture) -> None:
+    policy = load("flux1-kontext")
+    references = [[policy.prepare_reference(picture(h, w), 1)] for h, w in [(64, 64), (48, 80), (64, 64)]]
+    condition = policy.encode(["a cat", "a dog", "a bird"], references)
+    noise = torch.randn(3, *policy.latent_shape)
+    images = [sample_ode(policy, condition, noise, policy.sigmas(3, 3.0), micro_batch) for micro_batch in (1, 3)]
+    assert torch.allclose(*images, atol=1e-5)
+
+
+def test_auto_precision_is_what_the_device_multiplies() -> None:
+    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert resolve_precision("auto", CPU) == ("bf16" if native else "fp32")

@@ -1,0 +1,212 @@
+"""What cannot be loaded is refused early, in one line that names the field and the remedy."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from customized_grpo.config import Config, PolicyConfig
+from customized_grpo.errors import UserError
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.runtime import resolve_device
+
+Load = Callable[..., DiffusersPolicy]
+
+
+@pytest.fixture
+def broken(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the tiny Kontext, to break."""
+    return Path(shutil.copytree(tiny_models["flux1-kontext"], tmp_path / "broken"))
+
+
+def test_another_pipelines_folder(load: Load, tiny_models: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"policy\.model: .* holds a Flux2KleinPipeline, but .* FluxKontextPipeline"):
+        load("flux1-kontext", model=str(tiny_models["flux2-klein"]))
+
+
+def test_a_folder_without_a_pipeline(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"policy\.model: .* holds no diffusers pipeline: it has no model_index\.json"):
+        load("flux1-kontext", model=str(tmp_path))
+
+
+def test_a_missing_component(load: Load, broken: Path) -> None:
+    shutil.rmtree(broken / "vae")
+    with pytest.raises(UserError, match=r"lacks vae, which its model_index\.json lists"):
+        load("flux1-kontext", model=str(broken))
+
+
+def test_missing_weights(load: Load, broken: Path) -> None:
+    (broken / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+        load("flux1-kontext", model=str(broken))
+
+
+def test_truncated_weights(load: Load, broken: Path) -> None:
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+        load("flux1-kontext", model=str(broken))
+
+
+def test_a_transformer_of_another_class(load: Load, broken: Path) -> None:
+    index = json.loads((broken / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", "SD3Transformer2DModel"]
+    (broken / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"policy\.model: "):
+        load("flux1-kontext", model=str(broken))
+
+
+def test_a_damaged_index(load: Load, broken: Path) -> None:
+    (broken / "model_index.json").write_text("{")
+    with pytest.raises(UserError, match=r"model_index\.json is damaged"):
+        load("flux1-kontext", model=str(broken))
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "only-a-name", "a/b/c"])
+def test_neither_folder_nor_hub_id(load: Load, model: str) -> None:
+    with pytest.raises(UserError, match=r"policy\.model: .* is neither a folder nor a hub id \(owner/name\)"):
+        load("flux1-kontext", model=model)
+
+
+def test_an_unreachable_hub(load: Load) -> None:
+    with pytest.raises(UserError, match=r"policy\.model: nobody/nothing is no folder here, and could not be had from"):
+        load("flux1-kontext", model="nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("nowhere.safetensors", "is neither a file nor owner/name/file.safetensors"),
+        ("nobody/nothing/lora.bin", "only safetensors files are read"),
+        ("nobody/nothing/lora.safetensors", "could not be had from the hub"),
+    ],
+)
+def test_no_such_base_adapter(load: Load, name: str, said: str) -> None:
+    with pytest.raises(UserError, match=r"policy\.base_adapter: ") as found:
+        load("flux1-kontext", base_adapter=name)
+    assert said in str(found.value)
+
+
+def test_a_base_adapter_of_another_model(load: Load, tmp_path: Path) -> None:
+    load("flux2-klein").save_adapter(tmp_path)
+    with pytest.raises(
+        UserError, match=r"policy\.base_adapter: .* does not fit the transformer .* made for this model"
+    ):
+        load("flux1-kontext", base_adapter=str(tmp_path / "pytorch_lora_weights.safetensors"))
+
+
+def test_a_base_adapter_of_other_widths(load: Load, tmp_path: Path) -> None:
+    load("flux1-kontext").save_adapter(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({name: tensor.repeat(1, 2) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(UserError, match=r"policy\.base_adapter: .* does not fit the transformer"):
+        load("flux1-kontext", base_adapter=str(path))
+
+
+def test_a_base_adapter_that_is_no_safetensors_file(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "lora.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(UserError, match=r"policy\.base_adapter: .* is no safetensors file"):
+        load("flux1-kontext", base_adapter=str(tmp_path / "lora.safetensors"))
+
+
+def test_a_base_adapter_in_diffusers_format_is_merged(
+    load: Load, tmp_path: Path, perturb: Callable[..., None], picture: Callable[..., torch.Tensor]
+) -> None:
+    tuned = load("flux1-kontext")
+    perturb(tuned)
+    tuned.save_adapter(tmp_path)
+    merged = load("flux1-kontext", base_adapter=str(tmp_path / "pytorch_lora_weights.safetensors"))
+    condition = tuned.encode(["a cat"], [[tuned.prepare_reference(picture(64, 64), 1)]])
+    latents, sigma = torch.randn(1, *tuned.latent_shape), torch.tensor([0.6])
+    with torch.no_grad(), merged.untuned():
+        found, expected = (policy.velocity(latents, sigma, condition) for policy in (merged, tuned))
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [{"lora_rank": 8}, {"kind": "flux2-klein"}])
+def test_an_adapter_of_another_rank_or_base(load: Load, tmp_path: Path, other: dict[str, Any]) -> None:
+    load(**({"kind": "flux1-kontext"} | other)).save_adapter(tmp_path)
+    with pytest.raises(UserError, match=r"this adapter does not fit the policy .* check policy\.model and"):
+        load("flux1-kontext").load_adapter(tmp_path)
+
+
+def test_no_adapter(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter there; name the folder of a finished run"):
+        load("flux1-kontext").load_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["flash", "_flash_3", "sage"])
+def test_a_backend_that_wants_cuda(load: Load, backend: str) -> None:
+    with pytest.raises(UserError, match=rf"policy\.attention_backend: '{backend}' runs on CUDA, and the device is cpu"):
+        load("flux1-kontext", attention_backend=backend)
+
+
+def test_an_unknown_backend(load: Load) -> None:
+    with pytest.raises(UserError, match=r"policy\.attention_backend: 'fast' cannot be used: "):
+        load("flux1-kontext", attention_backend="fast")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:7"])
+def test_a_device_that_is_not_here(device: str) -> None:
+    if torch.cuda.is_available() and device == "cuda":
+        pytest.skip("there is one here")
+    with pytest.raises(UserError, match=rf"policy\.device: there is no '{device}' here"):
+        resolve_device(device)
+
+
+def test_no_device() -> None:
+    with pytest.raises(UserError, match=r"policy\.device: 'gpu0' is no device"):
+        resolve_device("gpu0")
+
+
+def test_guidance_of_a_distilled_model(load: Load, tmp_path: Path) -> None:
+    from customized_grpo.policies.tiny import flux2_klein
+
+    flux2_klein(distilled=True).save_pretrained(tmp_path / "distilled")
+    with pytest.raises(UserError, match=r"policy\.guidance: this model is distilled and takes none, found 3\.0"):
+        load("flux2-klein", model=str(tmp_path / "distilled"), guidance=3.0)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("flux1-kontext", 1), ("uno", 4), ("qwen-image-edit-plus", 3)])
+def test_too_many_references(load: Load, kind: str, most: int) -> None:
+    policy = load(kind)
+    policy.check("a cat", most)
+    with pytest.raises(UserError, match=rf"at most {most} references, not {most + 1}"):
+        policy.check("a cat", most + 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "flux2", "height": 500}, "height=500 is not a multiple of 16"),
+        ({"kind": "flux2", "weights": "folder"}, "weights: not for kind='flux2'"),
+        ({"kind": "flux2", "adapter": "full"}, "adapter: not for kind='flux2'"),
+        ({"model": "a/b", "guidance": 2}, "model, guidance: not for kind='toybox'"),
+        ({"device": "cuda"}, "ToyBox runs on the CPU"),
+    ],
+)
+def test_settings_of_another_kind(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        PolicyConfig.model_validate(settings)
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"policy": {"kind": "uno"}}, "rewards.prompt=toybox does not read the pictures of policy.kind=uno"),
+        ({"rewards": {"identity": "dino"}}, "rewards.identity=dino does not read the pictures of policy.kind=toybox"),
+        (
+            {"policy": {"kind": "uno"}, "rewards": {"prompt": "clip", "identity": "dino"}},
+            "evaluation.judge=toybox does not read the pictures of policy.kind=uno; set it to none",
+        ),
+    ],
+)
+def test_parts_of_two_worlds(tree: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Config.model_validate(tree)
