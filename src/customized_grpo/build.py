@@ -4,10 +4,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.display import Stages
 from customized_grpo.errors import UserError
+from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.policies import EncodesAhead, Policy
 from customized_grpo.rewards import Reward
 from customized_grpo.runtime import resolve_device, resolve_precision
@@ -24,11 +27,19 @@ def resolved(config: Config) -> Config:
     return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision})})
 
 
+def quiet() -> None:
+    """Keep the large models' libraries, which take seconds to import and are not needed for ToyBox, from talking."""
+    from customized_grpo.libraries import quiet as quieten
+
+    quieten()
+
+
 def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     """The generator, ready to be tuned; `seed` draws the LoRA factors."""
     device = resolve_device("cpu" if config.kind == "toybox" else config.device)
     precision = resolve_precision(config.precision, device)
     if config.kind != "toybox":
+        quiet()
         from customized_grpo.policies.catalogue import load_policy
 
         return load_policy(config, seed, device, bf16=precision == "bf16")
@@ -42,10 +53,30 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     )
 
 
+def dry_run(config: Config) -> Estimate:
+    """What a run of `config` would take. Raises `UserError` where the model cannot be had."""
+    if config.policy.kind != "toybox":
+        quiet()
+        from customized_grpo.policies.dry_run import dry_run as dry_run_of_pipeline
+
+        return dry_run_of_pipeline(config)
+    policy = ToyBoxPolicy.load(
+        config.policy.weights,
+        adapter=config.policy.adapter,
+        lora_rank=config.policy.lora_rank,
+        lora_alpha=config.policy.lora_alpha,
+        precision="fp32",
+    )
+    condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
+    frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
+    return estimate(config, Subject(policy, policy.networks[-1], condition, float(frozen)))
+
+
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
     settings = config.rewards
     if config.policy.kind != "toybox":
+        quiet()
         from customized_grpo.rewards.catalogue import load_rewards
 
         return load_rewards(settings, resolve_device(config.policy.device))

@@ -139,8 +139,14 @@ def _figures(options: Namespace) -> None:
 
 
 def _train(options: Namespace) -> None:
-    config = _settings(Config, options, "resume", "overwrite")
+    config = _settings(Config, options, "resume", "overwrite", "dry_run")
     from customized_grpo.display import Display
+
+    if options.dry_run:
+        from customized_grpo import build
+
+        Display().table("one iteration, and what it needs", build.dry_run(config).rows())
+        return
     from customized_grpo.run import train
     from customized_grpo.trainer import TrainingError
 
@@ -234,6 +240,9 @@ def _train_parser() -> ArgumentParser:
     train.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
+    train.add_argument(
+        "--dry-run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
+    )
     train.add_class_arguments(Config)
     return train
 

@@ -1,10 +1,7 @@
 """Tiny generators, built once for all tests of a session; no test reaches a hub."""
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import pytest
 import torch

@@ -221,7 +221,7 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
     heard: list[int] = []
     policy.encode_ahead(["a cat", "a dog"], lambda index: [pictures[index]], heard.append)
     assert heard == [1, 2]
-    assert policy._pipe.text_encoder is None and policy._pipe.vae.encoder is None
+    assert policy._pipe.text_encoder is None and not list(policy._pipe.vae.encoder.parameters())
     # From the cache, and the same as encoded anew.
     kept = policy.encode(["a dog"], [[pictures[1]]]).rows[0]
     fresh = FAMILIES["flux1-kontext"].encode(again._pipe, "a dog", [pictures[1]], torch.device("cpu"), guided=True)

@@ -43,7 +43,24 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
     pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     if config.base_adapter is not None:
         merge_base_adapter(pipe, config.base_adapter)
-    settings = Settings(
+    guided = (family.guidance if config.guidance is None else config.guidance) > 1
+    stands_for = json.dumps([config.kind, fingerprint(folder, (*family.text_encoders, "vae")), bf16, guided])
+    return DiffusersPolicy(
+        family, pipe, ConditionCache(config.cache, stands_for), settings_of(config, device, seed, bf16=bf16)
+    )
+
+
+def check_backend(name: str | None, device: torch.device) -> None:
+    """Raise `UserError` for an attention backend that wants CUDA on a machine, or a device, without it."""
+    if name is not None and name.startswith(NEEDS_CUDA) and device.type != "cuda":
+        raise UserError(
+            f"policy.attention_backend: '{name}' runs on CUDA, and the device is {device}; leave it out, or use "
+            "policy.device=cuda"
+        )
+
+
+def settings_of(config: PolicyConfig, device: torch.device, seed: int, *, bf16: bool) -> Settings:
+    return Settings(
         device=device,
         bf16=bf16,
         size=(config.height, config.width),
@@ -57,15 +74,3 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
         attention_backend=config.attention_backend,
         seed=seed,
     )
-    guided = (family.guidance if config.guidance is None else config.guidance) > 1
-    stands_for = json.dumps([config.kind, fingerprint(folder, (*family.text_encoders, "vae")), bf16, guided])
-    return DiffusersPolicy(family, pipe, ConditionCache(config.cache, stands_for), settings)
-
-
-def check_backend(name: str | None, device: torch.device) -> None:
-    """Raise `UserError` for an attention backend that wants CUDA on a machine, or a device, without it."""
-    if name is not None and name.startswith(NEEDS_CUDA) and device.type != "cuda":
-        raise UserError(
-            f"policy.attention_backend: '{name}' runs on CUDA, and the device is {device}; leave it out, or use "
-            "policy.device=cuda"
-        )

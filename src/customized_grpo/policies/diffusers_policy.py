@@ -49,8 +49,9 @@ class DiffusersPolicy:
         self._trainable = add_lora(
             pipe.transformer, family.lora_targets, settings.lora_rank, settings.lora_alpha, settings.seed
         )
-        for name in (*family.text_encoders, "vae"):
-            getattr(pipe, name).requires_grad_(False).eval()
+        for part in (*(getattr(pipe, name) for name in family.text_encoders), pipe.vae):
+            if part is not None:
+                part.requires_grad_(False).eval()
         if settings.gradient_checkpointing:
             self._transformer.enable_gradient_checkpointing()
         if settings.attention_backend is not None:
@@ -73,6 +74,11 @@ class DiffusersPolicy:
     def device(self) -> torch.device:
         """See `Policy.device`."""
         return self._settings.device
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance changes the velocity: at a scale of 1 it does not."""
+        return self._guidance > 1
 
     def check(self, prompt: str, num_references: int) -> None:
         """See `Policy.check`."""
@@ -103,7 +109,8 @@ class DiffusersPolicy:
             self._place_encoders(torch.device("cpu"))
         else:
             self._pipe.register_modules(**dict.fromkeys(self._family.text_encoders))
-            self._pipe.vae.encoder = None
+            # Not None: a VAE that counts the layers of both its halves wants to find a module.
+            self._pipe.vae.encoder = nn.Identity()
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -166,7 +173,7 @@ class DiffusersPolicy:
         row = self._cache.read(prompt, references)
         if row is None:
             self._place_encoders(self.device)
-            encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=self._guidance > 1)
+            encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=self.guided)
             row = Row({name: tensor.cpu() for name, tensor in encoded.tensors.items()}, encoded.sizes)
             self._cache.write(prompt, references, row)
         return row

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from customized_grpo.policies.conditions import Batch, Row
+from customized_grpo.policies.conditions import Batch, Row, Sizes
 
 
 class Family(Protocol):
@@ -46,6 +46,11 @@ class Family(Protocol):
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
         """One prompt and its references [3, h, w] in [0, 1]; `guided`: guidance is more than 1."""
+        ...
+
+    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        """Tensors of a row of a common length, on the meta device: what `encode` makes for references of `sizes`, for
+        a transformer of `config`."""
         ...
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:

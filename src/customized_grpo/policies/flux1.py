@@ -13,8 +13,8 @@ from diffusers import FluxKontextPipeline
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
-from customized_grpo.policies.conditions import Batch, Row
-from customized_grpo.policies.sizes import sizes_of
+from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.sizes import sizes_of, token_count
 
 LORA_TARGETS = (
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -35,6 +35,17 @@ def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
     pixels = (2 * reference[None] - 1).to(pipe.vae.device, pipe.vae.dtype)
     latents = pipe._encode_vae_image(pixels, generator=None)
     return pipe._pack_latents(latents, 1, *latents.shape[1:])[0]
+
+
+def example(config: Any, sizes: Sizes) -> dict[str, Tensor]:
+    """As `encode` makes them, on the meta device."""
+    tokens = token_count(sizes)
+    with torch.device("meta"):
+        return {
+            "text": torch.empty(512, config.joint_attention_dim),
+            "pooled": torch.empty(config.pooled_projection_dim),
+            "reference": torch.empty(tokens, config.in_channels),
+        }
 
 
 def grid_ids(height: int, width: int, *, first: int = 0, row: int = 0, column: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from customized_grpo.policies import flux1
-from customized_grpo.policies.conditions import Batch, Row
+from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import to_area
 
 
@@ -37,6 +37,9 @@ class Flux1Kontext:
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
         return flux1.encode(pipe, prompt, references, device)
+
+    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return flux1.example(config, sizes)
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         return flux1.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)

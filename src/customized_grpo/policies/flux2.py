@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from customized_grpo.policies import flux1
 from customized_grpo.policies.conditions import Batch, Row, Sizes
-from customized_grpo.policies.sizes import sizes_of, to_area
+from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
 LORA_TARGETS = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -53,6 +53,9 @@ class Flux2:
         text, _ = pipe.encode_prompt([prompt], device=device)
         return Row({"text": text[0], "reference": reference_tokens(pipe, references)}, sizes_of(references))
 
+    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return example(config, sizes, ["text"])
+
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         return own_sigmas(pipe, num_steps, size)
 
@@ -81,6 +84,13 @@ def reference_tokens(pipe: Any, references: Sequence[Tensor]) -> Tensor:
         latents = pipe._encode_vae_image((2 * reference[None] - 1).to(pipe.vae.device, pipe.vae.dtype), generator=None)
         tokens.append(pipe._pack_latents(latents)[0])
     return torch.cat(tokens)
+
+
+def example(config: Any, sizes: Sizes, texts: Sequence[str]) -> dict[str, Tensor]:
+    """As `encode` makes them, on the meta device."""
+    with torch.device("meta"):
+        words = {name: torch.empty(512, config.joint_attention_dim) for name in texts}
+        return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
 
 def own_sigmas(pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:

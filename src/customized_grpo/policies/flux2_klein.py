@@ -9,7 +9,7 @@ from torch import Tensor
 
 from customized_grpo.errors import UserError
 from customized_grpo.policies import flux2
-from customized_grpo.policies.conditions import Batch, Row
+from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of
 
 
@@ -45,6 +45,9 @@ class Flux2Klein:
         if guided and not pipe.config.is_distilled:
             tensors["negative"] = pipe.encode_prompt([""], device=device)[0][0]
         return Row(tensors | {"reference": flux2.reference_tokens(pipe, references)}, sizes_of(references))
+
+    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return flux2.example(config, sizes, ["text", "negative"] if guided else ["text"])
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         return flux2.own_sigmas(pipe, num_steps, size)

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from customized_grpo.errors import UserError
 from customized_grpo.policies import uno
@@ -35,7 +33,7 @@ def locate(model: str, family: Family) -> Path:
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
             raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
         folder = _download(model)
-    index = _read_index(folder)
+    index = read_index(folder)
     if index.get("_class_name") not in family.saved_as:
         raise UserError(
             f"policy.model: {folder} holds a {index.get('_class_name')}, but policy.kind takes a "
@@ -53,7 +51,6 @@ def locate(model: str, family: Family) -> Path:
 
 def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
-    quiet()
     try:
         pipe = family.pipeline.from_pretrained(
             folder, dtype=dtype, local_files_only=True, **family.components(str(folder))
@@ -107,14 +104,6 @@ def fingerprint(folder: Path, parts: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-def quiet() -> None:
-    """Keep libraries' bars and notes out of the display; their warnings and errors stay."""
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.set_verbosity_error()
-    transformers_logging.set_verbosity_error()
-
-
 def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> None:
     """What diffusers would leave out with a warning is refused: factors of layers that the transformer lacks."""
     layers = {name for name, _ in transformer.named_modules()}
@@ -162,7 +151,7 @@ def _locate_file(name: str) -> Path:
         ) from error
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
         raise UserError(f"policy.model: {folder} holds no diffusers pipeline: it has no {INDEX}")

@@ -15,8 +15,8 @@ from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil
 
 from customized_grpo.data.images import to_pil
 from customized_grpo.policies import flux1
-from customized_grpo.policies.conditions import Batch, Row
-from customized_grpo.policies.sizes import sizes_of, to_area
+from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
 NEGATIVE_PROMPT = " "
 
@@ -65,6 +65,16 @@ class QwenImageEditPlus:
             tensors["negative"] = pipe.encode_prompt([NEGATIVE_PROMPT], image=pictures, device=device)[0][0]
         tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
         return Row(tensors | {"reference": tokens}, sizes_of(references))
+
+    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        # A reference takes about 188 tokens of the text encoder's, a prompt some 60.
+        length = 188 * len(sizes) + 60
+        with torch.device("meta"):
+            words = {
+                name: torch.empty(length, config.joint_attention_dim)
+                for name in (["text", "negative"] if guided else ["text"])
+            }
+            return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         return flux1.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)

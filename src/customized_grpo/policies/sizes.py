@@ -14,6 +14,11 @@ def sizes_of(pictures: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
     return tuple((picture.shape[-2], picture.shape[-1]) for picture in pictures)
 
 
+def token_count(sizes: Sequence[tuple[int, int]]) -> int:
+    """Tokens of pictures of (height, width) `sizes`."""
+    return sum(height * width // TOKEN**2 for height, width in sizes)
+
+
 def to_area(height: int, width: int, area: float, multiple: int = TOKEN) -> tuple[int, int]:
     """(height, width) of about `area` pixels in the shape of `height` x `width`, in multiples of `multiple`."""
     scale = math.sqrt(area / (height * width))

@@ -4,6 +4,7 @@ network."""
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import (
@@ -37,7 +38,7 @@ from transformers import (
     Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from customized_grpo.policies.qwen_image_edit_plus import ImageTextProcessor
@@ -65,10 +66,10 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer({symbol: index for index, symbol in enumerate(symbols)}, [], model_max_length=77)
 
 
-def t5_tokenizer() -> T5TokenizerFast:
+def t5_tokenizer() -> T5Tokenizer:
     pieces = ["<pad>", "</s>", "<unk>", "\u2581", *map(chr, range(33, 127))]
     scores = [(piece, 0.0 if index < 3 else -2.0) for index, piece in enumerate(pieces)]
-    return T5TokenizerFast(scores, extra_ids=0, additional_special_tokens=None, model_max_length=512)
+    return T5Tokenizer(scores, extra_ids=0, additional_special_tokens=None, model_max_length=512)
 
 
 def qwen_tokenizer() -> Qwen2Tokenizer:
@@ -78,8 +79,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def scheduler(**settings: object) -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **settings)  # type: ignore[arg-type]
+def scheduler(**settings: Any) -> FlowMatchEulerDiscreteScheduler:
+    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, **settings)
 
 
 def clip_text() -> CLIPTextModel:
@@ -128,8 +129,8 @@ def flux2_transformer(text_width: int, *, guidance_embeds: bool) -> Flux2Transfo
     )  # fmt: skip
 
 
-def flux2_vae() -> AutoencoderKLFlux2:
-    vae = AutoencoderKLFlux2(
+def flux2_vae() -> Any:
+    vae: Any = AutoencoderKLFlux2(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4, sample_size=32,
     )  # fmt: skip
@@ -210,7 +211,7 @@ def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
     )  # fmt: skip
 
 
-MAKERS: dict[str, Callable[[], object]] = {
+MAKERS: dict[str, Callable[[], Any]] = {
     "flux1-kontext": flux1(FluxKontextPipeline),
     "uno": flux1(FluxPipeline),
     "flux2-klein": flux2_klein,
@@ -225,9 +226,9 @@ def save_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
         torch.manual_seed(seed)
         pipeline = MAKERS[kind]()
         # Random linear layers of these widths leave the transformer almost silent, and parity easy.
-        for parameter in pipeline.transformer.parameters():  # type: ignore[attr-defined]
+        for parameter in pipeline.transformer.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-    pipeline.save_pretrained(folder)  # type: ignore[attr-defined]
+    pipeline.save_pretrained(folder)
     if kind == "qwen-image-edit-plus":
         images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
         ImageTextProcessor(images, pipeline.tokenizer).save_pretrained(folder / "processor")

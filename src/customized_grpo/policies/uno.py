@@ -46,6 +46,9 @@ class Uno:
     ) -> Row:
         return flux1.encode(pipe, prompt, references, device)
 
+    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return flux1.example(config, sizes)
+
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         # UNO counts an image token for every 16 x 16 *latent* pixels, which shifts less than FLUX does.
         mu = calculate_shift(size[0] // 8 * (size[1] // 8) // 256, 256, 4096, 0.5, 1.15)

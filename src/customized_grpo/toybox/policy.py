@@ -99,6 +99,11 @@ class ToyBoxPolicy:
         """See `Policy.trainable_parameters`."""
         return [(name, p) for name, p in self._tuned.named_parameters() if p.requires_grad]
 
+    @property
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """The context tower, and the denoiser as it is tuned."""
+        return self._context, self._tuned
+
     @contextmanager
     def untuned(self) -> Iterator[None]:
         """See `Policy.untuned`."""

@@ -1,0 +1,78 @@
+"""What an iteration of a large generator takes, from its configurations alone: its weights stay where they are."""
+
+import inspect
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from customized_grpo.config import Config
+from customized_grpo.errors import UserError
+from customized_grpo.estimate import Estimate, Subject, estimate
+from customized_grpo.policies.catalogue import FAMILIES, MODELS, settings_of
+from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.policies.family import Family
+from customized_grpo.policies.loading import locate, read_index
+from customized_grpo.policies.lora import first_line
+from customized_grpo.runtime import resolve_device, resolve_precision
+
+META = torch.device("meta")
+
+
+def dry_run(config: Config) -> Estimate:
+    """What an iteration of `config` takes, with one reference a prompt, taken to be square.
+
+    Raises `UserError` where the model cannot be had, or takes no such settings.
+    """
+    settings = config.policy
+    family = FAMILIES[settings.kind]
+    folder = locate(settings.model or MODELS[settings.kind], family)
+    bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    pipe = outline(folder, family, dtype)
+    # What recomputes, compiles or casts on the way changes what is counted, not what is computed.
+    plain = replace(
+        settings_of(settings, META, config.seed, bf16=False),
+        gradient_checkpointing=False, compile=False, attention_backend=None,
+    )  # fmt: skip
+    policy = DiffusersPolicy(family, pipe, ConditionCache(settings.cache, ""), plain)
+    sizes = (family.reference_size(settings.height, settings.width, 1, settings.reference_side),)
+    example = family.example(pipe.transformer.config, sizes, guided=policy.guided)
+    row = Row({name: tensor.to(dtype) for name, tensor in example.items()}, sizes)
+    network = pipe.transformer
+    tokens = settings.height * settings.width // 256 + len(row.tensors["reference"]) + len(row.tensors["text"])
+    frozen = [p for module in (network, pipe.vae) for p in module.parameters() if not p.requires_grad]
+    blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
+    subject = Subject(
+        policy,
+        network,
+        Conditions((row,), torch.zeros(1, dtype=torch.long)),
+        weight_bytes=float(sum(parameter.nbytes for parameter in frozen)),
+        checkpointed=blocks if settings.gradient_checkpointing else 0,
+        block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
+        fused_tokens=tokens,
+    )
+    return estimate(config, subject)
+
+
+def outline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
+    """The pipeline in `folder` with its transformer and VAE on the meta device and without its text encoders.
+
+    Raises `UserError` where a configuration is missing or damaged.
+    """
+    index = read_index(folder)
+    wanted = [name for name in inspect.signature(family.pipeline.__init__).parameters if name != "self"]
+    parts: dict[str, Any] = {name: index.get(name) for name in wanted if not isinstance(index.get(name), list)}
+    parts |= dict.fromkeys(name for name in wanted if isinstance(index.get(name), list))
+    try:
+        for name, kind in (("transformer", family.transformer), ("vae", getattr(diffusers, index["vae"][1]))):
+            with META:
+                parts[name] = kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"policy.model: {folder} could not be read: {first_line(error)}") from error
+    return family.pipeline(**parts)

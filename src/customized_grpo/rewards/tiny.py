@@ -1,0 +1,58 @@
+"""Tiny random reward models of the true classes, saved in their own layout: what `from_pretrained` takes."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    ViTConfig,
+    ViTImageProcessorPil,
+    ViTModel,
+)
+
+from customized_grpo.policies.tiny import clip_tokenizer, t5_tokenizer
+
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+KINDS = ("dino", "vit", "clip", "siglip")
+_LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_tiny_reward(kind: str, folder: Path, seed: int = 0) -> Path:
+    """Build the tiny model `kind`, one of KINDS, and save it with its processors into `folder`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "dino":
+            Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(
+                folder
+            )
+            BitImageProcessorPil(
+                size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=3, **IMAGENET
+            ).save_pretrained(folder)
+        elif kind == "vit":
+            ViTModel(ViTConfig(image_size=64, patch_size=16, **_LAYERS)).save_pretrained(folder)
+            ViTImageProcessorPil(size={"height": 64, "width": 64}, resample=2).save_pretrained(folder)
+        elif kind == "clip":
+            text = {**_LAYERS, "vocab_size": 520, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
+            vision = {**_LAYERS, "image_size": 32, "patch_size": 16}
+            CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+            CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(
+                folder
+            )
+            clip_tokenizer().save_pretrained(folder)
+        else:
+            text = {**_LAYERS, "vocab_size": 98, "max_position_embeddings": 64, "projection_size": 16}
+            vision = {**_LAYERS, "image_size": 32, "patch_size": 16}
+            SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+            SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=3).save_pretrained(folder)
+            tokenizer = t5_tokenizer()
+            tokenizer.model_max_length = 64
+            tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,176 @@
+"""The shipped recipes, with the tiny models substituted: each loads, trains two iterations and leaves its run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from customized_grpo.cli import main
+from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.rewards.tiny import save_tiny_reward
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = {
+    "flux1-kontext": "flux1-kontext", "uno": "uno", "flux2-klein": "flux2-klein",
+    "qwen-image-edit-plus": "qwen-image-edit-plus",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three subjects in three shapes, with masks; the first two have one prompt each, the last has two."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = []
+    for number, (height, width) in enumerate([(64, 64), (48, 80), (90, 60)]):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        mask = np.zeros((height, width), dtype=np.uint8)
+        mask[8:-8, 8:-8] = 255
+        Image.fromarray(mask).save(folder / f"{number}_mask.png")
+        for prompt in range(2 if number == 2 else 1):
+            lines.append(
+                {
+                    "id": f"s{number}-{prompt}", "prompt": f"toy number {number} in scene {prompt}",
+                    "references": [f"{number}.png"], "masks": [f"{number}_mask.png"], "subject": f"toy{number}",
+                }
+            )  # fmt: skip
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("rewards")
+    return {kind: save_tiny_reward(kind, root / kind) for kind in ("dino", "clip")}
+
+
+def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, output: Path) -> list[str]:
+    """A recipe's command line with what is large replaced."""
+    changes = {
+        "policy.model": model, "policy.lora_rank": 4, "policy.lora_alpha": 4, "policy.height": 32, "policy.width": 48,
+        "policy.reference_side": 32, "policy.precision": "fp32", "policy.device": "cpu",
+        "policy.cache": output.parent / "conditions", "rewards.prompt_model": rewards["clip"],
+        "rewards.identity_model": rewards["dino"], "data.path": data, "data.test": data, "output": output,
+        "iterations": 2, "threads": 1, "rollout.num_steps": 3, "rollout.group_size": 3,
+        "rollout.prompts_per_iteration": 2, "evaluation.pairs": 2, "evaluation.test_pairs": 3, "evaluation.every": 1,
+    }  # fmt: skip
+    options = [f"--{name}={value}" for name, value in changes.items()]
+    if recipe == "uno":
+        options.append("--policy.base_adapter=null")
+    return [sys.executable, "-m", "customized_grpo", "train", "--config", str(CONFIGS / f"{recipe}.yaml"), *options]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_trains(
+    recipe: str, tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    arguments = command(recipe, tiny_models[RECIPES[recipe]], rewards, data, output)
+    done = run(arguments)
+    assert done.returncode == 0, done.stderr
+    assert "requires torchvision" not in done.stdout + done.stderr
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["first_ratio/min"] == pytest.approx(1, abs=1e-5)
+        assert row["grad_norm"] > 0 and row["invalid_share"] == 0
+        assert row["reward/prompt/std"] > 0 and row["reward/identity/std"] > 0
+    assert (output / "report.html").stat().st_size > 10_000
+    assert Image.open(next((output / "galleries").glob("*.png"))).size[0] > 48
+    # The run's folder is a LoRA in diffusers' format.
+    state = load_file(output / "pytorch_lora_weights.safetensors")
+    assert any(name.endswith("lora_B.weight") and bool(tensor.any()) for name, tensor in state.items())
+    if recipe == "flux1-kontext":
+        pipe = DiffusionPipeline.from_pretrained(tiny_models[recipe])
+        pipe.load_lora_weights(output)
+        assert pipe.get_active_adapters()
+
+
+def test_a_run_goes_on_draws_and_is_evaluated(
+    tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    recipe, output = "flux1-kontext", tmp_path / "run"
+    arguments = command(recipe, tiny_models[recipe], rewards, data, output)
+    assert run([*arguments, "--iterations=1"]).returncode == 0
+    one = load_file(output / "pytorch_lora_weights.safetensors")
+    again = run([*arguments, "--resume"])
+    assert again.returncode == 0 and "resuming after iteration 1" in again.stdout
+    resumed = load_file(output / "pytorch_lora_weights.safetensors")
+    straight = command(recipe, tiny_models[recipe], rewards, data, tmp_path / "straight")
+    assert run(straight).returncode == 0
+    expected = load_file(tmp_path / "straight" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    assert any(not torch.equal(one[name], expected[name]) for name in expected)
+
+    program = [sys.executable, "-m", "customized_grpo"]
+    drawn = run(
+        [*program, "generate", "--run", str(output), "--reference", str(data / "1.png"), "--prompt", "a toy",
+         "--out", str(tmp_path / "out.png"), "--count", "2"]
+    )  # fmt: skip
+    assert drawn.returncode == 0, drawn.stderr
+    assert Image.open(tmp_path / "out.png").size[0] >= 2 * 256
+    evaluated = run([*program, "evaluate", "--run", str(output), "--pairs", "2"])
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads((output / "evaluation" / "tuned.json").read_text())["pairs"] == 2
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_dry_run_says_what_it_takes(
+    recipe: str,
+    tiny_models: dict[str, Path],
+    rewards: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main([*command(recipe, tiny_models[RECIPES[recipe]], rewards, data, tmp_path / "run")[3:], "--dry-run"])
+    said = capsys.readouterr().out
+    for words in ("parameters of the generator", "trained", "rollout", "update", "expected peak memory"):
+        assert words in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--policy.height=500", "height=500 is not a multiple of 16"),
+        ("--policy.model=nobody/nothing", "policy.model: nobody/nothing is no folder here"),
+        (
+            "--evaluation.judge=toybox",
+            "evaluation.judge=toybox does not read the pictures of policy.kind=flux1-kontext",
+        ),
+        ("--policy.attention_backend=flash", "policy.attention_backend: 'flash' runs on CUDA, and the device is cpu"),
+        ("--policy.device=cuda:9", "policy.device: there is no 'cuda:9' here"),
+        ("--rewards.identity_model=nobody/nothing", "rewards.identity_model: nobody/nothing could not be loaded"),
+    ],
+)
+def test_bad_settings_end_in_one_line(
+    option: str,
+    said: str,
+    tiny_models: dict[str, Path],
+    rewards: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = command("flux1-kontext", tiny_models["flux1-kontext"], rewards, data, tmp_path / "run")[3:]
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, option])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_family_but_the_largest_has_a_recipe() -> None:
+    assert set(RECIPES.values()) == set(FAMILIES) - {"flux2"}

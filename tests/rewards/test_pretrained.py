@@ -1,0 +1,192 @@
+"""Pretrained rewards, on tiny random models of the true classes: equal to transformers' own processors and models."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from customized_grpo.config import RewardsConfig
+from customized_grpo.data.images import to_pil
+from customized_grpo.errors import UserError
+from customized_grpo.rewards import Task
+from customized_grpo.rewards.catalogue import load_rewards
+from customized_grpo.rewards.pictures import Preprocessing, composited
+from customized_grpo.rewards.tiny import KINDS, save_tiny_reward
+
+CPU = torch.device("cpu")
+PROMPTS = ["a cat on the beach", "a small dog in the deep snow"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("rewards")
+    return {kind: save_tiny_reward(kind, root / kind) for kind in KINDS}
+
+
+def smooth(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Pictures [count, 3, height, width] without hard edges, on 8-bit levels."""
+    draw = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 6, 6, generator=draw)
+    images = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+    return (images * 255).round() / 255
+
+
+def task(references: list[list[Tensor]], masks: list[list[Tensor]] | None = None) -> Task:
+    return Task(PROMPTS, references, masks)
+
+
+def rewards(models: dict[str, Path], prompt: str = "clip", identity: str = "dino", **more: Any) -> Any:
+    folder = models["vit" if identity == "vit" else identity]
+    config = RewardsConfig.model_validate(
+        {
+            "prompt": prompt, "prompt_model": str(models["clip" if prompt == "pickscore" else prompt]),
+            "identity": "dino" if identity == "vit" else identity, "identity_model": str(folder), **more,
+        }
+    )  # fmt: skip
+    return load_rewards(config, CPU)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("height", "width"), [(300, 300), (200, 320), (512, 384), (140, 180)])
+def test_pictures_are_prepared_as_by_the_checkpoints_processor(
+    kind: str, height: int, width: int, models: dict[str, Path]
+) -> None:
+    processor = AutoImageProcessor.from_pretrained(models[kind])
+    images = smooth(2, height, width)
+    expected = processor([to_pil(image) for image in images], return_tensors="pt")["pixel_values"]
+    found = Preprocessing.of(processor)(images)
+    assert found.shape == expected.shape
+    # In units of 8-bit levels: the same filter, but Pillow rounds between its two passes.
+    levels = (found - expected).abs() * torch.tensor(processor.image_std).view(3, 1, 1) * 255
+    assert levels.max() < 1.01
+    assert levels.mean() < 0.3
+
+
+@pytest.mark.parametrize("identity", ["dino", "vit", "clip"])
+def test_identity_is_the_cosine_of_the_models_features(identity: str, models: dict[str, Path]) -> None:
+    _, reward = rewards(models, identity=identity)
+    images, references = smooth(4, 96, 96).unflatten(0, (2, 2)), list(smooth(2, 96, 96, seed=1))
+    scores = reward.score(images, task([[reference] for reference in references]))
+    model = AutoModel.from_pretrained(models[identity]).eval()
+    processor = AutoImageProcessor.from_pretrained(models[identity])
+
+    def features(image: Tensor) -> Tensor:
+        pixels = processor(to_pil(image), return_tensors="pt")["pixel_values"]
+        with torch.no_grad():
+            if identity == "clip":
+                return model.visual_projection(model.vision_model(pixels).pooler_output)[0]
+            return model(pixels).last_hidden_state[0, 0]
+
+    for p, group in enumerate(images):
+        for g, image in enumerate(group):
+            expected = torch.cosine_similarity(features(image), features(references[p]), dim=0)
+            assert float(scores.values[p, g]) == pytest.approx(float(expected), abs=2e-3)
+    assert scores.valid.all() and scores.values.std() > 1e-4
+
+
+@pytest.mark.parametrize("prompt", ["clip", "siglip", "pickscore"])
+def test_prompt_is_the_cosine_of_the_models_features(prompt: str, models: dict[str, Path]) -> None:
+    reward, _ = rewards(models, prompt=prompt)
+    images = smooth(4, 64, 64).unflatten(0, (2, 2))
+    scores = reward.score(images, task([[image[0]] for image in images]))
+    folder = models["clip" if prompt == "pickscore" else prompt]
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    pixels = AutoImageProcessor.from_pretrained(folder)([to_pil(i) for i in images.flatten(0, 1)], return_tensors="pt")
+    with torch.no_grad():
+        for p, text in enumerate(PROMPTS):
+            padding: Any = "max_length" if prompt == "siglip" else False
+            tokens = tokenizer(text, return_tensors="pt", padding=padding)
+            output = model(input_ids=tokens["input_ids"], pixel_values=pixels["pixel_values"])
+            expected = torch.cosine_similarity(output.text_embeds, output.image_embeds, dim=1)[2 * p : 2 * p + 2]
+            assert torch.allclose(scores.values[p], expected, atol=1e-2)
+
+
+def test_micro_batches_change_nothing(models: dict[str, Path]) -> None:
+    images, given = smooth(6, 64, 64).unflatten(0, (2, 3)), task([[smooth(1, 64, 64, 5)[0]]] * 2)
+    scores = [[r.score(images, given).values for r in rewards(models, micro_batch=size)] for size in (1, 4, 64)]
+    for other in scores[1:]:
+        assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(scores[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("several", "join"), [("mean", torch.mean), ("max", torch.amax)])
+def test_several_references(several: str, join: Any, models: dict[str, Path]) -> None:
+    _, reward = rewards(models, several_references=several)
+    images = smooth(4, 64, 64).unflatten(0, (2, 2))
+    one, other = smooth(2, 64, 80, seed=3)
+    apart = [reward.score(images, task([[reference]] * 2)).values for reference in (one, other)]
+    both = reward.score(images, task([[one, other]] * 2)).values
+    assert torch.allclose(both, join(torch.stack(apart), 0), atol=1e-6)
+
+
+def test_a_segmented_reference_is_seen_without_its_background(models: dict[str, Path]) -> None:
+    _, segmented = rewards(models, identity_reference="segmented", background=0.25)
+    _, whole = rewards(models)
+    images = smooth(4, 64, 64).unflatten(0, (2, 2))
+    reference, mask = smooth(1, 64, 64, 7)[0], torch.zeros(1, 64, 64)
+    mask[:, 16:48, 16:48] = 1
+    cut = composited(reference, mask, 0.25)
+    assert (cut[:, 0, 0] == 0.25).all() and torch.equal(cut[:, 20, 20], reference[:, 20, 20])
+    found = segmented.score(images, task([[reference]] * 2, [[mask]] * 2)).values
+    assert torch.allclose(found, whole.score(images, task([[cut]] * 2)).values, atol=1e-6)
+    elsewhere = torch.where(mask > 0, reference, 1 - reference)
+    assert torch.allclose(found, segmented.score(images, task([[elsewhere]] * 2, [[mask]] * 2)).values, atol=1e-6)
+
+
+def test_a_reference_is_encoded_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, reward = rewards(models)
+    seen: list[int] = []
+    encode = reward._encoder._encode
+
+    def counted(pixels: Tensor) -> Tensor:
+        seen.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(reward._encoder, "_encode", counted)
+    images, given = smooth(4, 64, 64).unflatten(0, (2, 2)), task([[smooth(1, 64, 64, 9)[0]]] * 2)
+    for _ in range(3):
+        reward.score(images, given)
+    assert seen == [4, 1, 4, 4]
+
+
+def test_what_is_not_finite_is_not_valid(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt, identity = rewards(models)
+    images = smooth(4, 64, 64).unflatten(0, (2, 2))
+    given = task([[image[0]] for image in images])
+    for reward in (prompt, identity):
+        encode = reward._encoder._encode
+
+        def broken(pixels: Tensor, encode: Any = encode) -> Tensor:
+            features = encode(pixels)
+            features[0] = torch.nan
+            return features if len(features) > 1 else encode(pixels)
+
+        monkeypatch.setattr(reward._encoder, "_encode", broken)
+        scores = reward.score(images, given)
+        assert scores.valid.tolist() == [[False, True], [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"identity_model": "nobody/nothing"}, r"rewards\.identity_model: nobody/nothing could not be loaded \("),
+        ({"prompt_model": "/nowhere"}, r"rewards\.prompt_model: /nowhere could not be loaded \("),
+    ],
+)
+def test_a_model_that_cannot_be_had(settings: dict[str, str], said: str, models: dict[str, Path]) -> None:
+    usual = {"prompt": "clip", "prompt_model": str(models["clip"]), "identity": "dino"}
+    usual["identity_model"] = str(models["dino"])
+    with pytest.raises(UserError, match=said):
+        load_rewards(RewardsConfig.model_validate(usual | settings), CPU)
+
+
+def test_a_model_of_another_type(models: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=r"rewards\.identity_model: .* is of type siglip, but reward dino reads dinov2"):
+        load_rewards(
+            RewardsConfig(
+                prompt="clip", prompt_model=str(models["clip"]), identity="dino", identity_model=str(models["siglip"])
+            ),
+            CPU,
+        )
