@@ -1,0 +1,229 @@
+"""What one training iteration on a full-size FLUX.1 costs: 12 billion random weights, built on the device, with LoRA.
+
+    python benchmarks/gpu_step.py [--device cuda] [--rank 512] [--micro_batch 4] [--iterations 2] [--json]
+    python benchmarks/gpu_step.py --tiny --device cpu        # the same on a tiny transformer
+
+One reference, 512 x 512, G = 12, T = 25, 60 % of the steps trained: the paper's iteration for one prompt. Seconds are
+of the last iteration; the first warms up. The share of the peak is against a matrix product measured in the same run.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from customized_grpo.config import Config
+from customized_grpo.data import Sample, SubjectDataset, save_image, write_metadata
+from customized_grpo.libraries import quiet
+from customized_grpo.policies import References
+from customized_grpo.rewards import Scores, Task
+from customized_grpo.trainer import Trainer
+
+quiet()
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel  # noqa: E402
+
+from customized_grpo.estimate import Subject, estimate  # noqa: E402
+from customized_grpo.policies import tiny  # noqa: E402
+from customized_grpo.policies.conditions import ConditionCache, Conditions, Row  # noqa: E402
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy, Settings  # noqa: E402
+from customized_grpo.policies.flux1_kontext import Flux1Kontext  # noqa: E402
+
+GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
+
+
+class RandomPolicy(DiffusersPolicy):
+    """Whose prompts and references are random numbers in the shapes of encoded ones."""
+
+    row: Row
+
+    def encode(self, prompts: Sequence[str], references: References) -> Conditions:
+        return Conditions((self.row,) * len(prompts), torch.arange(len(prompts)))
+
+
+class Brightness:
+    """A reward that costs nothing and differs from image to image."""
+
+    def __init__(self, channel: int) -> None:
+        self.channel = channel
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        values = images[:, :, self.channel].mean((-2, -1))
+        return Scores(values, torch.ones_like(values, dtype=torch.bool))
+
+
+def main() -> None:
+    """Measure everything and print it."""
+    options = _options()
+    device = torch.device(options.device)
+    config = _config(options)
+    policy = build_policy(options, config, device)
+    with tempfile.TemporaryDirectory() as folder:
+        figures = measure(config, policy, _dataset(Path(folder)), device, options.iterations)
+    if options.json:
+        print(json.dumps(figures))
+        return
+    table = Table(title="one iteration of FLUX.1", title_justify="left", show_header=False)
+    for name, value in figures.items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def build_policy(options: argparse.Namespace, config: Config, device: torch.device) -> RandomPolicy:
+    """FLUX.1 with random weights in bf16, built where it runs."""
+    dtype = torch.bfloat16
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            transformer = tiny.flux_transformer() if options.tiny else FluxTransformer2DModel(guidance_embeds=True)
+            vae = tiny.flux_vae() if options.tiny else _full_vae()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    family = Flux1Kontext()
+    pipe = family.pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
+        tokenizer_2=None, transformer=transformer,
+    )  # fmt: skip
+    settings = Settings(
+        device=device, bf16=True, size=(config.policy.height, config.policy.width), lora_rank=options.rank,
+        lora_alpha=options.rank, gradient_checkpointing=True, compile=options.compile,
+        attention_backend=options.attention_backend,
+    )  # fmt: skip
+    policy = RandomPolicy(family, pipe, ConditionCache(Path("unused"), ""), settings)
+    size = policy.size
+    example = family.example(transformer.config, (size,), guided=True)
+    policy.row = Row({name: torch.randn(tensor.shape, dtype=dtype) for name, tensor in example.items()}, (size,))
+    return policy
+
+
+def measure(
+    config: Config, policy: RandomPolicy, dataset: SubjectDataset, device: torch.device, iterations: int
+) -> dict[str, Any]:
+    """Seconds by phase, operations, memory, and the ratio of the first pass in bf16."""
+    trainer = Trainer(config, policy, (Brightness(0), Brightness(1)), dataset)
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    runs = [trainer.train_step() for _ in range(iterations)]
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    expected = _expected(config, policy)
+    flops, seconds = sum(expected.flops.values()), runs[-1]["seconds/total"]
+    gemm = _matmul_rate(device)
+    single = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"micro_batch": 1})})
+    alone = Trainer(single, policy, trainer.rewards, dataset, iteration=iterations).train_step()
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "parameters, B": expected.parameters / 1e9,
+        "trained parameters, B": expected.trainable / 1e9,
+        **{f"seconds: {phase}": runs[-1][f"seconds/{phase}"] for phase in ("rollout", "score", "update", "total")},
+        "images per second": runs[-1]["samples_per_second"],
+        "operations an iteration, PFLOP": flops / 1e15,
+        "operations per second, TFLOP": flops / seconds / 1e12,
+        "matrix product of the same run, TFLOP per second": gemm / 1e12,
+        "share of it, %": 100 * flops / seconds / gemm,
+        "peak memory, GiB": None if peak is None else peak / 2**30,
+        "expected peak memory, GiB": expected.peak_bytes / 2**30,
+        "first ratio - 1, equal micro-batches": _off(runs),
+        "first ratio - 1, micro-batches of 1 in the update": _off([alone]),
+        "clip fraction": runs[-1]["clip_fraction"],
+    }
+
+
+def _expected(config: Config, policy: RandomPolicy) -> Any:
+    """The dry run's numbers, counted on the network itself."""
+    network = policy._transformer
+    network.disable_gradient_checkpointing()
+    height, width = policy.size
+    tokens = height * width // 256 + len(policy.row.tensors["reference"]) + len(policy.row.tensors["text"])
+    frozen = sum(p.nbytes for part in (network, policy._pipe.vae) for p in part.parameters() if not p.requires_grad)
+    blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
+    result = estimate(
+        config,
+        Subject(
+            policy, network, policy.encode(["a toy"], []), float(frozen), blocks, float(tokens * network.inner_dim * 2)
+        ),
+    )
+    network.enable_gradient_checkpointing()
+    return result
+
+
+def _off(runs: Sequence[dict[str, Any]]) -> float:
+    return max(max(abs(run["first_ratio/min"] - 1), abs(run["first_ratio/max"] - 1)) for run in runs)
+
+
+def _matmul_rate(device: torch.device) -> float:
+    """Operations per second of a square bf16 matrix product."""
+    side = GEMM_SIDE.get(device.type, 1024)
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(8):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * side**3 / statistics.median(seconds[2:])
+
+
+def _full_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, latent_channels=16,
+        shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False,
+    )  # fmt: skip
+
+
+def _dataset(folder: Path) -> SubjectDataset:
+    save_image(torch.rand(3, 64, 64), folder / "toy.png")
+    write_metadata(folder, [Sample("toy", "a toy", (folder / "toy.png",))])
+    return SubjectDataset.open(folder)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    side = 64 if options.tiny else 512
+    rollout = {
+        "prompts_per_iteration": 1, "group_size": options.group_size, "num_steps": options.steps, "shift": 3.0,
+        "sde": "dance", "eta": 0.4, "subset_share": 0.6, "micro_batch": options.micro_batch,
+    }  # fmt: skip
+    return Config.model_validate(
+        {
+            "policy": {"kind": "flux1-kontext", "height": side, "width": side, "precision": "bf16"},
+            "rewards": {"prompt": "clip", "identity": "dino"},
+            "evaluation": {"judge": "none"},
+            "rollout": rollout,
+            "optimizer": {
+                "learning_rate": 2e-5, "updates_per_iteration": 1, "micro_batch": options.micro_batch,
+            },
+        }
+    )  # fmt: skip
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Cost of a training iteration on a full-size FLUX.1.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="a tiny transformer and 64 x 64 images")
+    parser.add_argument("--rank", type=int, default=512, help="rank of the LoRA factors")
+    parser.add_argument("--group_size", type=int, default=12, help="images of the one prompt")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps")
+    parser.add_argument("--micro_batch", type=int, default=4, help="images at once, in rollout and update")
+    parser.add_argument("--iterations", type=int, default=2, help="iterations, the last of which is timed")
+    parser.add_argument("--compile", action="store_true", help="compile the repeated blocks")
+    parser.add_argument("--attention_backend", help="diffusers' attention backend")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""The benchmark of a full-size FLUX.1 runs on a tiny one too."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_gpu_step_on_a_tiny_transformer() -> None:
+    options = ["--tiny", "--device", "cpu", "--rank", "4", "--group_size", "2", "--steps", "3", "--micro_batch", "2"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), *options, "--iterations", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["first ratio - 1, equal micro-batches"] == 0
+    assert figures["peak memory, GiB"] is None
+    numbers = [value for value in figures.values() if isinstance(value, float)]
+    assert len(numbers) > 10 and all(math.isfinite(value) and value >= 0 for value in numbers)
+    assert figures["seconds: total"] > 0 and figures["operations an iteration, PFLOP"] > 0
