@@ -13,7 +13,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.policies import EncodesAhead, Policy
 from customized_grpo.rewards import Reward
-from customized_grpo.runtime import resolve_device, resolve_precision
+from customized_grpo.runtime import check_precision, resolve_device, resolve_precision
 from customized_grpo.toybox.judge import Judge
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward, PromptReward
@@ -39,6 +39,7 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     device = resolve_device("cpu" if config.kind == "toybox" else config.device)
     precision = resolve_precision(config.precision, device)
     if config.kind != "toybox":
+        check_precision(precision, device)
         quiet()
         from customized_grpo.policies.catalogue import load_policy
 

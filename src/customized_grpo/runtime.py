@@ -43,6 +43,15 @@ def resolve_precision(
     return "bf16" if native else "fp32"
 
 
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise `UserError` where bf16 is asked of a processor that has to emulate it."""
+    if precision == "bf16" and resolve_precision("auto", device) != "bf16":
+        raise UserError(
+            f"policy.precision: bf16 is asked for, but the {device.type.upper()} here emulates it, some 20 times "
+            "slower; use auto or fp32, or policy.device=cuda on a machine that has it"
+        )
+
+
 def configure(threads: int | None) -> None:
     """Use `threads` CPU threads (all cores if None), and keep freed memory in the process.
 

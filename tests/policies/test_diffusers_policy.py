@@ -272,6 +272,17 @@ def test_bf16_keeps_the_first_ratio(
     assert all(p.dtype == torch.float32 for _, p in policy.trainable_parameters())
 
 
+def test_kl_to_the_untuned_generator(load: Load, dataset: SubjectDataset, perturb: Callable[..., None]) -> None:
+    policy = load("flux1-kontext")
+    perturb(policy)
+    tree = config().model_dump()
+    tree["objective"]["kl_weight"] = 1.0
+    trainer = Trainer(Config.model_validate(tree), policy, (Brightness(), Brightness()), dataset)
+    metrics = trainer.train_step()
+    assert metrics["kl"] > 1e-6 and metrics["grad_norm"] > 0
+    assert all(parameter.requires_grad for _, parameter in policy.trainable_parameters())
+
+
 def test_ode_samples_do_not_depend_on_micro_batches(load: Load, picture: Picture) -> None:
     policy = load("flux1-kontext")
     references = [[policy.prepare_reference(picture(h, w), 1)] for h, w in [(64, 64), (48, 80), (64, 64)]]

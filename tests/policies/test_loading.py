@@ -6,11 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub.errors import GatedRepoError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
+from customized_grpo import runtime
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.errors import UserError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
@@ -77,6 +81,23 @@ def test_neither_folder_nor_hub_id(load: Load, model: str) -> None:
 def test_an_unreachable_hub(load: Load) -> None:
     with pytest.raises(UserError, match=r"policy\.model: nobody/nothing is no folder here, and could not be had from"):
         load("flux1-kontext", model="nobody/nothing")
+
+
+def test_a_gated_hub_id(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: str) -> str:
+        response = httpx2.Response(403, request=httpx2.Request("GET", "https://hub.invalid"))
+        raise GatedRepoError("no access", response=response)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    with pytest.raises(UserError, match=r"policy\.model: some/one is gated: accept its licence .* `hf auth login`"):
+        load("flux1-kontext", model="some/one")
+
+
+def test_bf16_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "resolve_precision", lambda precision, device: "fp32")
+    with pytest.raises(UserError, match=r"policy\.precision: bf16 is asked for, but the CPU here emulates it"):
+        runtime.check_precision("bf16", torch.device("cpu"))
+    runtime.check_precision("fp32", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
