@@ -200,7 +200,7 @@ def _config(options: argparse.Namespace) -> Config:
     return Config.model_validate(
         {
             "policy": {"kind": "flux1-kontext", "height": side, "width": side, "precision": "bf16"},
-            "rewards": {"prompt": "clip", "identity": "dino"},
+            "rewards": {"prompt": "clip_t", "identity": "dino"},
             "evaluation": {"judge": "none"},
             "rollout": rollout,
             "optimizer": {

@@ -13,10 +13,10 @@ from customized_grpo.errors import UserError
 from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.policies import EncodesAhead, Policy
 from customized_grpo.rewards import Reward
+from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.runtime import check_precision, resolve_device, resolve_precision
 from customized_grpo.toybox.judge import Judge
 from customized_grpo.toybox.policy import ToyBoxPolicy
-from customized_grpo.toybox.rewards import IdentityReward, PromptReward
 
 
 def resolved(config: Config) -> Config:
@@ -75,14 +75,8 @@ def dry_run(config: Config) -> Estimate:
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
-    settings = config.rewards
-    if config.policy.kind != "toybox":
-        quiet()
-        from customized_grpo.rewards.catalogue import load_rewards
-
-        return load_rewards(settings, resolve_device(config.policy.device))
-    weights = config.policy.weights
-    return PromptReward(weights), IdentityReward(settings.identity_reference, weights, settings.identity_leak)
+    device = resolve_device("cpu" if config.policy.kind == "toybox" else config.policy.device)
+    return load_rewards(config.rewards, device, config.policy.weights)
 
 
 def build_judge(config: Config) -> Judge | None:

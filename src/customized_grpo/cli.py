@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from customized_grpo import __version__
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config import Config, Section, flatten
+from customized_grpo.config import Config, RewardsConfig, Section, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.messages import explain, worded
 
@@ -70,6 +70,8 @@ def _run(options: Namespace) -> None:
         from customized_grpo.report import write_report
 
         print(f"report: {write_report(chosen.run)}")
+    elif command == "serve-reward":
+        _serve_reward(chosen)
     elif command == "env":
         from customized_grpo.environment import describe
 
@@ -157,6 +159,16 @@ def _train(options: Namespace) -> None:
     print(f"report: {report}")
 
 
+def _serve_reward(options: Namespace) -> None:
+    from customized_grpo.rewards.serve import serve
+
+    config = RewardsConfig(identity_reference=options.identity_reference, micro_batch=options.micro_batch)
+    serve(
+        options.name, options.model, config, options.device, (options.host, options.port),
+        max_images=options.max_images, max_bytes=options.max_bytes, on_ready=lambda text: print(text, flush=True),
+    )  # fmt: skip
+
+
 def _toybox(options: Namespace) -> None:
     action = options.subcommand
     chosen = options[action]
@@ -219,6 +231,8 @@ def _parser() -> ArgumentParser:
     figures.add_argument("--output", type=Path, required=True, help="folder for the SVG and PNG files")
     commands.add_subcommand("figures", figures, help="draw the figures of a comparison or diagnosis anew")
 
+    commands.add_subcommand("serve-reward", _serve_parser(), help="serve a reward to trainers on other machines")
+
     report = _Parser(description="Write a run's report.html anew.")
     report.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
     commands.add_subcommand("report", report, help="write a run's report anew")
@@ -261,6 +275,29 @@ def _diagnose_parser() -> ArgumentParser:
     diagnose.add_argument("--batches", type=int, default=8, help="batches on which gradients are measured")
     diagnose.add_class_arguments(Config)
     return diagnose
+
+
+def _serve_parser() -> ArgumentParser:
+    serve = _Parser(
+        description="Serve a reward over HTTP; a trainer reaches it by rewards.prompt (or identity) = remote and the "
+        "URL in rewards.prompt_model. With the environment variable CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, "
+        "requests without that token are refused.",
+    )
+    serve.add_argument("name", type=str, help="dino, clip_i, clip_t, siglip, pickscore, or python:module.function")
+    serve.add_argument("--model", type=str | None, help="folder or hub id of the model; default: the usual one")
+    serve.add_argument("--device", type=str, default="auto", help="where it runs: auto, cpu, cuda, cuda:1, mps")
+    serve.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    serve.add_argument("--port", type=int, default=8321, help="port to listen on; 0 for a free one")
+    serve.add_argument("--max_images", type=int, default=256, help="most images in a request")
+    serve.add_argument("--max_bytes", type=int, default=512 * 2**20, help="largest request in bytes")
+    serve.add_argument("--micro_batch", type=int, default=32, help="images that go through the encoder at once")
+    serve.add_argument(
+        "--identity_reference",
+        choices=("whole", "segmented"),
+        default="whole",
+        help="dino, clip_i: cut the subject out",
+    )
+    return serve
 
 
 def _compare_parser() -> ArgumentParser:

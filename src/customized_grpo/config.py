@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+OwnReward = Annotated[str, Field(pattern=r"^python:\w+(\.\w+)+$")]
 
 
 class Section(BaseModel):
@@ -100,31 +101,81 @@ class DataConfig(Section):
     """Largest image that is accepted, in pixels."""
 
 
+class VlmJudgeConfig(Section):
+    """A vision-language model that scores both rewards from 0 to 4, on a server that speaks OpenAI's chat protocol."""
+
+    url: str = "http://127.0.0.1:8000/v1"
+    """Where its /chat/completions is. The key comes from the environment variable OPENAI_API_KEY alone."""
+    model: str | None = None
+    """The model's name on that server; needed."""
+    concurrency: int = Field(8, ge=1)
+    """Questions under way at once."""
+    attempts: int = Field(3, ge=1)
+    """How often an image is asked about whose answers hold no scores."""
+    reasoning: bool = False
+    """Have the model reason before it scores: slower, and steadier."""
+
+
 class RewardsConfig(Section):
     """The two rewards, in the order (prompt, identity)."""
 
-    prompt: Literal["toybox", "clip", "siglip", "pickscore"] = "toybox"
-    """Prompt reward, a cosine in [-1, 1]: of ToyBox's shipped image-text encoder, CLIP, SigLIP or PickScore."""
-    identity: Literal["toybox", "dino", "clip"] = "toybox"
-    """Identity reward, the cosine to the reference in [-1, 1]: in ToyBox's shipped image encoder, DINO (paper: DINOv2)
-    or CLIP's image encoder."""
+    prompt: Literal["toybox", "clip_t", "siglip", "pickscore", "vlm_judge", "remote"] | OwnReward = "toybox"
+    """Prompt reward: cosine of image and prompt in ToyBox's shipped encoder, CLIP, SigLIP or PickScore; a judge; a
+    server; or python:module.function of your own (docs/rewards.md)."""
+    identity: Literal["toybox", "dino", "clip_i", "vlm_judge", "remote"] | OwnReward = "toybox"
+    """Identity reward: cosine to the reference in ToyBox's shipped encoder, DINO (paper: DINOv2) or CLIP; a judge; a
+    server; or python:module.function of your own (docs/rewards.md)."""
     prompt_model: str | None = None
-    """Folder or hub id of the prompt reward's model; unset: the usual one (docs/rewards.md). Not for toybox."""
+    """Folder or hub id of the prompt reward's model, or the URL of a remote one; unset: the usual model."""
     identity_model: str | None = None
-    """Folder or hub id of the identity reward's model; unset: the usual one (docs/rewards.md). Not for toybox."""
+    """Folder or hub id of the identity reward's model, or the URL of a remote one; unset: the usual model."""
     identity_leak: Literal["low", "medium", "high"] = "high"
-    """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity. Only
-    for toybox."""
-    several_references: Literal["mean", "max"] = "mean"
-    """Identity to several references: the mean of the cosines, or the largest. Not for toybox, which has one."""
-    background: Share = 1.0
-    """Grey level behind a segmented reference, from black to white. Not for toybox."""
-    micro_batch: int = Field(32, ge=1)
-    """Images scored at once: bounds memory, does not change the result. Not for toybox."""
+    """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity."""
     identity_reference: Literal["whole", "segmented"] = "whole"
     """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented)."""
+    several_references: Literal["mean", "max"] = "mean"
+    """dino, clip_i: identity to several references is the mean of the cosines, or the largest."""
+    background: Share = 1.0
+    """dino, clip_i: grey level behind a segmented reference, from black to white."""
+    micro_batch: int = Field(32, ge=1)
+    """Images that go through a pretrained encoder at once: bounds memory, does not change the result."""
+    deadline: float = Field(120.0, gt=0)
+    """vlm_judge, remote: seconds in which an answer must come, tries again included; after that there is no score."""
+    vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
+    """The judge, where one of the rewards is vlm_judge."""
     max_invalid_share: Share = 0.5
     """Stop when more than this share of an iteration's scores could not be computed."""
+
+    @model_validator(mode="after")
+    def _for_these_rewards(self) -> "RewardsConfig":
+        for side, kind, model in (
+            ("prompt", self.prompt, self.prompt_model),
+            ("identity", self.identity, self.identity_model),
+        ):
+            if kind == "remote" and not (model or "").startswith(("http://", "https://")):
+                raise ValueError(f"{side}_model: a remote reward wants its URL, http://host:port (found {model!r})")
+            if model is not None and (kind in ("toybox", "vlm_judge") or kind.startswith("python:")):
+                raise ValueError(f"{side}_model: {side}={kind} takes none; leave it out")
+        judged = "vlm_judge" in (self.prompt, self.identity)
+        if judged != (self.vlm_judge.model is not None):
+            raise ValueError(
+                "vlm_judge.model: name the judge's model on its server"
+                if judged
+                else "vlm_judge.model: neither reward is vlm_judge; leave it out"
+            )
+        pretrained = ("dino", "clip_i")
+        for name, takers in (
+            ("identity_leak", ("toybox",)),
+            ("several_references", pretrained),
+            ("background", pretrained),
+        ):
+            if self.identity not in takers and getattr(self, name) != RewardsConfig.model_fields[name].default:
+                raise ValueError(
+                    f"{name}: only for identity={' or '.join(takers)} (found {self.identity}); leave it out"
+                )
+        if self.background != 1.0 and self.identity_reference != "segmented":
+            raise ValueError("background: only behind segmented references; set identity_reference to segmented")
+        return self
 
 
 class RolloutConfig(Section):
@@ -317,15 +368,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_world(self) -> "Config":
-        """ToyBox's rewards and judge read ToyBox's pictures, and nothing else does."""
-        world = self.policy.kind == "toybox"
-        read_by = {"rewards.prompt": self.rewards.prompt, "rewards.identity": self.rewards.identity}
-        for name, value in read_by.items():
-            if (value == "toybox") != world:
-                raise ValueError(f"{name}={value} does not read the pictures of policy.kind={self.policy.kind}")
-        if self.evaluation.judge == "toybox" and not world:
+        """ToyBox's rewards and judge read ToyBox's pictures alone."""
+        read_by = {
+            "rewards.prompt": self.rewards.prompt,
+            "rewards.identity": self.rewards.identity,
+            "evaluation.judge": self.evaluation.judge,
+        }
+        strangers = [name for name, value in read_by.items() if value == "toybox"]
+        if strangers and self.policy.kind != "toybox":
             raise ValueError(
-                f"evaluation.judge=toybox does not read the pictures of policy.kind={self.policy.kind}; set it to none"
+                f"{', '.join(strangers)}: toybox does not read the pictures of policy.kind={self.policy.kind}; choose "
+                "other rewards (docs/rewards.md), and none for the judge"
             )
         return self
 

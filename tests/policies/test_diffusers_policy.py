@@ -52,7 +52,7 @@ def dataset(tmp_path: Path, picture: Picture) -> SubjectDataset:
 def config(**changes: Any) -> Config:
     tree: dict[str, Any] = {
         "policy": {"kind": "flux1-kontext"},
-        "rewards": {"prompt": "clip", "identity": "clip"},
+        "rewards": {"prompt": "clip_t", "identity": "clip_i"},
         "evaluation": {"judge": "none"},
         "rollout": {
             "prompts_per_iteration": 2, "group_size": 4, "num_steps": 4, "shift": 3.0, "sde": "dance", "eta": 0.4,

@@ -218,16 +218,16 @@ def test_settings_of_another_kind(settings: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tree", "said"),
+    ("rewards", "said"),
     [
-        ({"policy": {"kind": "uno"}}, "rewards.prompt=toybox does not read the pictures of policy.kind=uno"),
-        ({"rewards": {"identity": "dino"}}, "rewards.identity=dino does not read the pictures of policy.kind=toybox"),
         (
-            {"policy": {"kind": "uno"}, "rewards": {"prompt": "clip", "identity": "dino"}},
-            "evaluation.judge=toybox does not read the pictures of policy.kind=uno; set it to none",
+            {},
+            "rewards.prompt, rewards.identity, evaluation.judge: toybox does not read the pictures of policy.kind=uno",
         ),
+        ({"prompt": "clip_t"}, "rewards.identity, evaluation.judge: toybox does not read"),
+        ({"prompt": "clip_t", "identity": "dino"}, "evaluation.judge: toybox does not read the pictures"),
     ],
 )
-def test_parts_of_two_worlds(tree: dict[str, Any], said: str) -> None:
+def test_parts_of_two_worlds(rewards: dict[str, str], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        Config.model_validate(tree)
+        Config.model_validate({"policy": {"kind": "uno"}, "rewards": rewards})

@@ -148,7 +148,7 @@ def test_a_dry_run_says_what_it_takes(
         ("--policy.model=nobody/nothing", "policy.model: nobody/nothing is no folder here"),
         (
             "--evaluation.judge=toybox",
-            "evaluation.judge=toybox does not read the pictures of policy.kind=flux1-kontext",
+            "evaluation.judge: toybox does not read the pictures of policy.kind=flux1-kontext",
         ),
         ("--policy.attention_backend=flash", "policy.attention_backend: 'flash' runs on CUDA, and the device is cpu"),
         ("--policy.device=cuda:9", "policy.device: there is no 'cuda:9' here"),

@@ -38,12 +38,16 @@ def task(references: list[list[Tensor]], masks: list[list[Tensor]] | None = None
     return Task(PROMPTS, references, masks)
 
 
-def rewards(models: dict[str, Path], prompt: str = "clip", identity: str = "dino", **more: Any) -> Any:
-    folder = models["vit" if identity == "vit" else identity]
+FOLDERS = {"clip_t": "clip", "clip_i": "clip", "pickscore": "clip"}
+"""Tiny models by reward, where their names differ."""
+
+
+def rewards(models: dict[str, Path], prompt: str = "clip_t", identity: str = "dino", **more: Any) -> Any:
     config = RewardsConfig.model_validate(
         {
-            "prompt": prompt, "prompt_model": str(models["clip" if prompt == "pickscore" else prompt]),
-            "identity": "dino" if identity == "vit" else identity, "identity_model": str(folder), **more,
+            "prompt": prompt, "prompt_model": str(models[FOLDERS.get(prompt, prompt)]),
+            "identity": "dino" if identity == "vit" else identity,
+            "identity_model": str(models[FOLDERS.get(identity, identity)]), **more,
         }
     )  # fmt: skip
     return load_rewards(config, CPU)
@@ -65,18 +69,18 @@ def test_pictures_are_prepared_as_by_the_checkpoints_processor(
     assert levels.mean() < 0.3
 
 
-@pytest.mark.parametrize("identity", ["dino", "vit", "clip"])
+@pytest.mark.parametrize("identity", ["dino", "vit", "clip_i"])
 def test_identity_is_the_cosine_of_the_models_features(identity: str, models: dict[str, Path]) -> None:
     _, reward = rewards(models, identity=identity)
     images, references = smooth(4, 96, 96).unflatten(0, (2, 2)), list(smooth(2, 96, 96, seed=1))
     scores = reward.score(images, task([[reference] for reference in references]))
-    model = AutoModel.from_pretrained(models[identity]).eval()
-    processor = AutoImageProcessor.from_pretrained(models[identity])
+    model = AutoModel.from_pretrained(models[FOLDERS.get(identity, identity)]).eval()
+    processor = AutoImageProcessor.from_pretrained(models[FOLDERS.get(identity, identity)])
 
     def features(image: Tensor) -> Tensor:
         pixels = processor(to_pil(image), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            if identity == "clip":
+            if identity == "clip_i":
                 return model.visual_projection(model.vision_model(pixels).pooler_output)[0]
             return model(pixels).last_hidden_state[0, 0]
 
@@ -87,12 +91,12 @@ def test_identity_is_the_cosine_of_the_models_features(identity: str, models: di
     assert scores.valid.all() and scores.values.std() > 1e-4
 
 
-@pytest.mark.parametrize("prompt", ["clip", "siglip", "pickscore"])
+@pytest.mark.parametrize("prompt", ["clip_t", "siglip", "pickscore"])
 def test_prompt_is_the_cosine_of_the_models_features(prompt: str, models: dict[str, Path]) -> None:
     reward, _ = rewards(models, prompt=prompt)
     images = smooth(4, 64, 64).unflatten(0, (2, 2))
     scores = reward.score(images, task([[image[0]] for image in images]))
-    folder = models["clip" if prompt == "pickscore" else prompt]
+    folder = models[FOLDERS.get(prompt, prompt)]
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     pixels = AutoImageProcessor.from_pretrained(folder)([to_pil(i) for i in images.flatten(0, 1)], return_tensors="pt")
     with torch.no_grad():
@@ -176,17 +180,17 @@ def test_what_is_not_finite_is_not_valid(models: dict[str, Path], monkeypatch: p
     ],
 )
 def test_a_model_that_cannot_be_had(settings: dict[str, str], said: str, models: dict[str, Path]) -> None:
-    usual = {"prompt": "clip", "prompt_model": str(models["clip"]), "identity": "dino"}
+    usual = {"prompt": "clip_t", "prompt_model": str(models["clip"]), "identity": "dino"}
     usual["identity_model"] = str(models["dino"])
     with pytest.raises(UserError, match=said):
         load_rewards(RewardsConfig.model_validate(usual | settings), CPU)
 
 
 def test_a_model_of_another_type(models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"rewards\.identity_model: .* is of type siglip, but reward dino reads dinov2"):
+    with pytest.raises(UserError, match=r"rewards\.identity_model: .* is of type siglip, but dino reads dinov2"):
         load_rewards(
             RewardsConfig(
-                prompt="clip", prompt_model=str(models["clip"]), identity="dino", identity_model=str(models["siglip"])
+                prompt="clip_t", prompt_model=str(models["clip"]), identity="dino", identity_model=str(models["siglip"])
             ),
             CPU,
         )

@@ -1,97 +1,87 @@
-"""The pretrained rewards by the names that configurations have for them."""
+"""The rewards by the names that configurations have for them."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from customized_grpo.config import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import Reward
-from customized_grpo.rewards.pictures import Preprocessing
-from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder, PromptSimilarity, pooled
+from customized_grpo.rewards.own import PREFIX, OwnReward
+from customized_grpo.rewards.remote import TOKEN, RemoteReward
+from customized_grpo.rewards.transport import Transport, secret
+from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
 
-MODELS = {
-    "dino": "facebook/dinov2-base",
-    "clip": "openai/clip-vit-base-patch32",
-    "siglip": "google/siglip-base-patch16-224",
-    "pickscore": "yuvalkirstain/PickScore_v1",
-}
-"""What a reward uses where the configuration names no model."""
-PROCESSORS = {"pickscore": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
-"""Whose tokenizer and image processor a model takes that is published without any."""
-TYPES = {
-    "dino": ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit"),
-    "clip": ("clip",),
-    "siglip": ("siglip",),
-    "pickscore": ("clip",),
-}
-"""Model types, as in a checkpoint's config.json, that a reward can read."""
+PRETRAINED = ("dino", "clip_i", "clip_t", "siglip", "pickscore")
+TOYBOX = "toybox"
 
 
-def load_rewards(config: RewardsConfig, device: torch.device) -> tuple[Reward, Reward]:
-    """The (prompt, identity) rewards. Raises `UserError` where a model cannot be had or is of another type."""
-    segmented = config.identity_reference == "segmented"
-    prompt = _Checkpoint("rewards.prompt_model", config.prompt, config.prompt_model, device, config.micro_batch)
-    identity = _Checkpoint("rewards.identity_model", config.identity, config.identity_model, device, config.micro_batch)
-    return prompt.to_prompt(), IdentitySimilarity(
-        identity.encoder(), segmented=segmented, background=config.background, several=config.several_references
+def load_rewards(
+    config: RewardsConfig, device: torch.device, toybox_weights: Path | None = None
+) -> tuple[Reward, Reward]:
+    """The (prompt, identity) rewards. Raises `UserError` where a model or a server cannot be had."""
+    judge = _judge(config) if "vlm_judge" in (config.prompt, config.identity) else None
+    prompt = _load(config, "prompt", config.prompt, config.prompt_model, device, toybox_weights, judge)
+    identity = _load(config, "identity", config.identity, config.identity_model, device, toybox_weights, judge)
+    return prompt, identity
+
+
+def load_pretrained(name: str, field: str, model: str | None, config: RewardsConfig, device: torch.device) -> Reward:
+    """A pretrained reward by its name, one of PRETRAINED."""
+    from customized_grpo.libraries import quiet
+
+    quiet()
+    from customized_grpo.rewards.pretrained import Checkpoint
+
+    return Checkpoint(field, name, model, device, config.micro_batch).reward(
+        segmented=config.identity_reference == "segmented",
+        background=config.background,
+        several=config.several_references,
     )
 
 
-class _Checkpoint:
-    """A pretrained encoder, from a folder or the hub."""
+def _load(
+    config: RewardsConfig,
+    side: str,
+    kind: str,
+    model: str | None,
+    device: torch.device,
+    toybox_weights: Path | None,
+    judge: VlmJudge | None,
+) -> Reward:
+    if kind == TOYBOX:
+        from customized_grpo.toybox.rewards import IdentityReward, PromptReward
 
-    def __init__(self, field: str, kind: str, name: str | None, device: torch.device, micro_batch: int) -> None:
-        self._field, self._kind, self._device, self._micro_batch = field, kind, device, micro_batch
-        self._name = name or MODELS[kind]
-        processor = (
-            PROCESSORS.get(kind) if name is None or not (Path(name) / "preprocessor_config.json").is_file() else None
+        if side == "prompt":
+            return PromptReward(toybox_weights)
+        return IdentityReward(config.identity_reference, toybox_weights, config.identity_leak)
+    if kind.startswith(PREFIX):
+        return OwnReward.load(f"rewards.{side}", kind)
+    if kind == "remote":
+        return RemoteReward(Transport(f"rewards.{side}_model", model or "", config.deadline, token=secret(TOKEN)))
+    if kind == "vlm_judge":
+        assert judge is not None
+        return JudgeReward(judge, "prompt" if side == "prompt" else "subject")
+    return load_pretrained(kind, f"rewards.{side}_model", model, config, device)
+
+
+def _judge(config: RewardsConfig) -> VlmJudge:
+    settings = config.vlm_judge
+    transport = Transport("rewards.vlm_judge.url", settings.url, config.deadline, token=secret(KEY))
+    known = _models(transport.get("/models"))
+    if known and settings.model not in known:
+        raise UserError(
+            f"rewards.vlm_judge.model: {settings.url} has no '{settings.model}'; it has {', '.join(sorted(known)[:8])}"
         )
-        self._processor = processor or self._name
-        found = self._load(AutoConfig, self._name).model_type
-        if found not in TYPES[kind]:
-            raise UserError(
-                f"{field}: {self._name} is of type {found}, but reward {kind} reads {', '.join(TYPES[kind])}"
-            )
-        self._model = self._load(AutoModel, self._name).requires_grad_(False).eval().to(device)
+    return VlmJudge(
+        transport, settings.model or "", concurrency=settings.concurrency, attempts=settings.attempts,
+        reasoning=settings.reasoning,
+    )  # fmt: skip
 
-    def encoder(self) -> PictureEncoder:
-        """Features of pictures."""
-        preprocess = Preprocessing.of(self._load(AutoImageProcessor, self._processor))
-        encode = self._class_token if self._kind == "dino" else self._projected
-        return PictureEncoder(encode, preprocess, self._device, self._micro_batch)
 
-    def to_prompt(self) -> PromptSimilarity:
-        """The reward for following the prompt."""
-        tokenizer = self._load(AutoTokenizer, self._processor)
-        # SigLIP was trained on texts padded to their full length, without a mask.
-        padding = "max_length" if self._kind == "siglip" else True
-
-        def read(prompts: Sequence[str]) -> Tensor:
-            tokens = tokenizer(list(prompts), padding=padding, truncation=True, return_tensors="pt").to(self._device)
-            names = {"input_ids"} if self._kind == "siglip" else {"input_ids", "attention_mask"}
-            return pooled(self._model.get_text_features(**{name: tokens[name] for name in names}))
-
-        return PromptSimilarity(self.encoder(), read)
-
-    def _class_token(self, pixels: Tensor) -> Tensor:
-        hidden: Tensor = self._model(pixel_values=pixels).last_hidden_state
-        return hidden[:, 0]
-
-    def _projected(self, pixels: Tensor) -> Tensor:
-        return pooled(self._model.get_image_features(pixel_values=pixels))
-
-    def _load(self, loader: Any, name: str) -> Any:
-        try:
-            return loader.from_pretrained(name)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UserError(
-                f"{self._field}: {name} could not be loaded ({said[:300]}); name a folder, or a hub id that can be "
-                "reached"
-            ) from error
+def _models(answer: Any) -> Sequence[str]:
+    """The names of models in what a server answers to /models, none where it says nothing of the kind."""
+    listed = answer.get("data") if isinstance(answer, dict) else None
+    return [entry["id"] for entry in listed or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]

@@ -1,6 +1,7 @@
 """Tiny random reward models of the true classes, saved in their own layout: what `from_pretrained` takes."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,9 +21,9 @@ from transformers import (
 
 from customized_grpo.policies.tiny import clip_tokenizer, t5_tokenizer
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 KINDS = ("dino", "vit", "clip", "siglip")
-_LAYERS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+_LAYERS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 def save_tiny_reward(kind: str, folder: Path, seed: int = 0) -> Path:

@@ -1,0 +1,91 @@
+"""A reward on another machine: the client, and the small HTTP protocol that `customized-grpo serve-reward` speaks.
+
+`POST /score` takes `{"prompts": [P], "images": [P][G], "references": [P][K], "masks": [P][K] or null}`, every picture
+as the base64 of a PNG, and answers `{"values": [P][G], "valid": [P][G]}`; a value that is not valid is null. `GET
+/health` answers `{"status": "ok", "reward": NAME, "max_images": N}`. With a token, both want `Authorization: Bearer
+TOKEN`.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customized_grpo.data.images import to_pil
+from customized_grpo.errors import UserError
+from customized_grpo.policies import References
+from customized_grpo.rewards import Scores, Task
+from customized_grpo.rewards.transport import Transport, Unavailable
+
+TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
+"""Environment variable of the token, on both sides."""
+
+
+class RemoteReward:
+    """A `Reward` that asks a server, as many groups at once as it takes."""
+
+    def __init__(self, transport: Transport) -> None:
+        """Raises `UserError` where no reward server answers."""
+        self._transport = transport
+        health = transport.get("/health")
+        if not isinstance(health, dict) or not isinstance(health.get("max_images"), int):
+            raise UserError(
+                f"{transport.field_name}: {transport.url} is no reward server (its /health answered {health!r:.100}); "
+                "start one with: customized-grpo serve-reward NAME"
+            )
+        self._max_images: int = health["max_images"]
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        """See `Reward.score`: what the server could not score in time is invalid."""
+        groups, group_size = images.shape[:2]
+        if group_size > self._max_images:
+            raise UserError(
+                f"{self._transport.field_name}: the server takes {self._max_images} images at once, and a group has "
+                f"{group_size}; start it with a larger --max_images"
+            )
+        at_once = max(1, self._max_images // group_size)
+        parts = [self._ask(images, task, range(p, min(p + at_once, groups))) for p in range(0, groups, at_once)]
+        values, valid = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Scores(values, valid)
+
+    def _ask(self, images: Tensor, task: Task, rows: range) -> tuple[Tensor, Tensor]:
+        shape = (len(rows), images.shape[1])
+        payload = {
+            "prompts": [task.prompts[p] for p in rows],
+            "images": [[encoded(image) for image in images[p]] for p in rows],
+            "references": _encoded(task.references, rows),
+            "masks": None if task.masks is None else _encoded(task.masks, rows),
+        }
+        try:
+            return parsed(self._transport.post("/score", payload), shape)
+        except (Unavailable, ValueError):
+            return torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+
+
+def encoded(image: Tensor) -> str:
+    """A picture [C, H, W] in [0, 1] as the base64 of a PNG."""
+    buffer = io.BytesIO()
+    to_pil(image).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def parsed(answer: Any, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Values and their validity [P, G] of a server's answer. Raises ValueError where it is not one."""
+    try:
+        values = [[math.nan if value is None else float(value) for value in row] for row in answer["values"]]
+        valid = torch.tensor(answer["valid"], dtype=torch.bool)
+        found = torch.tensor(values, dtype=torch.float32)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"no scores in the answer: {answer!r:.200}") from error
+    if found.shape != shape or valid.shape != shape:
+        raise ValueError(f"scores of {list(found.shape)} for {list(shape)} images")
+    known = valid & found.isfinite()
+    return torch.where(known, found, 0.0), known
+
+
+def _encoded(pictures: References, rows: Sequence[int]) -> list[list[str]]:
+    return [[encoded(picture) for picture in pictures[p]] for p in rows]

@@ -1,0 +1,314 @@
+"""A reward on another machine: a real server on a real port, and one that misbehaves in every way a server can."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+from torch import Tensor
+
+from customized_grpo.errors import UserError
+from customized_grpo.rewards import Scores, Task
+from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
+from customized_grpo.rewards.serve import RewardServer
+from customized_grpo.rewards.transport import Transport, Unavailable
+
+Answer = tuple[int, Any, dict[str, str]] | None
+"""Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""
+
+
+class Redness:
+    """The mean of the red channel; images of prompts that begin with 'bad' have no score."""
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        values = images[:, :, 0].mean((-2, -1)) - task.references[0][0].mean()
+        valid = torch.tensor([[not prompt.startswith("bad")] * images.shape[1] for prompt in task.prompts])
+        return Scores(values, valid)
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[..., RewardServer]]:
+    servers: list[RewardServer] = []
+
+    def start(**settings: Any) -> RewardServer:
+        usual = {"max_images": 64, "max_bytes": 2**24, "token": None} | settings
+        server = RewardServer(("127.0.0.1", 0), Redness(), "redness", **usual)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def misbehaving() -> Iterator[Callable[..., tuple[str, list[dict[str, Any]]]]]:
+    """Starts a server that answers POSTs as told, one after the other, the last one ever after; returns its URL and
+    what it was asked."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(*answers: Answer, health: Any = None) -> tuple[str, list[dict[str, Any]]]:
+        asked: list[dict[str, Any]] = []
+        told = {"status": "ok", "reward": "test", "max_images": 64} if health is None else health
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply(200, told, {})
+
+            def do_POST(self) -> None:
+                asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                answer = answers[min(len(asked), len(answers)) - 1]
+                if answer is None:
+                    time.sleep(2)
+                    return
+                self.reply(*answer)
+
+            def reply(self, status: int, body: Any, headers: dict[str, str]) -> None:
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}", asked
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def url_of(server: RewardServer) -> str:
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+def transport(url: str, deadline: float = 5.0, **more: Any) -> Transport:
+    return Transport("rewards.prompt_model", url, deadline, longest_wait=0.05, **more)
+
+
+def batch(groups: int = 2, size: int = 3, *, masks: bool = False) -> tuple[Tensor, Task]:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (groups, size, 3, 8, 10), generator=draw).float() / 255
+    references = [[torch.randint(0, 256, (3, 6, 4), generator=draw).float() / 255] for _ in range(groups)]
+    cut = [[torch.ones(1, 6, 4)] for _ in range(groups)] if masks else None
+    return images, Task([f"prompt {p}" for p in range(groups)], references, cut)
+
+
+SCORES = {"values": [[0.1, 0.2, 0.3], [0.4, None, 0.6]], "valid": [[True] * 3, [True, False, True]]}
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_scores_are_those_of_the_reward(masks: bool, served: Callable[..., RewardServer]) -> None:
+    images, task = batch(masks=masks)
+    task = Task(["fine", "bad one"], task.references, task.masks)
+    found = RemoteReward(transport(url_of(served()))).score(images, task)
+    expected = Redness().score(images, task)
+    assert torch.allclose(found.values[0], expected.values[0], atol=1e-6)
+    assert found.valid.tolist() == [[True] * 3, [False] * 3]
+
+
+def test_groups_go_in_as_few_requests_as_the_server_takes(served: Callable[..., RewardServer]) -> None:
+    """More groups than fit in one: each still gets its own scores (the reference of its own request's first group)."""
+    images, task = batch(groups=5)
+    task = Task(task.prompts, [task.references[0]] * 5, None)
+    found = RemoteReward(transport(url_of(served(max_images=7)))).score(images, task)
+    assert torch.allclose(found.values, Redness().score(images, task).values, atol=1e-6)
+    with pytest.raises(
+        UserError, match=r"takes 2 images at once, and a group has 3; start it with a larger --max_images"
+    ):
+        RemoteReward(transport(url_of(served(max_images=2)))).score(images, task)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        (429, {"error": "busy"}, {"Retry-After": "0"}),
+        (500, {"error": "down"}, {}),
+        (503, b"<html>", {}),
+        (200, b"<html>not json</html>", {}),
+    ],
+    ids=["429", "500", "503", "garbage"],
+)
+def test_what_passes_is_tried_again(first: Answer, misbehaving: Callable[..., Any]) -> None:
+    url, asked = misbehaving(first, first, (200, SCORES, {}))
+    found = RemoteReward(transport(url)).score(*batch())
+    assert len(asked) == 3 and asked[0] == asked[2]
+    assert found.valid.tolist() == SCORES["valid"]
+    assert found.values[1, 2] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, (500, {}, {}), (200, b"garbage", {}), (200, {"values": [[1.0]], "valid": [[True]]}, {}), (200, [1], {})],
+    ids=["hangs", "500", "not json", "too few", "not scores"],
+)
+def test_what_stays_wrong_is_invalid_and_never_a_number(answer: Answer, misbehaving: Callable[..., Any]) -> None:
+    url, _ = misbehaving(answer)
+    start = time.monotonic()
+    found = RemoteReward(transport(url, deadline=0.5)).score(*batch())
+    assert not found.valid.any() and found.values.isfinite().all()
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413])
+def test_any_other_4xx_is_told_at_once(status: int, misbehaving: Callable[..., Any]) -> None:
+    url, asked = misbehaving((status, {"error": "your fault"}, {}))
+    with pytest.raises(
+        UserError, match=rf"rewards\.prompt_model: .* refused the request with status {status}: .*fault"
+    ):
+        RemoteReward(transport(url)).score(*batch())
+    assert len(asked) == 1
+
+
+def test_a_server_that_dies_and_comes_back() -> None:
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    link = transport(f"http://127.0.0.1:{port}")
+    server: list[RewardServer] = []
+
+    def later() -> None:
+        time.sleep(0.5)
+        server.append(RewardServer(("127.0.0.1", port), Redness(), "r", max_images=9, max_bytes=2**20, token=None))
+        server[0].serve_forever()
+
+    threading.Thread(target=later, daemon=True).start()
+    answer = link.post("/score", _payload())
+    assert len(answer["values"]) == 1
+    server[0].shutdown()
+    server[0].server_close()
+
+
+def test_no_server() -> None:
+    with pytest.raises(UserError, match=r"rewards\.prompt_model: http://127\.0\.0\.1:9 does not answer"):
+        RemoteReward(transport("http://127.0.0.1:9"))
+    with pytest.raises(Unavailable, match=r"gave no answer within 0\.2 s"):
+        transport("http://127.0.0.1:9", deadline=0.2).post("/score", {})
+
+
+def test_another_server(misbehaving: Callable[..., Any]) -> None:
+    url, _ = misbehaving((200, {}, {}), health={"hello": "world"})
+    with pytest.raises(UserError, match=r"is no reward server .* start one with: customized-grpo serve-reward NAME"):
+        RemoteReward(transport(url))
+
+
+@pytest.mark.parametrize("token", [None, "wrong"])
+def test_a_token_is_wanted(token: str | None, served: Callable[..., RewardServer]) -> None:
+    url = url_of(served(token="right"))
+    with pytest.raises(UserError, match="does not answer .*401"):
+        RemoteReward(transport(url, token=token))
+    assert httpx2.post(url + "/score", json=_payload()).status_code == 401
+    assert RemoteReward(transport(url, token="right")).score(*batch()).valid.all()
+
+
+def _payload(**changes: Any) -> dict[str, Any]:
+    picture = encoded(torch.rand(3, 4, 4))
+    return {"prompts": ["a"], "images": [[picture]], "references": [[picture]], "masks": None} | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "status", "said"),
+    [
+        ({"images": [[encoded(torch.rand(3, 4, 4))] * 65]}, 413, "65 images, and 64 are taken at once"),
+        ({"images": [["not base64!"]]}, 400, "not a request for scores"),
+        ({"images": [["aGVsbG8="]]}, 400, "pictures are PNGs"),
+        ({"images": [[encoded(torch.rand(3, 4, 4)), encoded(torch.rand(3, 5, 4))]]}, 400, "not a request"),
+        ({"images": [[encoded(torch.zeros(3, 1, 5000))]]}, 400, "5000x1; 4096 is the longest side taken"),
+        ({"prompts": ["a", "b"]}, 400, "differ in number"),
+        ({"prompts": [7]}, 400, "prompts are strings"),
+        ({"references": None}, 400, "not a request for scores"),
+    ],
+)
+def test_bad_requests_are_refused(
+    changes: dict[str, Any], status: int, said: str, served: Callable[..., RewardServer]
+) -> None:
+    answer = httpx2.post(url_of(served()) + "/score", json=_payload(**changes))
+    assert answer.status_code == status and said in answer.json()["error"]
+
+
+def test_a_reward_that_fails_is_told_at_once(
+    served: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Redness, images: Tensor, task: Task) -> Scores:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Redness, "score", fail)
+    with pytest.raises(UserError, match=r"status 422: .*the reward failed: out of memory"):
+        RemoteReward(transport(url_of(served()))).score(*batch())
+
+
+def test_requests_that_are_too_large_or_not_json(served: Callable[..., RewardServer]) -> None:
+    url = url_of(served(max_bytes=100))
+    assert httpx2.post(url + "/score", json=_payload()).status_code == 413
+    assert httpx2.post(url + "/score", content=b"{").status_code == 400
+    assert httpx2.get(url + "/other").status_code == 404
+    assert httpx2.get(url + "/health").json() == {"status": "ok", "reward": "redness", "max_images": 64}
+
+
+@pytest.mark.parametrize("answer", [None, {}, {"values": [[1.0]]}, {"values": [["a"]], "valid": [[True]]}, []])
+def test_answers_without_scores(answer: Any) -> None:
+    with pytest.raises(ValueError, match="no scores in the answer"):
+        parsed(answer, (1, 1))
+
+
+def test_numbers_that_are_not_finite_are_not_valid() -> None:
+    values, valid = parsed({"values": [[float("inf"), None, 2.0]], "valid": [[True, True, True]]}, (1, 3))
+    assert valid.tolist() == [[False, False, True]] and values.tolist() == [[0.0, 0.0, 2.0]]
+
+
+def test_the_command_serves(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def red(images, task):\n    return images[:, :, 0].mean((-2, -1))\n")
+    command = [sys.executable, "-m", "customized_grpo", "serve-reward", "python:mine.red", "--port", "0"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {TOKEN: "s3"}
+    ) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert said.startswith("serving python:mine.red on http://127.0.0.1:") and "a token is wanted" in said
+            assert "s3" not in said
+            images, task = batch()
+            found = RemoteReward(transport(said.split()[3], token="s3")).score(images, task)
+            assert torch.allclose(found.values, images[:, :, 0].mean((-2, -1)), atol=1e-6)
+        finally:
+            process.terminate()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["nothing"], "no reward 'nothing'; choose dino, clip_i"),
+        (["python:mine.red", "--model", "x"], "python:mine.red takes none"),
+        (["python:nowhere.red"], "module 'nowhere' could not be imported"),
+        (["dino", "--max_images", "0"], "--max_images: 0 takes no request"),
+        (["dino", "--model", "nobody/nothing"], "--model: nobody/nothing could not be loaded"),
+    ],
+)
+def test_what_cannot_be_served(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from customized_grpo.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["serve-reward", *options])
+    assert ended.value.code == 2 and said in capsys.readouterr().err

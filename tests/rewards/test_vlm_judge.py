@@ -1,0 +1,229 @@
+"""A vision-language judge behind a real local server that misbehaves in every way a judge can."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from customized_grpo.config import RewardsConfig
+from customized_grpo.errors import UserError
+from customized_grpo.rewards import Task
+from customized_grpo.rewards.catalogue import load_rewards
+from customized_grpo.rewards.transport import Transport
+from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge, parse
+
+CPU = torch.device("cpu")
+Reply = Callable[[dict[str, Any], int], tuple[int, Any]]
+
+
+def completion(text: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"content": text}}]}
+
+
+class Server:
+    """Answers the n-th question (from 0) with `reply(question, n)`; keeps what it was asked, and how many at once."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        self.most, self._now, self._lock = 0, 0, threading.Lock()
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.answer(200, {"data": [{"id": "judge-7b"}, {"id": "other"}]})
+
+            def do_POST(self) -> None:
+                question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer._lock:
+                    number = len(outer.asked)
+                    outer.asked.append(question)
+                    outer.keys.append(self.headers.get("Authorization"))
+                    outer._now += 1
+                    outer.most = max(outer.most, outer._now)
+                status, body = reply(question, number)
+                with outer._lock:
+                    outer._now -= 1
+                self.answer(status, body)
+
+            def answer(self, status: int, body: Any) -> None:
+                data = body if isinstance(body, bytes) else json.dumps(body).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Callable[[Reply], Server]]:
+    servers: list[Server] = []
+
+    def start(reply: Reply) -> Server:
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for each in servers:
+        each.http.shutdown()
+        each.http.server_close()
+
+
+def judge(url: str, deadline: float = 5.0, **settings: Any) -> VlmJudge:
+    usual = {"concurrency": 4, "attempts": 3, "reasoning": False} | settings
+    return VlmJudge(Transport("rewards.vlm_judge.url", url, deadline, longest_wait=0.02), "judge-7b", **usual)
+
+
+def batch(groups: int = 2, size: int = 3) -> tuple[Tensor, Task]:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand(groups, size, 3, 6, 6, generator=draw)
+    return images, Task([f"prompt {p}" for p in range(groups)], torch.rand(groups, 1, 3, 5, 5, generator=draw), None)
+
+
+def told(question: dict[str, Any]) -> str:
+    return str(question["messages"][1]["content"][-1]["text"])
+
+
+def test_both_rewards_come_of_one_round_of_questions(server: Callable[[Reply], Server]) -> None:
+    """Each image gets the scores of its own answer, whatever the order in which questions come in."""
+
+    def reply(question: dict[str, Any], number: int) -> tuple[int, Any]:
+        first = int("prompt 1" in told(question))
+        return 200, completion(json.dumps({"subject": 1 + first, "prompt": 4 - first}))
+
+    running = server(reply)
+    both = judge(running.url)
+    images, task = batch()
+    prompt = JudgeReward(both, "prompt").score(images, task)
+    subject = JudgeReward(both, "subject").score(images, task)
+    assert len(running.asked) == 6
+    assert prompt.values.tolist() == [[4.0] * 3, [3.0] * 3] and subject.values.tolist() == [[1.0] * 3, [2.0] * 3]
+    assert prompt.valid.all() and subject.valid.all()
+    content = running.asked[0]["messages"][1]["content"]
+    assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url", "text"]
+    assert content[1]["image_url"]["url"].startswith("data:image/png;base64,")
+    # Other images are asked about anew.
+    JudgeReward(both, "prompt").score(images.clone(), task)
+    assert len(running.asked) == 12
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        completion("I like it."),
+        completion('{"subject": 5, "prompt": 2}'),
+        completion('{"subject": 2.5, "prompt": 2}'),
+        completion('{"subject": true, "prompt": 2}'),
+        completion('{"subject": 2}'),
+        completion(None),
+        {"error": "nothing"},
+        ["list"],
+    ],
+)
+def test_an_answer_without_scores_is_asked_for_again_and_then_invalid(
+    bad: Any, server: Callable[[Reply], Server]
+) -> None:
+    good = completion('{"subject": 3, "prompt": 2}')
+    running = server(lambda question, number: (200, bad if number < 2 else good))
+    scores = JudgeReward(judge(running.url), "subject").score(*batch(1, 1))
+    assert scores.valid.all() and scores.values.item() == 3 and len(running.asked) == 3
+    assert len({question["seed"] for question in running.asked}) == 3
+    stubborn = server(lambda question, number: (200, bad))
+    scores = JudgeReward(judge(stubborn.url), "subject").score(*batch(1, 1))
+    assert not scores.valid.any() and len(stubborn.asked) == 3
+
+
+@pytest.mark.parametrize("status", [429, 500, 502])
+def test_a_busy_judge_is_asked_again(status: int, server: Callable[[Reply], Server]) -> None:
+    running = server(lambda q, n: (status, {}) if n < 2 else (200, completion('{"subject": 3, "prompt": 2}')))
+    assert JudgeReward(judge(running.url, attempts=1), "prompt").score(*batch(1, 1)).values.item() == 2
+
+
+def test_one_failing_image_is_invalid_alone(server: Callable[[Reply], Server]) -> None:
+    def reply(question: dict[str, Any], number: int) -> tuple[int, Any]:
+        if "prompt 1" in told(question):
+            return 500, {}
+        return 200, completion('{"subject": 3, "prompt": 2}')
+
+    scores = JudgeReward(judge(server(reply).url, deadline=0.4), "prompt").score(*batch())
+    assert scores.valid.tolist() == [[True] * 3, [False] * 3] and scores.values.isfinite().all()
+
+
+def test_a_judge_that_hangs_is_given_up(server: Callable[[Reply], Server]) -> None:
+    def reply(question: dict[str, Any], number: int) -> tuple[int, Any]:
+        time.sleep(1.5)
+        return 200, completion('{"subject": 3, "prompt": 2}')
+
+    scores = JudgeReward(judge(server(reply).url, deadline=0.3), "prompt").score(*batch(1, 2))
+    assert not scores.valid.any()
+
+
+def test_a_wrong_key_is_told_at_once(server: Callable[[Reply], Server]) -> None:
+    running = server(lambda question, number: (401, {"error": "no such key"}))
+    with pytest.raises(UserError, match=r"rewards\.vlm_judge\.url: .* status 401: .*no such key"):
+        JudgeReward(judge(running.url), "prompt").score(*batch(1, 1))
+
+
+@pytest.mark.parametrize("concurrency", [1, 3])
+def test_questions_under_way_are_bounded(concurrency: int, server: Callable[[Reply], Server]) -> None:
+    def reply(question: dict[str, Any], number: int) -> tuple[int, Any]:
+        time.sleep(0.05)
+        return 200, completion('{"subject": 3, "prompt": 2}')
+
+    running = server(reply)
+    JudgeReward(judge(running.url, concurrency=concurrency), "prompt").score(*batch(3, 4))
+    assert running.most <= concurrency and (concurrency == 1 or running.most > 1)
+
+
+def test_reasoning_comes_first_and_scores_close(server: Callable[[Reply], Server]) -> None:
+    running = server(
+        lambda q, n: (200, completion('Shape {as "asked"}. {"subject": 0, "prompt": 1}\n{"subject": 4, "prompt": 3}'))
+    )
+    scores = JudgeReward(judge(running.url, reasoning=True), "subject").score(*batch(1, 1))
+    assert scores.values.item() == 4
+    assert "at most three sentences" in running.asked[0]["messages"][0]["content"]
+    assert running.asked[0]["max_tokens"] > 100
+
+
+def test_the_key_comes_from_the_environment_alone(
+    server: Callable[[Reply], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = server(lambda question, number: (200, completion('{"subject": 3, "prompt": 2}')))
+    settings = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": {"url": running.url, "model": "judge-7b"}}
+    config = RewardsConfig.model_validate(settings)
+    monkeypatch.setenv(KEY, "sk-secret")
+    prompt, subject = load_rewards(config, CPU)
+    images, task = batch(1, 2)
+    assert prompt.score(images, task).values.tolist() == [[2.0, 2.0]]
+    assert subject.score(images, task).values.tolist() == [[3.0, 3.0]]
+    assert set(running.keys) == {"Bearer sk-secret"} and len(running.asked) == 2
+    assert "sk-secret" not in config.model_dump_json()
+    with pytest.raises(UserError, match=r"vlm_judge\.model: .* has no 'nobody'; it has judge-7b, other"):
+        load_rewards(
+            config.model_copy(update={"vlm_judge": config.vlm_judge.model_copy(update={"model": "nobody"})}), CPU
+        )
+
+
+def test_a_judge_that_is_down() -> None:
+    settings = {"prompt": "vlm_judge", "vlm_judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}}
+    with pytest.raises(UserError, match=r"rewards\.vlm_judge\.url: http://127\.0\.0\.1:9/v1 does not answer"):
+        load_rewards(RewardsConfig.model_validate(settings), CPU)
+
+
+def test_parse_takes_the_last_object_with_both_scores() -> None:
+    assert parse(completion('{"subject": 1, "prompt": 0} then {"prompt": 4, "subject": 2}')) == (4.0, 2.0)
+    assert parse(completion('```json\n{"subject": 3,\n "prompt": 2}\n```')) == (2.0, 3.0)
+    assert parse(completion("")) is None
