@@ -3,8 +3,9 @@
     python benchmarks/gpu_step.py [--device cuda] [--rank 512] [--micro_batch 4] [--iterations 2] [--json]
     python benchmarks/gpu_step.py --tiny --device cpu        # the same on a tiny transformer
 
-One reference, 512 x 512, G = 12, T = 25, 60 % of the steps trained: the paper's iteration for one prompt. Seconds are
-of the last iteration; the first warms up. The share of the peak is against a matrix product measured in the same run.
+One reference, 512 x 512, G = 12, T = 25, 60 % of the steps trained, 3 updates: the paper's iteration for one prompt.
+Seconds are of the last iteration; the first warms up. The share of the peak is against a matrix product measured in the
+same run.
 """
 
 import argparse
@@ -30,12 +31,19 @@ from customized_grpo.trainer import Trainer
 
 quiet()
 
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel  # noqa: E402
+from diffusers import (  # noqa: E402
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+)
 
-from customized_grpo.estimate import Subject, estimate  # noqa: E402
+from customized_grpo.estimate import Estimate  # noqa: E402
 from customized_grpo.policies import tiny  # noqa: E402
+from customized_grpo.policies.catalogue import settings_of  # noqa: E402
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row  # noqa: E402
-from customized_grpo.policies.diffusers_policy import DiffusersPolicy, Settings  # noqa: E402
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy  # noqa: E402
+from customized_grpo.policies.dry_run import estimate_pipeline  # noqa: E402
 from customized_grpo.policies.flux1_kontext import Flux1Kontext  # noqa: E402
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
@@ -67,8 +75,9 @@ def main() -> None:
     device = torch.device(options.device)
     config = _config(options)
     policy = build_policy(options, config, device)
+    expected = estimate_pipeline(config, Flux1Kontext(), build_pipeline(options, torch.device("meta")))
     with tempfile.TemporaryDirectory() as folder:
-        figures = measure(config, policy, _dataset(Path(folder)), device, options.iterations)
+        figures = measure(config, policy, _dataset(Path(folder)), expected, options.iterations)
     if options.json:
         print(json.dumps(figures))
         return
@@ -80,44 +89,44 @@ def main() -> None:
 
 def build_policy(options: argparse.Namespace, config: Config, device: torch.device) -> RandomPolicy:
     """FLUX.1 with random weights in bf16, built where it runs."""
-    dtype = torch.bfloat16
     torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
+    family, pipe = Flux1Kontext(), build_pipeline(options, device)
+    settings = settings_of(config.policy, device, config.seed)
+    policy = RandomPolicy(family, pipe, ConditionCache(Path("unused"), ""), settings)
+    size = policy.size
+    example = family.example(pipe.transformer.config, (size,), guided=policy.guided)
+    tensors = {name: torch.randn(tensor.shape, dtype=torch.bfloat16) for name, tensor in example.items()}
+    policy.row = Row(tensors, (size,))
+    return policy
+
+
+def build_pipeline(options: argparse.Namespace, device: torch.device) -> FluxKontextPipeline:
+    """FLUX.1 Kontext without its encoders, on `device`, in bf16."""
+    torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
             transformer = tiny.flux_transformer() if options.tiny else FluxTransformer2DModel(guidance_embeds=True)
             vae = tiny.flux_vae() if options.tiny else _full_vae()
     finally:
         torch.set_default_dtype(torch.float32)
-    family = Flux1Kontext()
-    pipe = family.pipeline(
+    return FluxKontextPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(), vae=vae, text_encoder=None, tokenizer=None, text_encoder_2=None,
         tokenizer_2=None, transformer=transformer,
     )  # fmt: skip
-    settings = Settings(
-        device=device, bf16=True, size=(config.policy.height, config.policy.width), lora_rank=options.rank,
-        lora_alpha=options.rank, gradient_checkpointing=True, compile=options.compile,
-        attention_backend=options.attention_backend,
-    )  # fmt: skip
-    policy = RandomPolicy(family, pipe, ConditionCache(Path("unused"), ""), settings)
-    size = policy.size
-    example = family.example(transformer.config, (size,), guided=True)
-    policy.row = Row({name: torch.randn(tensor.shape, dtype=dtype) for name, tensor in example.items()}, (size,))
-    return policy
 
 
 def measure(
-    config: Config, policy: RandomPolicy, dataset: SubjectDataset, device: torch.device, iterations: int
+    config: Config, policy: RandomPolicy, dataset: SubjectDataset, expected: Estimate, iterations: int
 ) -> dict[str, Any]:
-    """Seconds by phase, operations, memory, and the ratio of the first pass in bf16."""
+    """Seconds by phase, operations, memory, and the ratio of the first pass in bf16; `expected`: of the dry run."""
+    device = policy.device
     trainer = Trainer(config, policy, (Brightness(0), Brightness(1)), dataset)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     runs = [trainer.train_step() for _ in range(iterations)]
     peak = torch.cuda.max_memory_allocated() if cuda else None
-    expected = _expected(config, policy)
-    flops, seconds = sum(expected.flops.values()), runs[-1]["seconds/total"]
+    flops, seconds = sum(expected.flops.values()) - expected.recomputed, runs[-1]["seconds/total"]
     gemm = _matmul_rate(device)
     single = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"micro_batch": 1})})
     alone = Trainer(single, policy, trainer.rewards, dataset, iteration=iterations).train_step()
@@ -127,34 +136,16 @@ def measure(
         "trained parameters, B": expected.trainable / 1e9,
         **{f"seconds: {phase}": runs[-1][f"seconds/{phase}"] for phase in ("rollout", "score", "update", "total")},
         "images per second": runs[-1]["samples_per_second"],
-        "operations an iteration, PFLOP": flops / 1e15,
+        "operations an iteration, none counted twice, PFLOP": flops / 1e15,
         "operations per second, TFLOP": flops / seconds / 1e12,
         "matrix product of the same run, TFLOP per second": gemm / 1e12,
-        "share of it, %": 100 * flops / seconds / gemm,
+        "share of it (model-FLOPs utilisation), %": 100 * flops / seconds / gemm,
         "peak memory, GiB": None if peak is None else peak / 2**30,
         "expected peak memory, GiB": expected.peak_bytes / 2**30,
         "first ratio - 1, equal micro-batches": _off(runs),
         "first ratio - 1, micro-batches of 1 in the update": _off([alone]),
         "clip fraction": runs[-1]["clip_fraction"],
     }
-
-
-def _expected(config: Config, policy: RandomPolicy) -> Any:
-    """The dry run's numbers, counted on the network itself."""
-    network = policy._transformer
-    network.disable_gradient_checkpointing()
-    height, width = policy.size
-    tokens = height * width // 256 + len(policy.row.tensors["reference"]) + len(policy.row.tensors["text"])
-    frozen = sum(p.nbytes for part in (network, policy._pipe.vae) for p in part.parameters() if not p.requires_grad)
-    blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
-    result = estimate(
-        config,
-        Subject(
-            policy, network, policy.encode(["a toy"], []), float(frozen), blocks, float(tokens * network.inner_dim * 2)
-        ),
-    )
-    network.enable_gradient_checkpointing()
-    return result
 
 
 def _off(runs: Sequence[dict[str, Any]]) -> float:
@@ -194,17 +185,22 @@ def _dataset(folder: Path) -> SubjectDataset:
 def _config(options: argparse.Namespace) -> Config:
     side = 64 if options.tiny else 512
     rollout = {
-        "prompts_per_iteration": 1, "group_size": options.group_size, "num_steps": options.steps, "shift": 3.0,
-        "sde": "dance", "eta": 0.4, "subset_share": 0.6, "micro_batch": options.micro_batch,
+        "prompts_per_iteration": options.prompts, "group_size": options.group_size, "num_steps": options.steps,
+        "shift": 3.0, "sde": "dance", "eta": 0.4, "subset_share": 0.6, "micro_batch": options.micro_batch,
+    }  # fmt: skip
+    policy = {
+        "kind": "flux1-kontext", "height": side, "width": side, "reference_side": side, "precision": "bf16",
+        "device": options.device, "lora_rank": options.rank, "lora_alpha": options.rank, "compile": options.compile,
+        "attention_backend": options.attention_backend,
     }  # fmt: skip
     return Config.model_validate(
         {
-            "policy": {"kind": "flux1-kontext", "height": side, "width": side, "precision": "bf16"},
+            "policy": policy,
             "rewards": {"prompt": "clip_t", "identity": "dino"},
             "evaluation": {"judge": "none"},
             "rollout": rollout,
             "optimizer": {
-                "learning_rate": 2e-5, "updates_per_iteration": 1, "micro_batch": options.micro_batch,
+                "learning_rate": 2e-5, "updates_per_iteration": options.updates, "micro_batch": options.micro_batch,
             },
         }
     )  # fmt: skip
@@ -215,7 +211,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a tiny transformer and 64 x 64 images")
     parser.add_argument("--rank", type=int, default=512, help="rank of the LoRA factors")
-    parser.add_argument("--group_size", type=int, default=12, help="images of the one prompt")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts an iteration")
+    parser.add_argument("--updates", type=int, default=3, help="optimizer steps an iteration")
+    parser.add_argument("--group_size", type=int, default=12, help="images of a prompt")
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--micro_batch", type=int, default=4, help="images at once, in rollout and update")
     parser.add_argument("--iterations", type=int, default=2, help="iterations, the last of which is timed")

@@ -1,13 +1,13 @@
 """From a configuration to the parts of a run."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from customized_grpo.config import Config, PolicyConfig
-from customized_grpo.data import Sample, SubjectDataset
+from customized_grpo.data import SubjectDataset
 from customized_grpo.display import Stages
 from customized_grpo.errors import UserError
 from customized_grpo.estimate import Estimate, Subject, estimate
@@ -88,30 +88,38 @@ def build_judge(config: Config) -> Judge | None:
     return judge
 
 
-def check_samples(samples: Iterable[Sample], policy: Policy[Any], source: Path, *, masks: bool) -> None:
-    """Refuse, before any work, data that the policy or the rewards cannot take. Raises `UserError` listing the
-    samples."""
+def read_dataset(path: Path, config: Config) -> SubjectDataset:
+    """The dataset in the folder `path`, with the masks that the rewards want. Raises `UserError` listing what is
+    wrong."""
+    dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels)
+    if config.rewards.identity_reference == "segmented":
+        remedy = "but rewards.identity_reference is 'segmented'; add masks or set it to 'whole'"
+        _raise_listed(path, [f"sample '{each.id}': has no mask, {remedy}" for each in dataset if not each.masks])
+    return dataset
+
+
+def check_prompts(dataset: SubjectDataset, policy: Policy[Any]) -> None:
+    """Refuse, before any work, samples that the policy cannot take. Raises `UserError` listing them."""
     problems = []
-    for sample in samples:
+    for sample in dataset:
         try:
             policy.check(sample.prompt, len(sample.references))
         except UserError as error:
             problems.append(f"sample '{sample.id}': {error}")
-        if masks and not sample.masks:
-            problems.append(
-                f"sample '{sample.id}': has no mask, but rewards.identity_reference is 'segmented'; "
-                "add masks or set it to 'whole'"
-            )
-    if problems:
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{source}: {len(problems)} unusable samples:\n  " + "\n  ".join(problems[:10]) + more)
+    _raise_listed(dataset.folder, problems)
 
 
 def open_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:
     """The dataset in the folder `path`, wholly checked."""
-    dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels)
-    check_samples(dataset, policy, path, masks=config.rewards.identity_reference == "segmented")
+    dataset = read_dataset(path, config)
+    check_prompts(dataset, policy)
     return dataset
+
+
+def _raise_listed(source: Path, problems: Sequence[str]) -> None:
+    if problems:
+        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{source}: {len(problems)} unusable samples:\n  " + "\n  ".join(problems[:10]) + more)
 
 
 def encode_ahead(policy: Policy[Any], datasets: Mapping[SubjectDataset, int | None], stages: Stages) -> None:

@@ -70,6 +70,8 @@ def _run(options: Namespace) -> None:
         from customized_grpo.report import write_report
 
         print(f"report: {write_report(chosen.run)}")
+    elif command == "prepare":
+        _prepare(chosen)
     elif command == "serve-reward":
         _serve_reward(chosen)
     elif command == "env":
@@ -159,6 +161,24 @@ def _train(options: Namespace) -> None:
     print(f"report: {report}")
 
 
+def _prepare(options: Namespace) -> None:
+    from customized_grpo.data.prepare import Options, prepare
+    from customized_grpo.display import Display
+
+    settings = Options(options.format, options.references, options.max_side, options.segment, options.max_bad)
+    if (options.out is None) != options.check:
+        raise UserError("prepare: name the folder to write after SRC, or pass --check to write nothing")
+    display = Display()
+    with display.stages() as stages:
+        outcome = prepare(
+            options.src, options.out, settings, lambda done, of: stages.update("checking pictures", done, of)
+        )
+    for problem in outcome.problems:
+        display.warn(f"left out: {problem.place}: {problem.text}")
+    done = "could be written" if options.check else f"written to {options.out}"
+    print(f"{outcome.format}: {outcome.samples} samples of {outcome.pictures} pictures {done}")
+
+
 def _serve_reward(options: Namespace) -> None:
     from customized_grpo.rewards.serve import serve
 
@@ -231,6 +251,7 @@ def _parser() -> ArgumentParser:
     figures.add_argument("--output", type=Path, required=True, help="folder for the SVG and PNG files")
     commands.add_subcommand("figures", figures, help="draw the figures of a comparison or diagnosis anew")
 
+    commands.add_subcommand("prepare", _prepare_parser(), help="make a data folder of data as others lay it out")
     commands.add_subcommand("serve-reward", _serve_parser(), help="serve a reward to trainers on other machines")
 
     report = _Parser(description="Write a run's report.html anew.")
@@ -275,6 +296,26 @@ def _diagnose_parser() -> ArgumentParser:
     diagnose.add_argument("--batches", type=int, default=8, help="batches on which gradients are measured")
     diagnose.add_class_arguments(Config)
     return diagnose
+
+
+def _prepare_parser() -> ArgumentParser:
+    prepare = _Parser(
+        description="Make a data folder of subject folders with a prompts.txt, of DreamBench, SynCD or UNO's lists. "
+        "Pictures are turned upright, laid on white where transparent, and scaled down where large.",
+    )
+    prepare.add_argument("src", type=Path, help="folder to read")
+    prepare.add_argument("out", type=Path | None, nargs="?", help="data folder to write; new or empty")
+    prepare.add_argument(
+        "--format", choices=("auto", "folders", "dreambench", "manifest", "syncd"), default="auto", help="layout of SRC"
+    )
+    prepare.add_argument(
+        "--references", choices=("first", "all"), default="first", help="pictures of a subject that become references"
+    )
+    prepare.add_argument("--max_side", type=int, default=1024, help="larger pictures are scaled down to it, in pixels")
+    prepare.add_argument("--segment", action="store_true", help="make the masks that are missing (needs rembg)")
+    prepare.add_argument("--check", action="store_true", help="list every problem, and write nothing")
+    prepare.add_argument("--max_bad", type=int, default=0, help="leave out up to so many unusable entries")
+    return prepare
 
 
 def _serve_parser() -> ArgumentParser:

@@ -50,7 +50,7 @@ class PolicyConfig(Section):
     """Width of images in pixels, a multiple of 16 (paper: 512). Not for toybox."""
     reference_side: int | None = Field(None, ge=16)
     """References are seen in the area of a square of this side in pixels (uno: with this longer side), their shape
-    kept; unset: as the model's own pipeline has it. Not for toybox."""
+    kept; unset: about what the model's own pipeline takes. Not for toybox."""
     guidance: float | None = Field(None, ge=1)
     """Guidance scale, in rollout and update; unset: the pipeline's own. Not for toybox."""
     offload: bool = False
@@ -60,9 +60,9 @@ class PolicyConfig(Section):
     compile: bool = False
     """Compile the transformer's repeated blocks (torch.compile). Not for toybox."""
     attention_backend: str | None = None
-    """diffusers' attention backend: native, flash, _flash_3, sage, ...; unset: its default. Not for toybox."""
+    """diffusers' attention backend: native, flash, _flash_3, ...; unset: its default. Not for toybox."""
     cache: Path = Path("runs/conditions")
-    """Folder of encoded prompts and references, shared by runs; may be deleted at any time. Not for toybox."""
+    """Folder of encoded prompts and references, shared by runs; may be deleted between runs. Not for toybox."""
 
     @model_validator(mode="after")
     def _for_this_kind(self) -> "PolicyConfig":

@@ -26,6 +26,8 @@ class Estimate:
     parameters: int
     trainable: int
     flops: dict[str, float]
+    recomputed: float
+    """FLOPs, of those of the update, that compute activations again."""
     memory: dict[str, float]
 
     @property
@@ -96,6 +98,7 @@ def estimate(config: Config, subject: Subject) -> Estimate:
             "decoding": float(images * decoding.get_total_flops()),
             "update": float(items * an_item),
         },
+        recomputed=float(items * bool(subject.checkpointed) * forward.get_total_flops()),
         memory={
             "frozen weights": subject.weight_bytes,
             "trained parameters, gradients, moments": float(ADAM_BYTES * trained),

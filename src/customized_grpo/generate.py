@@ -8,6 +8,7 @@ import torch
 from customized_grpo import build
 from customized_grpo.data import image_grid, load_image, save_image
 from customized_grpo.errors import UserError
+from customized_grpo.policies import EncodesAhead
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import load_run_config
@@ -34,6 +35,8 @@ def generate(run: Path, reference: Path, prompt: str, out: Path, base: bool, see
     image = policy.prepare_reference(load_image(reference, config.data.max_pixels), 1)
     if not base:
         policy.load_adapter(run)
+    if isinstance(policy, EncodesAhead):
+        policy.encode_ahead([prompt], lambda index: [image], lambda done: None)
     with policy.untuned() if base else nullcontext(), torch.no_grad():
         condition = policy.encode([prompt], [[image]]).take(torch.zeros(count, dtype=torch.long))
         noise = batched_normal(seed, 0, [0] * count, range(count), "generate", policy.latent_shape).to(policy.device)

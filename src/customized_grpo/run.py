@@ -58,17 +58,27 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
     config = build.resolved(config)
     output = config.output
     _check_output(output, resume=resume, overwrite=overwrite)
-    policy = build.build_policy(config.policy, config.seed)
+    # Cheapest first: what is wrong is told before the next part is paid for.
+    writer = _summary_writer() if config.log.tensorboard else None
     datasets = {
-        name: build.open_dataset(path, config, policy)
+        name: build.read_dataset(path, config)
         for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()
         if path is not None
     }
-    wanted = {"path": None, "validation": config.evaluation.pairs, "test": config.evaluation.test_pairs}
+    rewards, judge = build.build_rewards(config), build.build_judge(config)
+    policy = build.build_policy(config.policy, config.seed)
+    for dataset in datasets.values():
+        build.check_prompts(dataset, policy)
+    evaluation = config.evaluation
+    wanted = {
+        "path": None,
+        "validation": max(evaluation.pairs, evaluation.gallery),
+        "test": evaluation.test_pairs,
+    }
     with display.stages() as stages:
         build.encode_ahead(policy, {dataset: wanted[name] for name, dataset in datasets.items()}, stages)
-    trainer = Trainer(config, policy, build.build_rewards(config), datasets["path"])
-    session = _Session(config, trainer, datasets, display)
+    trainer = Trainer(config, policy, rewards, datasets["path"])
+    session = _Session(config, trainer, datasets, display, judge, writer)
     if overwrite:
         _delete_run(output)
     session.start(resume=resume)
@@ -160,15 +170,22 @@ class _Session:
     """The files of a run and the loop that fills them."""
 
     def __init__(
-        self, config: Config, trainer: Trainer[Any], datasets: dict[str, SubjectDataset], display: Display
+        self,
+        config: Config,
+        trainer: Trainer[Any],
+        datasets: dict[str, SubjectDataset],
+        display: Display,
+        judge: Judge | None,
+        writer: Any,
     ) -> None:
+        """`writer`: TensorBoard's class, None where it is not wanted."""
         self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
         self.policy: Policy[Any] = trainer.policy
         self.output = config.output
-        self.judge = build.build_judge(config)
+        self.judge = judge
         self.base_images: torch.Tensor | None = None
         self.tensorboard: Any = None
-        self._writer = _summary_writer() if config.log.tensorboard else None
+        self._writer = writer
 
     def start(self, *, resume: bool) -> None:
         """Make the folder, or go back to the newest checkpoint in it."""

@@ -85,7 +85,7 @@ class Trainer(Generic[ConditionT]):
         """Sample groups, score them, turn rewards into advantages for each step, update. Returns the iteration's
         metrics."""
         config, iteration = self.config, self.iteration
-        clock = _Clock(on_phase)
+        clock = _Clock(on_phase, self.policy.device)
 
         clock.start("rollout")
         task = self.task(iteration)
@@ -257,19 +257,25 @@ class _Part:
 class _Clock:
     """Seconds by phase."""
 
-    def __init__(self, on_phase: OnPhase) -> None:
-        self._on_phase = on_phase
+    def __init__(self, on_phase: OnPhase, device: torch.device) -> None:
+        self._on_phase, self._device = on_phase, device
         self._starts: list[tuple[str, float]] = []
 
     def start(self, phase: str) -> None:
-        self._starts.append((phase, time.perf_counter()))
+        self._starts.append((phase, self._now()))
         self.share(0.0)
+
+    def _now(self) -> float:
+        """The time when all that was asked of the device is done."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
 
     def share(self, share: float) -> None:
         self._on_phase(self._starts[-1][0], share)
 
     def stop(self) -> dict[str, float]:
-        ends = [start for _, start in self._starts[1:]] + [time.perf_counter()]
+        ends = [start for _, start in self._starts[1:]] + [self._now()]
         seconds = {phase: end - start for (phase, start), end in zip(self._starts, ends, strict=True)}
         return seconds | {"total": sum(seconds.values())}
 

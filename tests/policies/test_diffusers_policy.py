@@ -1,6 +1,9 @@
 """What holds of every diffusers policy: one velocity in rollout and update, LoRA alone learns, adapters in diffusers'
 own format, encoders that go once they have done their work."""
 
+import os
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +16,13 @@ from torch import Tensor
 from customized_grpo.config import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
+from customized_grpo.diagnosis.gradients import measure_conflict
+from customized_grpo.diagnosis.sensitivity import measure
+from customized_grpo.errors import UserError
 from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rollout import sample_ode
-from customized_grpo.runtime import CPU, resolve_precision
 from customized_grpo.trainer import Trainer
 
 Load = Callable[..., DiffusersPolicy]
@@ -219,17 +224,20 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
     policy, again = load("flux1-kontext"), load("flux1-kontext")
     pictures = [policy.prepare_reference(picture(64, 64, seed), 1) for seed in range(2)]
     heard: list[int] = []
+    gone = [weakref.ref(part) for part in (policy._pipe.text_encoder, policy._pipe.text_encoder_2)]
+    gone.append(weakref.ref(policy._pipe.vae.encoder))
     policy.encode_ahead(["a cat", "a dog"], lambda index: [pictures[index]], heard.append)
     assert heard == [1, 2]
-    assert policy._pipe.text_encoder is None and not list(policy._pipe.vae.encoder.parameters())
+    assert [part() for part in gone] == [None] * 3
     # From the cache, and the same as encoded anew.
     kept = policy.encode(["a dog"], [[pictures[1]]]).rows[0]
     fresh = FAMILIES["flux1-kontext"].encode(again._pipe, "a dog", [pictures[1]], torch.device("cpu"), guided=True)
     assert kept.sizes == fresh.sizes
     assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in fresh.tensors.items())
     assert policy.decode(torch.randn(1, *policy.latent_shape)).shape == (1, 3, 64, 96)
-    with pytest.raises(RuntimeError, match="not encoded ahead"):
-        policy.encode(["a bird"], [[pictures[0]]])
+    shutil.rmtree(tmp_path / "conditions")
+    with pytest.raises(UserError, match=r"policy\.cache: a prompt that was encoded before training is not there"):
+        policy.encode(["a cat"], [[pictures[0]]])
 
 
 def test_offload_keeps_the_encoders(load: Load, picture: Picture) -> None:
@@ -244,29 +252,38 @@ def test_offload_keeps_the_encoders(load: Load, picture: Picture) -> None:
     [
         ({}, {"prompt": "a dog"}),
         ({}, {"picture": 1}),
-        ({}, {"kind": "uno"}),
+        ({}, {"side": 48}),
+        ({}, {"precision": "bf16"}),
+        ({}, {"tokenizer": "touched"}),
         ({"kind": "qwen-image-edit-plus"}, {"kind": "qwen-image-edit-plus", "guidance": 1.0}),
     ],
 )
 def test_the_cache_tells_what_a_row_depends_on(
-    one: dict[str, Any], other: dict[str, Any], load: Load, picture: Picture
+    one: dict[str, Any], other: dict[str, Any], load: Load, picture: Picture, tiny_models: dict[str, Path]
 ) -> None:
-    def path(kind: str = "flux1-kontext", prompt: str = "a cat", picture_seed: int = 0, **more: Any) -> Path:
-        return load(kind, **more)._cache.path(prompt, [picture(64, 64, picture_seed)])
+    def path(settings: dict[str, Any]) -> Path:
+        more = {key: settings[key] for key in ("precision", "guidance") if key in settings}
+        policy = load(settings.get("kind", "flux1-kontext"), reference_side=settings.get("side", 64), **more)
+        reference = policy.prepare_reference(picture(64, 64, settings.get("picture", 0)), 1)
+        return policy._cache.path(settings.get("prompt", "a cat"), [reference])
 
-    settings = [{("picture_seed" if k == "picture" else k): v for k, v in each.items()} for each in (one, other)]
-    assert path(**settings[0]) == path(**settings[0])
-    assert path(**settings[0]) != path(**settings[1])
+    first = path(one)
+    assert path(one) == first
+    if "tokenizer" in other:
+        os.utime(tiny_models["flux1-kontext"] / "tokenizer_2" / "tokenizer.json")
+    assert path(other) != first
 
 
-@pytest.mark.parametrize("kind", ["flux1-kontext", "qwen-image-edit-plus"])
+@EVERY
 def test_bf16_keeps_the_first_ratio(
     kind: str, load: Load, dataset: SubjectDataset, perturb: Callable[..., None]
 ) -> None:
-    """Where the update's micro-batches are of the rollout's size, it is 1 in bf16 too: their order is the same."""
+    """It is 1 in bf16 too, in the recipes' shape: several prompts, and updates whose micro-batches mix them."""
     policy = load(kind, precision="bf16")
     perturb(policy)
-    settings = config(rollout__group_size=2, rollout__micro_batch=2, optimizer__micro_batch=2)
+    settings = config(
+        rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__updates_per_iteration=2
+    )
     metrics = Trainer(settings, policy, (Brightness(), Brightness(-1.0)), dataset).train_step()
     assert metrics["first_ratio/min"] == metrics["first_ratio/max"] == 1
     assert all(p.dtype == torch.float32 for _, p in policy.trainable_parameters())
@@ -283,6 +300,17 @@ def test_kl_to_the_untuned_generator(load: Load, dataset: SubjectDataset, pertur
     assert all(parameter.requires_grad for _, parameter in policy.trainable_parameters())
 
 
+def test_both_premises_are_measured(load: Load, dataset: SubjectDataset, perturb: Callable[..., None]) -> None:
+    """`diagnose` needs nothing but the two protocols."""
+    policy = load("flux1-kontext")
+    perturb(policy)
+    rewards, settings = (Brightness(), Brightness(-1.0)), config()
+    conflict = measure_conflict(settings, policy, rewards, dataset, batches=2)
+    assert conflict.whole_cosines == pytest.approx([-1, -1], abs=1e-3)
+    sensitivity = measure(settings, policy, rewards, dataset, prompts=2, group_size=2)
+    assert sensitivity.variances.shape == (2, 3, 2) and (sensitivity.variances > 0).all()
+
+
 def test_ode_samples_do_not_depend_on_micro_batches(load: Load, picture: Picture) -> None:
     policy = load("flux1-kontext")
     references = [[policy.prepare_reference(picture(h, w), 1)] for h, w in [(64, 64), (48, 80), (64, 64)]]
@@ -290,8 +318,3 @@ def test_ode_samples_do_not_depend_on_micro_batches(load: Load, picture: Picture
     noise = torch.randn(3, *policy.latent_shape)
     images = [sample_ode(policy, condition, noise, policy.sigmas(3, 3.0), micro_batch) for micro_batch in (1, 3)]
     assert torch.allclose(*images, atol=1e-5)
-
-
-def test_auto_precision_is_what_the_device_multiplies() -> None:
-    native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert resolve_precision("auto", CPU) == ("bf16" if native else "fp32")

@@ -18,6 +18,7 @@ from customized_grpo import runtime
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.errors import UserError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.policies.tiny import flux_transformer
 from customized_grpo.runtime import resolve_device
 
 Load = Callable[..., DiffusersPolicy]
@@ -62,7 +63,26 @@ def test_a_transformer_of_another_class(load: Load, broken: Path) -> None:
     index = json.loads((broken / "model_index.json").read_text())
     index["transformer"] = ["diffusers", "SD3Transformer2DModel"]
     (broken / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"policy\.model: "):
+    with pytest.raises(
+        UserError, match=r"the transformer in .* is a SD3Transformer2DModel, but policy\.kind takes a Flux"
+    ):
+        load("flux1-kontext", model=str(broken))
+
+
+def test_a_damaged_configuration(load: Load, broken: Path) -> None:
+    path = broken / "transformer" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": None}))
+    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+        load("flux1-kontext", model=str(broken))
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_pickles_are_not_read(part: str, load: Load, broken: Path) -> None:
+    (weights,) = (broken / part).glob("*.safetensors")
+    torch.save(load_file(weights), weights.with_name(f"{weights.stem.replace('model', 'pytorch_model')}.bin")
+               if part == "text_encoder" else weights.with_suffix(".bin"))  # fmt: skip
+    weights.unlink()
+    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
         load("flux1-kontext", model=str(broken))
 
 
@@ -84,7 +104,8 @@ def test_an_unreachable_hub(load: Load) -> None:
 
 
 def test_a_gated_hub_id(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: str) -> str:
+    def refuse(model: str, use_safetensors: bool) -> str:
+        assert use_safetensors
         response = httpx2.Response(403, request=httpx2.Request("GET", "https://hub.invalid"))
         raise GatedRepoError("no access", response=response)
 
@@ -132,7 +153,7 @@ def test_a_base_adapter_of_other_widths(load: Load, tmp_path: Path) -> None:
 
 def test_a_base_adapter_that_is_no_safetensors_file(load: Load, tmp_path: Path) -> None:
     (tmp_path / "lora.safetensors").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(UserError, match=r"policy\.base_adapter: .* is no safetensors file"):
+    with pytest.raises(UserError, match=r"policy\.base_adapter: .* damaged, or no safetensors file"):
         load("flux1-kontext", base_adapter=str(tmp_path / "lora.safetensors"))
 
 
@@ -150,10 +171,48 @@ def test_a_base_adapter_in_diffusers_format_is_merged(
     assert torch.allclose(found, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_a_base_adapter_is_merged_at_its_own_scale(
+    prefixed: bool, load: Load, tmp_path: Path, perturb: Callable[..., None]
+) -> None:
+    """alpha is twice the rank; and `save_lora_adapter` leaves the names without the prefix "transformer."."""
+    tuned = load("flux1-kontext", lora_alpha=8)
+    perturb(tuned)
+    if prefixed:
+        tuned.save_adapter(tmp_path)
+    else:
+        tuned._transformer.save_lora_adapter(tmp_path, adapter_name="default")
+    merged = load("flux1-kontext", base_adapter=str(tmp_path / "pytorch_lora_weights.safetensors"))
+    for name, layer in tuned._transformer.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            before = layer.base_layer.weight
+            after = merged._transformer.get_submodule(name).base_layer.weight
+            assert torch.allclose(after - before, layer.get_delta_weight("default"), atol=1e-5)
+            assert (after - before).abs().max() > 1e-3
+
+
+def test_an_adapter_of_another_alpha(load: Load, tmp_path: Path) -> None:
+    load("flux1-kontext", lora_alpha=8).save_adapter(tmp_path)
+    load("flux1-kontext", lora_alpha=8, seed=1).load_adapter(tmp_path)
+    with pytest.raises(UserError, match=r"its alpha is 2 times its rank, expected 1\); check .* policy\.lora_alpha"):
+        load("flux1-kontext").load_adapter(tmp_path)
+
+
+def test_a_lora_with_scales_of_its_own(load: Load, tmp_path: Path) -> None:
+    load("flux1-kontext").save_adapter(tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    state = load_file(path)
+    save_file(state | {f"{next(iter(state)).split('.lora_')[0]}.alpha": torch.tensor(1.0)}, path)
+    with pytest.raises(UserError, match=r"policy\.base_adapter: .* a LoRA with scales of its own for layers"):
+        load("flux1-kontext", base_adapter=str(path))
+
+
 @pytest.mark.parametrize("other", [{"lora_rank": 8}, {"kind": "flux2-klein"}])
 def test_an_adapter_of_another_rank_or_base(load: Load, tmp_path: Path, other: dict[str, Any]) -> None:
     load(**({"kind": "flux1-kontext"} | other)).save_adapter(tmp_path)
-    with pytest.raises(UserError, match=r"this adapter does not fit the policy .* check policy\.model and"):
+    with pytest.raises(
+        UserError, match=r"this adapter does not fit the policy .* check policy\.model, policy\.lora_rank and"
+    ):
         load("flux1-kontext").load_adapter(tmp_path)
 
 
@@ -162,7 +221,13 @@ def test_no_adapter(load: Load, tmp_path: Path) -> None:
         load("flux1-kontext").load_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["flash", "_flash_3", "sage"])
+@pytest.mark.parametrize("backend", ["sage", "_sage_qk_int8_pv_fp16_cuda"])
+def test_a_backend_that_cannot_train(load: Load, backend: str) -> None:
+    with pytest.raises(UserError, match=rf"policy\.attention_backend: '{backend}' has no backward pass"):
+        load("flux1-kontext", attention_backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["flash", "_flash_3"])
 def test_a_backend_that_wants_cuda(load: Load, backend: str) -> None:
     with pytest.raises(UserError, match=rf"policy\.attention_backend: '{backend}' runs on CUDA, and the device is cpu"):
         load("flux1-kontext", attention_backend=backend)
@@ -192,6 +257,15 @@ def test_guidance_of_a_distilled_model(load: Load, tmp_path: Path) -> None:
     flux2_klein(distilled=True).save_pretrained(tmp_path / "distilled")
     with pytest.raises(UserError, match=r"policy\.guidance: this model is distilled and takes none, found 3\.0"):
         load("flux2-klein", model=str(tmp_path / "distilled"), guidance=3.0)
+
+
+def test_guidance_of_a_model_that_embeds_none(load: Load, broken: Path) -> None:
+    path = broken / "transformer"
+    with torch.random.fork_rng():
+        flux_transformer(guidance_embeds=False).save_pretrained(path)
+    load("flux1-kontext", model=str(broken))
+    with pytest.raises(UserError, match=r"policy\.guidance: this model embeds no guidance, found 3\.0"):
+        load("flux1-kontext", model=str(broken), guidance=3.0)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("flux1-kontext", 1), ("uno", 4), ("qwen-image-edit-plus", 3)])

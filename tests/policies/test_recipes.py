@@ -13,7 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from customized_grpo.cli import main
+from customized_grpo.config import Config
 from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.policies.dry_run import dry_run
+from customized_grpo.policies.tiny import flux2_klein
 from customized_grpo.rewards.tiny import save_tiny_reward
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -58,7 +61,7 @@ def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, outp
         "policy.reference_side": 32, "policy.precision": "fp32", "policy.device": "cpu",
         "policy.cache": output.parent / "conditions", "rewards.prompt_model": rewards["clip"],
         "rewards.identity_model": rewards["dino"], "data.path": data, "data.test": data, "output": output,
-        "iterations": 2, "threads": 1, "rollout.num_steps": 3, "rollout.group_size": 3,
+        "data.validation": data, "iterations": 2, "threads": 1, "rollout.num_steps": 3, "rollout.group_size": 3,
         "rollout.prompts_per_iteration": 2, "evaluation.pairs": 2, "evaluation.test_pairs": 3, "evaluation.every": 1,
     }  # fmt: skip
     options = [f"--{name}={value}" for name, value in changes.items()]
@@ -170,6 +173,18 @@ def test_bad_settings_end_in_one_line(
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_distilled_model_is_counted_with_one_pass(tmp_path: Path) -> None:
+    operations = []
+    for distilled in (False, True):
+        folder = tmp_path / str(distilled)
+        flux2_klein(distilled=distilled).save_pretrained(folder)
+        policy = {"kind": "flux2-klein", "model": str(folder), "height": 32, "width": 32, "reference_side": 32}
+        rewards = {"prompt": "clip_t", "identity": "dino"}
+        tree = {"policy": policy, "rewards": rewards, "evaluation": {"judge": "none"}}
+        operations.append(dry_run(Config.model_validate(tree)).flops["rollout"])
+    assert operations[0] == pytest.approx(2 * operations[1], rel=0.01)
 
 
 def test_every_family_but_the_largest_has_a_recipe() -> None:

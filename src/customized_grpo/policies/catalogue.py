@@ -12,7 +12,7 @@ from customized_grpo.policies.family import Family
 from customized_grpo.policies.flux1_kontext import Flux1Kontext
 from customized_grpo.policies.flux2 import Flux2
 from customized_grpo.policies.flux2_klein import Flux2Klein
-from customized_grpo.policies.loading import fingerprint, load_pipeline, locate, merge_base_adapter
+from customized_grpo.policies.loading import fingerprint, load_pipeline, locate, locate_adapter, merge_base_adapter
 from customized_grpo.policies.qwen_image_edit_plus import QwenImageEditPlus
 from customized_grpo.policies.uno import Uno
 
@@ -31,27 +31,32 @@ MODELS = {
     "qwen-image-edit-plus": "Qwen/Qwen-Image-Edit-2511",
 }
 """What a family uses where the configuration names no model."""
-NEEDS_CUDA = ("flash", "_flash", "sage", "_sage", "_native_cudnn", "_native_flash", "xformers")
+NEEDS_CUDA = ("flash", "_flash", "_native_cudnn", "_native_flash", "xformers")
 """How the names of diffusers' attention backends begin that run on CUDA only."""
+
+
+ROW_FORMAT = 1
+"""Of what families leave in the cache; another number where one of them encodes otherwise."""
 
 
 def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: bool) -> DiffusersPolicy:
     """The policy that `config` describes. Raises `UserError` before the weights are read where it can."""
     check_backend(config.attention_backend, device)
     family = FAMILIES[config.kind]
+    adapter = None if config.base_adapter is None else locate_adapter(config.base_adapter)
     folder = locate(config.model or MODELS[config.kind], family)
     pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
-    if config.base_adapter is not None:
-        merge_base_adapter(pipe, config.base_adapter)
-    guided = (family.guidance if config.guidance is None else config.guidance) > 1
-    stands_for = json.dumps([config.kind, fingerprint(folder, (*family.text_encoders, "vae")), bf16, guided])
-    return DiffusersPolicy(
-        family, pipe, ConditionCache(config.cache, stands_for), settings_of(config, device, seed, bf16=bf16)
-    )
+    if adapter is not None:
+        merge_base_adapter(pipe, adapter)
+    guided = family.is_guided(pipe, family.guidance if config.guidance is None else config.guidance)
+    stands_for = json.dumps([ROW_FORMAT, config.kind, fingerprint(folder), bf16, guided])
+    return DiffusersPolicy(family, pipe, ConditionCache(config.cache, stands_for), settings_of(config, device, seed))
 
 
 def check_backend(name: str | None, device: torch.device) -> None:
     """Raise `UserError` for an attention backend that wants CUDA on a machine, or a device, without it."""
+    if name is not None and name.startswith(("sage", "_sage")):
+        raise UserError(f"policy.attention_backend: '{name}' has no backward pass, and trains nothing; name another")
     if name is not None and name.startswith(NEEDS_CUDA) and device.type != "cuda":
         raise UserError(
             f"policy.attention_backend: '{name}' runs on CUDA, and the device is {device}; leave it out, or use "
@@ -59,10 +64,10 @@ def check_backend(name: str | None, device: torch.device) -> None:
         )
 
 
-def settings_of(config: PolicyConfig, device: torch.device, seed: int, *, bf16: bool) -> Settings:
+def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settings:
+    """What of `config` a diffusers policy rests on."""
     return Settings(
         device=device,
-        bf16=bf16,
         size=(config.height, config.width),
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,

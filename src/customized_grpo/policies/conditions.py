@@ -64,11 +64,9 @@ class Conditions:
             places.setdefault((row.sizes, shapes), []).append(place)
         for batch in places.values():
             rows = [moved[sources[place]] for place in batch]
-            alike = all(row is rows[0] for row in rows)
-            tensors = {
-                name: tensor.expand(len(rows), *tensor.shape) if alike else torch.stack([row[name] for row in rows])
-                for name, tensor in rows[0].items()
-            }
+            # Stacked even where all rows are one: matrix products of expanded tensors take another path, and round
+            # otherwise.
+            tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
             yield Batch(tensors, self.rows[sources[batch[0]]].sizes, torch.tensor(batch))
 
     def _moved(self, source: int, device: torch.device) -> dict[str, Tensor]:

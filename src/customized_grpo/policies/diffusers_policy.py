@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from customized_grpo.policies import References
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.lora import add_lora, first_line, load_lora, save_lora
+from customized_grpo.policies.sizes import token_count
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,6 @@ class Settings:
     """What of `config.PolicyConfig` a diffusers policy rests on, worked out for this machine."""
 
     device: torch.device
-    bf16: bool
     size: tuple[int, int]
     lora_rank: int
     lora_alpha: int
@@ -67,8 +69,8 @@ class DiffusersPolicy:
 
     @property
     def latent_shape(self) -> torch.Size:
-        """See `Policy.latent_shape`: (N, C)."""
-        return self._family.latent_shape(self._pipe, self.size)
+        """See `Policy.latent_shape`: (N, C), a token for 16 x 16 pixels."""
+        return torch.Size((token_count([self.size]), self._pipe.transformer.config.in_channels))
 
     @property
     def device(self) -> torch.device:
@@ -77,8 +79,8 @@ class DiffusersPolicy:
 
     @property
     def guided(self) -> bool:
-        """Whether guidance changes the velocity: at a scale of 1 it does not."""
-        return self._guidance > 1
+        """Whether guidance takes a second pass, with a negative prompt, at every step."""
+        return self._family.is_guided(self._pipe, self._guidance)
 
     def check(self, prompt: str, num_references: int) -> None:
         """See `Policy.check`."""
@@ -106,7 +108,7 @@ class DiffusersPolicy:
             self._row(prompt, references(index))
             on_progress(index + 1)
         if self._settings.offload:
-            self._place_encoders(torch.device("cpu"))
+            self._move_text_encoders(CPU)
         else:
             self._pipe.register_modules(**dict.fromkeys(self._family.text_encoders))
             # Not None: a VAE that counts the layers of both its halves wants to find a module.
@@ -126,19 +128,12 @@ class DiffusersPolicy:
         """See `Policy.velocity`."""
         self._place()
         parts, places = [], []
-        with self._precision():
-            for batch in condition.batches(self.device):
-                rows = batch.places.to(latents.device)
-                part = self._family.velocity(
-                    self._transformer,
-                    latents[rows],
-                    sigma[batch.places.to(sigma.device)],
-                    batch,
-                    self.size,
-                    self._guidance,
-                )
-                parts.append(part.float())
-                places.append(rows)
+        for batch in condition.batches(self.device):
+            rows = batch.places.to(latents.device)
+            at = sigma[batch.places.to(sigma.device)]
+            part = self._family.velocity(self._transformer, latents[rows], at, batch, self.size, self._guidance)
+            parts.append(part.float())
+            places.append(rows)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
     @torch.no_grad()
@@ -172,17 +167,23 @@ class DiffusersPolicy:
     def _row(self, prompt: str, references: Sequence[Tensor]) -> Row:
         row = self._cache.read(prompt, references)
         if row is None:
-            self._place_encoders(self.device)
+            self._move_text_encoders(self.device)
+            self._pipe.vae.to(self.device)
             encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=self.guided)
             row = Row({name: tensor.cpu() for name, tensor in encoded.tensors.items()}, encoded.sizes)
             self._cache.write(prompt, references, row)
+            if self._placed and self._settings.offload:
+                self._move_text_encoders(CPU)
         return row
 
-    def _place_encoders(self, device: torch.device) -> None:
+    def _move_text_encoders(self, device: torch.device) -> None:
         encoders = [getattr(self._pipe, name) for name in self._family.text_encoders]
         if None in encoders:
-            raise RuntimeError("a prompt that was not encoded ahead: the encoders are gone")
-        for encoder in (*encoders, self._pipe.vae):
+            raise UserError(
+                "policy.cache: a prompt that was encoded before training is not there any more, and the encoders have "
+                "gone; leave the folder alone while a run goes on, and go on with --resume"
+            )
+        for encoder in encoders:
             encoder.to(device)
 
     def _place(self) -> None:
@@ -197,6 +198,3 @@ class DiffusersPolicy:
             self._transformer.set_attention_backend(name)
         except (ValueError, RuntimeError, ImportError) as error:
             raise UserError(f"policy.attention_backend: '{name}' cannot be used: {first_line(error)}") from error
-
-    def _precision(self) -> AbstractContextManager[object]:
-        return torch.autocast(self.device.type, torch.bfloat16) if self._settings.bf16 else nullcontext()

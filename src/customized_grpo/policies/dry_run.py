@@ -16,8 +16,9 @@ from customized_grpo.policies.catalogue import FAMILIES, MODELS, settings_of
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.family import Family
-from customized_grpo.policies.loading import locate, read_index
+from customized_grpo.policies.loading import DAMAGED, locate, read_index
 from customized_grpo.policies.lora import first_line
+from customized_grpo.policies.sizes import token_count
 from customized_grpo.runtime import resolve_device, resolve_precision
 
 META = torch.device("meta")
@@ -30,29 +31,33 @@ def dry_run(config: Config) -> Estimate:
     """
     settings = config.policy
     family = FAMILIES[settings.kind]
-    folder = locate(settings.model or MODELS[settings.kind], family)
+    folder = locate(settings.model or MODELS[settings.kind], family, weights=False)
     bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    pipe = outline(folder, family, dtype)
-    # What recomputes, compiles or casts on the way changes what is counted, not what is computed.
+    return estimate_pipeline(config, family, outline(folder, family, torch.bfloat16 if bf16 else torch.float32))
+
+
+def estimate_pipeline(config: Config, family: Family, pipe: Any) -> Estimate:
+    """What an iteration of `config` takes with `pipe`, whose transformer and VAE stand on the meta device."""
+    settings, network = config.policy, pipe.transformer
+    # What recomputes or compiles on the way changes what is counted, not what is computed.
     plain = replace(
-        settings_of(settings, META, config.seed, bf16=False),
-        gradient_checkpointing=False, compile=False, attention_backend=None,
-    )  # fmt: skip
+        settings_of(settings, META, config.seed), gradient_checkpointing=False, compile=False, attention_backend=None
+    )
     policy = DiffusersPolicy(family, pipe, ConditionCache(settings.cache, ""), plain)
     sizes = (family.reference_size(settings.height, settings.width, 1, settings.reference_side),)
-    example = family.example(pipe.transformer.config, sizes, guided=policy.guided)
+    example = family.example(network.config, sizes, guided=policy.guided)
+    dtype = pipe.vae.dtype
     row = Row({name: tensor.to(dtype) for name, tensor in example.items()}, sizes)
-    network = pipe.transformer
-    tokens = settings.height * settings.width // 256 + len(row.tensors["reference"]) + len(row.tensors["text"])
+    tokens = token_count([policy.size, *sizes]) + len(row.tensors["text"])
     frozen = [p for module in (network, pipe.vae) for p in module.parameters() if not p.requires_grad]
     blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
+    passes = 2 if policy.guided else 1
     subject = Subject(
         policy,
         network,
         Conditions((row,), torch.zeros(1, dtype=torch.long)),
         weight_bytes=float(sum(parameter.nbytes for parameter in frozen)),
-        checkpointed=blocks if settings.gradient_checkpointing else 0,
+        checkpointed=passes * blocks if settings.gradient_checkpointing else 0,
         block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
         fused_tokens=tokens,
     )
@@ -73,6 +78,6 @@ def outline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
             with META:
                 parts[name] = kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGED as error:
         raise UserError(f"policy.model: {folder} could not be read: {first_line(error)}") from error
     return family.pipeline(**parts)

@@ -37,6 +37,10 @@ class Family(Protocol):
         """Raise `UserError` for guidance that would have no effect."""
         ...
 
+    def is_guided(self, pipe: Any, guidance: float) -> bool:
+        """Whether `guidance` takes a second pass, with a negative prompt, at every step."""
+        ...
+
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         """The size in which a picture of `height` x `width` is seen as one of `count` references; `side`: what the
         configuration asks for."""
@@ -45,7 +49,7 @@ class Family(Protocol):
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
-        """One prompt and its references [3, h, w] in [0, 1]; `guided`: guidance is more than 1."""
+        """One prompt and its references [3, h, w] in [0, 1]; `guided`: with a negative prompt."""
         ...
 
     def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
@@ -55,10 +59,6 @@ class Family(Protocol):
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         """The pipeline's own schedule [num_steps + 1] for images of (height, width) `size`."""
-        ...
-
-    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
-        """(N, C)."""
         ...
 
     def velocity(

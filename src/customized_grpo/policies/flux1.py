@@ -1,4 +1,4 @@
-"""What FLUX.1's generators share: text, latents, schedule, and the transformer's call.
+"""What FLUX.1's generators share: text, latents and the transformer's call.
 
 Shape legend: b samples, H x W image in pixels, N = H/16 * W/16 image tokens, S reference tokens, L text tokens, C
 channels of a packed latent.
@@ -7,12 +7,12 @@ channels of a packed latent.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import FluxKontextPipeline
-from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
+from customized_grpo.errors import UserError
+from customized_grpo.policies import schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, token_count
 
@@ -21,6 +21,14 @@ LORA_TARGETS = (
     r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|proj_out)"
 )
 """The projections of all attentions, and of a single block its output, as UNO's and the paper's LoRA have it."""
+
+
+def check_guidance(pipe: Any, guidance: float | None) -> None:
+    """Raise `UserError` for guidance of a transformer that embeds none."""
+    if guidance is not None and not pipe.transformer.config.guidance_embeds:
+        raise UserError(
+            f"policy.guidance: this model embeds no guidance, found {guidance}; leave it out, or name a model that does"
+        )
 
 
 def encode(pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device) -> Row:
@@ -55,40 +63,14 @@ def grid_ids(height: int, width: int, *, first: int = 0, row: int = 0, column: i
     return ids + torch.tensor([float(first), float(row), float(column)])
 
 
-def own_sigmas(pipe: Any, num_steps: int, image_tokens: int) -> Tensor:
-    """The pipeline's schedule [num_steps + 1]: linear, shifted the more the more tokens the image has."""
-    scheduler = pipe.scheduler
-    settings = [
-        scheduler.config.get(name, default)
-        for name, default in (
-            ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
-        )
-    ]  # fmt: skip
-    return scheduled(scheduler, num_steps, calculate_shift(image_tokens, *settings))
-
-
-def scheduled(scheduler: Any, num_steps: int, mu: float) -> Tensor:
-    """Sigmas [num_steps + 1] of a flow-matching scheduler shifted by `mu`."""
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu")
-    sigmas: Tensor = scheduler.sigmas.float().cpu()
-    return sigmas
-
-
-def timestep(sigma: Tensor, like: Tensor) -> Tensor:
-    """`sigma` [b] as pipelines hand it to their transformers: through units of 1000, in the precision of `like`."""
-    return (sigma.to(like.device) * 1000).to(like.dtype) / 1000
-
-
 def velocity(transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, ids: Tensor, guidance: float) -> Tensor:
     """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b]; `ids` [N + S, 3] of the image's tokens and the
     references', which follow them."""
     text = batch["text"]
-    embedded = None
-    if transformer.config.guidance_embeds:
-        embedded = torch.full([len(latents)], guidance, device=latents.device, dtype=torch.float32)
+    embedded = schedule.embedded_guidance(guidance, latents) if transformer.config.guidance_embeds else None
     predicted: Tensor = transformer(
         hidden_states=torch.cat([latents.to(text.dtype), batch["reference"]], dim=1),
-        timestep=timestep(sigma, text),
+        timestep=schedule.timestep(sigma, text),
         guidance=embedded,
         pooled_projections=batch["pooled"],
         encoder_hidden_states=text,

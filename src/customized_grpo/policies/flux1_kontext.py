@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from customized_grpo.policies import flux1
+from customized_grpo.policies import flux1, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import to_area
 
@@ -28,7 +28,10 @@ class Flux1Kontext:
         return {}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
-        """Guidance is embedded: any value has an effect."""
+        flux1.check_guidance(pipe, guidance)
+
+    def is_guided(self, pipe: Any, guidance: float) -> bool:
+        return False  # it is embedded
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_area(height, width, (side or self.reference_side) ** 2)
@@ -42,10 +45,7 @@ class Flux1Kontext:
         return flux1.example(config, sizes)
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return flux1.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
-
-    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
-        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
+        return schedule.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
 
     def velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float

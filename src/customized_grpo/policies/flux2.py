@@ -13,7 +13,7 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from customized_grpo.policies import flux1
+from customized_grpo.policies import flux1, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
@@ -42,7 +42,10 @@ class Flux2:
         return {"tokenizer": AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
-        """Guidance is embedded: any value has an effect."""
+        flux1.check_guidance(pipe, guidance)
+
+    def is_guided(self, pipe: Any, guidance: float) -> bool:
+        return False  # it is embedded
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return reference_size(height, width, side)
@@ -59,13 +62,10 @@ class Flux2:
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         return own_sigmas(pipe, num_steps, size)
 
-    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
-        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
-
     def velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
     ) -> Tensor:
-        embedded = torch.full([len(latents)], guidance, device=latents.device, dtype=torch.float32)
+        embedded = schedule.embedded_guidance(guidance, latents)
         return predict(transformer, latents, sigma, batch, size, "text", embedded)
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
@@ -73,7 +73,7 @@ class Flux2:
 
 
 def reference_size(height: int, width: int, side: int | None) -> tuple[int, int]:
-    """As the pipelines do: a picture keeps its size, up to the largest area."""
+    """About as the pipelines do: a picture keeps its size, up to the largest area."""
     return to_area(height, width, side**2 if side else min(height * width, LARGEST_REFERENCE**2))
 
 
@@ -95,7 +95,7 @@ def example(config: Any, sizes: Sizes, texts: Sequence[str]) -> dict[str, Tensor
 
 def own_sigmas(pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
     """The pipelines' schedule [num_steps + 1], shifted by a fit over image tokens and steps."""
-    return flux1.scheduled(pipe.scheduler, num_steps, compute_empirical_mu(size[0] * size[1] // 256, num_steps))
+    return schedule.scheduled(pipe.scheduler, num_steps, compute_empirical_mu(size[0] * size[1] // 256, num_steps))
 
 
 def token_ids(size: tuple[int, int], references: Sizes) -> Tensor:
@@ -125,7 +125,7 @@ def predict(
     text_ids = torch.nn.functional.pad(torch.arange(words.shape[1])[:, None], (3, 0))
     predicted: Tensor = transformer(
         hidden_states=hidden,
-        timestep=flux1.timestep(sigma, words),
+        timestep=schedule.timestep(sigma, words),
         guidance=guidance,
         encoder_hidden_states=words,
         txt_ids=text_ids.to(latents.device),

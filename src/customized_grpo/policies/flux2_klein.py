@@ -35,6 +35,9 @@ class Flux2Klein:
                 "base model (FLUX.2-klein-base) in policy.model"
             )
 
+    def is_guided(self, pipe: Any, guidance: float) -> bool:
+        return guidance > 1 and not pipe.config.is_distilled
+
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return flux2.reference_size(height, width, side)
 
@@ -42,7 +45,7 @@ class Flux2Klein:
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
         tensors = {"text": pipe.encode_prompt([prompt], device=device)[0][0]}
-        if guided and not pipe.config.is_distilled:
+        if guided:
             tensors["negative"] = pipe.encode_prompt([""], device=device)[0][0]
         return Row(tensors | {"reference": flux2.reference_tokens(pipe, references)}, sizes_of(references))
 
@@ -51,9 +54,6 @@ class Flux2Klein:
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         return flux2.own_sigmas(pipe, num_steps, size)
-
-    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
-        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
 
     def velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float

@@ -2,29 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from customized_grpo.errors import UserError
 from customized_grpo.policies import uno
 from customized_grpo.policies.family import Family
-from customized_grpo.policies.lora import first_line
+from customized_grpo.policies.lora import PREFIX, first_line, read_lora
 
 INDEX = "model_index.json"
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What libraries raise on files that are missing, damaged, or not what they are taken for."""
 
 
-def locate(model: str, family: Family) -> Path:
-    """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be.
+def locate(model: str, family: Family, *, weights: bool = True) -> Path:
+    """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be, with its
+    `weights` or only its configurations.
 
     Raises `UserError` where there is none, where it is another pipeline's, or lacks a part.
     """
@@ -32,12 +35,18 @@ def locate(model: str, family: Family) -> Path:
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
             raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
-        folder = _download(model)
+        folder = _download(model, weights)
     index = read_index(folder)
     if index.get("_class_name") not in family.saved_as:
         raise UserError(
             f"policy.model: {folder} holds a {index.get('_class_name')}, but policy.kind takes a "
             f"{' or '.join(family.saved_as)}; name another model or kind"
+        )
+    kind = index.get("transformer", [None, None])[1]
+    if kind != family.transformer.__name__:
+        raise UserError(
+            f"policy.model: the transformer in {folder} is a {kind}, but policy.kind takes a "
+            f"{family.transformer.__name__}; name another model or kind"
         )
     missing = [
         name
@@ -53,38 +62,32 @@ def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
     try:
         pipe = family.pipeline.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, **family.components(str(folder))
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **family.components(str(folder))
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except (*DAMAGED, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"policy.model: {folder} could not be loaded: {first_line(error)}") from error
-    if not isinstance(pipe.transformer, family.transformer):
+    if pipe.transformer.dtype != dtype:
         raise UserError(
-            f"policy.model: the transformer in {folder} is a {type(pipe.transformer).__name__}, expected a "
-            f"{family.transformer.__name__}"
+            f"policy.model: {folder} was loaded as {pipe.transformer.dtype}, not as {dtype}; update diffusers"
         )
     return pipe
 
 
-def merge_base_adapter(pipe: Any, name: str) -> None:
-    """Merge a LoRA into the transformer, so that training starts from it.
+def merge_base_adapter(pipe: Any, path: Path) -> None:
+    """Merge the LoRA in the safetensors file `path` into the transformer, so that training starts from it.
 
-    `name`: a safetensors file, or `owner/name/file.safetensors` on the hub. It is in diffusers' format, in that of
-    UNO's published LoRA, or a whole FLUX.1 transformer in the names of its first release, UNO merged in. Raises
-    `UserError` where it does not fit.
+    It is in diffusers' format, in that of UNO's published LoRA, or a whole FLUX.1 transformer in the names of its first
+    release, UNO merged in. Raises `UserError` where it does not fit.
     """
-    path = _locate_file(name)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise UserError(f"policy.base_adapter: {path} is no safetensors file ({error})") from error
+    state, scale = _read_adapter(path)
     try:
         if uno.is_fused(state):
             pipe.transformer.load_state_dict(uno.fused_to_diffusers(state))
             return
         factors = uno.published_to_diffusers(state) if uno.is_published_lora(state) else state
         _check_fits(pipe.transformer, factors, path)
-        pipe.load_lora_weights(factors)
-        pipe.fuse_lora()
+        pipe.load_lora_weights({f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in factors.items()})
+        pipe.fuse_lora(lora_scale=scale)
         pipe.unload_lora_weights()
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
@@ -93,14 +96,23 @@ def merge_base_adapter(pipe: Any, name: str) -> None:
         ) from error
 
 
-def fingerprint(folder: Path, parts: Sequence[str]) -> str:
-    """Stands for the files of the pipeline's `parts` in `folder`: their place, names, sizes and times."""
+def _read_adapter(path: Path) -> tuple[dict[str, Tensor], float]:
+    try:
+        return read_lora(path)
+    except UserError as error:
+        raise UserError(f"policy.base_adapter: {error}") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """Stands for all that encodes in the pipeline in `folder`: the place, names, sizes and times of its files, the
+    transformer's left out, and the libraries that run them."""
     digest = hashlib.sha256(str(folder.resolve()).encode())
-    for part in parts:
-        for path in sorted((folder / part).rglob("*")):
-            if path.is_file():
-                about = path.stat()
-                digest.update(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}".encode())
+    for library in (diffusers, transformers):
+        digest.update(f"{library.__name__} {library.__version__}".encode())
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).parts[0] != "transformer":
+            about = path.stat()
+            digest.update(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -117,9 +129,11 @@ def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> Non
         )
 
 
-def _download(model: str) -> Path:
+def _download(model: str, weights: bool) -> Path:
     try:
-        return Path(DiffusionPipeline.download(model))
+        if not weights:
+            return Path(snapshot_download(model, allow_patterns=["*.json"]))
+        return Path(DiffusionPipeline.download(model, use_safetensors=True))
     except GatedRepoError as error:
         raise UserError(
             f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
@@ -132,7 +146,9 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def _locate_file(name: str) -> Path:
+def locate_adapter(name: str) -> Path:
+    """The safetensors file `name`, or `owner/name/file.safetensors` of the hub, downloaded where need be. Raises
+    `UserError` where there is none."""
     path = Path(name)
     if path.is_file():
         return path

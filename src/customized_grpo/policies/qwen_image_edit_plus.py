@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 from customized_grpo.data.images import to_pil
-from customized_grpo.policies import flux1
+from customized_grpo.policies import schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
@@ -53,6 +53,9 @@ class QwenImageEditPlus:
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
         """Guidance is classifier-free: 1 switches it off."""
 
+    def is_guided(self, pipe: Any, guidance: float) -> bool:
+        return guidance > 1
+
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_area(height, width, (side or self.reference_side) ** 2, multiple=32)
 
@@ -77,10 +80,7 @@ class QwenImageEditPlus:
             return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return flux1.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
-
-    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
-        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
+        return schedule.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
 
     def velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
@@ -124,7 +124,7 @@ def _predict(
     grids = [(1, height // 16, width // 16) for height, width in (size, *batch.sizes)]
     predicted: Tensor = transformer(
         hidden_states=torch.cat([latents.to(words.dtype), batch["reference"]], dim=1),
-        timestep=flux1.timestep(sigma, words),
+        timestep=schedule.timestep(sigma, words),
         encoder_hidden_states=words,
         img_shapes=[grids] * len(latents),
         return_dict=False,

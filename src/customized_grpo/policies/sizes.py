@@ -27,8 +27,9 @@ def to_area(height: int, width: int, area: float, multiple: int = TOKEN) -> tupl
 
 def to_longer_side(height: int, width: int, side: int) -> tuple[int, int]:
     """(height, width) with `side` pixels on the longer side, the shorter one rounded down to whole tokens."""
-    scale = side / max(height, width)
-    return max(TOKEN, int(height * scale) // TOKEN * TOKEN), max(TOKEN, int(width * scale) // TOKEN * TOKEN)
+    longer, shorter = side // TOKEN * TOKEN, side * min(height, width) // max(height, width) // TOKEN * TOKEN
+    shorter = max(TOKEN, shorter)
+    return (longer, shorter) if height >= width else (shorter, longer)
 
 
 def _rounded(length: float, multiple: int) -> int:

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies import flux1
+from customized_grpo.policies import flux1, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import to_longer_side
 
@@ -36,7 +36,10 @@ class Uno:
         return {}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
-        """Guidance is embedded: any value has an effect."""
+        flux1.check_guidance(pipe, guidance)
+
+    def is_guided(self, pipe: Any, guidance: float) -> bool:
+        return False  # it is embedded
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_longer_side(height, width, side or (self.reference_side if count == 1 else self.several_side))
@@ -52,10 +55,7 @@ class Uno:
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         # UNO counts an image token for every 16 x 16 *latent* pixels, which shifts less than FLUX does.
         mu = calculate_shift(size[0] // 8 * (size[1] // 8) // 256, 256, 4096, 0.5, 1.15)
-        return flux1.scheduled(pipe.scheduler, num_steps, mu)
-
-    def latent_shape(self, pipe: Any, size: tuple[int, int]) -> torch.Size:
-        return torch.Size((size[0] * size[1] // 256, pipe.transformer.config.in_channels))
+        return schedule.scheduled(pipe.scheduler, num_steps, mu)
 
     def velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float

@@ -26,17 +26,18 @@ class Preprocessing:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, processor: Any) -> "Preprocessing":
-        """The steps of a transformers image processor. Raises `UserError` for sizes of a kind not known here."""
-        settings: Mapping[str, Any] = processor.to_dict()
+    def of(cls, settings: Mapping[str, Any]) -> "Preprocessing":
+        """The steps of a transformers image processor with these `settings`, as its file has them.
+
+        Raises `UserError` for sizes of a kind not known here.
+        """
         size = dict(settings.get("size") or {}) if settings.get("do_resize", True) else {}
         shortest, exact = size.get("shortest_edge"), None
         if {"height", "width"} <= size.keys():
             exact = (size["height"], size["width"])
         if size and shortest is None and exact is None:
-            raise UserError(
-                f"{type(processor).__name__}: cannot resize to {size}; expected shortest_edge, or height and width"
-            )
+            name = settings.get("image_processor_type")
+            raise UserError(f"{name}: cannot resize to {size}; expected shortest_edge, or height and width")
         crop = settings.get("crop_size") if settings.get("do_center_crop") else None
         return cls(
             shortest,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor
 
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import Reward
@@ -58,7 +58,12 @@ class Checkpoint:
         return self._to_prompt()
 
     def _encoder(self) -> PictureEncoder:
-        preprocess = Preprocessing.of(self._load(AutoImageProcessor, self._processor))
+        if self._model.config.model_type == "dinov3_vit":
+            # Its image processor needs torchvision, but its settings are all in its file.
+            settings, _ = BaseImageProcessor.get_image_processor_dict(self._processor)
+        else:
+            settings = self._load(AutoImageProcessor, self._processor).to_dict()
+        preprocess = Preprocessing.of(settings)
         encode = self._class_token if self._kind == "dino" else self._projected
         return PictureEncoder(encode, preprocess, self._device, self._micro_batch)
 
@@ -83,7 +88,7 @@ class Checkpoint:
 
     def _load(self, loader: Any, name: str) -> Any:
         try:
-            return loader.from_pretrained(name)
+            return loader.from_pretrained(name, **({"use_safetensors": True} if loader is AutoModel else {}))
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(

@@ -1,5 +1,6 @@
 """Tiny random reward models of the true classes, saved in their own layout: what `from_pretrained` takes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from transformers import (
     CLIPModel,
     Dinov2Config,
     Dinov2Model,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -22,7 +25,7 @@ from transformers import (
 from customized_grpo.policies.tiny import clip_tokenizer, t5_tokenizer
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-KINDS = ("dino", "vit", "clip", "siglip")
+KINDS = ("dino", "dinov3", "vit", "clip", "siglip")
 _LAYERS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -37,6 +40,11 @@ def save_tiny_reward(kind: str, folder: Path, seed: int = 0) -> Path:
             BitImageProcessorPil(
                 size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=3, **IMAGENET
             ).save_pretrained(folder)
+        elif kind == "dinov3":
+            DINOv3ViTModel(DINOv3ViTConfig(patch_size=16, **_LAYERS)).save_pretrained(folder)
+            settings = {"image_processor_type": "DINOv3ViTImageProcessorFast", "do_resize": True, "resample": 2}
+            settings |= {"size": {"height": 64, "width": 64}, "do_normalize": True, "do_rescale": True, **IMAGENET}
+            (folder / "preprocessor_config.json").write_text(json.dumps(settings))
         elif kind == "vit":
             ViTModel(ViTConfig(image_size=64, patch_size=16, **_LAYERS)).save_pretrained(folder)
             ViTImageProcessorPil(size={"height": 64, "width": 64}, resample=2).save_pretrained(folder)

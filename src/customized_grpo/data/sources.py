@@ -1,0 +1,188 @@
+"""Subject data as others lay it out, read as entries: a prompt, pictures of its subject, masks where there are any.
+
+Nothing here opens a picture. Paths may not leave the source folder, links followed.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from customized_grpo.errors import UserError
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+PROMPTS, CLASSES = "prompts.txt", "prompts_and_classes.txt"
+PLACE = "{}"
+"""Where a template of prompts.txt has the subject's name."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A prompt about a subject. `place` says where it was read, for messages; `masks` is empty or as `references`."""
+
+    place: str
+    prompt: str
+    references: tuple[Path, ...]
+    masks: tuple[Path, ...] = ()
+    subject: str | None = None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with an entry, and where."""
+
+    place: str
+    text: str
+
+
+Found = Entry | Problem
+Reader = Callable[[Path], Iterator[Found]]
+
+
+def read_folders(source: Path) -> Iterator[Found]:
+    """A folder per subject with its pictures and a prompts.txt, one prompt a line; `{}` stands for the folder's name.
+
+    Masks, where there are any, are named after their pictures: toy.jpg and toy_mask.png.
+    """
+    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+        prompts = folder / PROMPTS
+        if not prompts.is_file():
+            yield Problem(folder.name, f"no {PROMPTS}; write one prompt a line")
+            continue
+        name = re.sub(r"[_\W\d]+", " ", folder.name).strip() or folder.name
+        lines = [line.strip() for line in prompts.read_text(encoding="utf-8-sig").splitlines()]
+        yield from _of_subject(source, folder, [line.replace(PLACE, name) for line in lines if line])
+
+
+def read_dreambench(source: Path) -> Iterator[Found]:
+    """DreamBench's folder: one of pictures for each subject, and prompts_and_classes.txt with the subjects' classes and
+    25 templates for objects and for living things."""
+    text = (source / CLASSES).read_text(encoding="utf-8")
+    classes = dict(re.findall(r"^(\w+),([\w ]+)$", text, re.MULTILINE))
+    classes.pop("subject_name", None)
+    lists = [re.findall(r"^'(.*)'\.format\(", part, re.MULTILINE) for part in text.split("prompt_list = [")[1:]]
+    if len(lists) != 2 or not all(lists) or not classes:
+        raise UserError(
+            f"{source / CLASSES}: expected subjects with their classes and two lists of prompts, for objects and for "
+            f"living things; found {len(classes)} subjects and {len(lists)} lists"
+        )
+    objects, living = lists
+    for name, kind in classes.items():
+        folder = source / name
+        if not folder.is_dir():
+            yield Problem(name, f"{CLASSES} names it, but there is no such folder")
+            continue
+        templates = living if kind in ("dog", "cat") else objects
+        # The first place is DreamBooth's rare token, which a reference takes the place of.
+        prompts = [" ".join(template.format("", kind).split()) for template in templates]
+        yield from _of_subject(source, folder, prompts)
+
+
+def read_manifest(source: Path) -> Iterator[Found]:
+    """JSON lists of `{"prompt", "image_path" or "image_paths"}`, as UNO and DreamBench's lists are; a picture to be
+    drawn (`image_tgt_path`) is not needed."""
+    for path, number, record in _records(source):
+        place = f"{path.name}:{number}"
+        paths = record.get("image_paths", record.get("image_path"))
+        yield _entry(path.parent, source, place, record.get("prompt"), paths)
+
+
+def read_syncd(source: Path) -> Iterator[Found]:
+    """SynCD: lists of `{"filenames", "prompts"}` beside their pictures, with masks/ of the same names; or of `{"id",
+    "ref_img", "img", "text", "category_description"}`. The reference of a prompt is another picture of its subject."""
+    for path, number, record in _records(source):
+        place = f"{path.name}:{number}"
+        if "ref_img" in record:
+            subject = record.get("category_description")
+            yield _entry(path.parent, source, place, record.get("text"), record["ref_img"], subject=subject)
+            continue
+        names, prompts = record.get("filenames"), record.get("prompts")
+        if not isinstance(names, list) or not isinstance(prompts, list) or not 2 <= len(names) == len(prompts):
+            yield Problem(place, 'expected "filenames" and "prompts" of one length, 2 or more')
+            continue
+        for index, prompt in enumerate(prompts):
+            name = names[(index + 1) % len(names)]
+            mask = f"masks/{name}" if isinstance(name, str) and (path.parent / "masks" / name).is_file() else None
+            yield _entry(path.parent, source, f"{place}.{index}", prompt, name, mask)
+
+
+READERS: dict[str, Reader] = {
+    "folders": read_folders,
+    "dreambench": read_dreambench,
+    "manifest": read_manifest,
+    "syncd": read_syncd,
+}
+
+
+def recognise(source: Path) -> str:
+    """The name of the reader for the folder `source`. Raises `UserError` where none fits."""
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder")
+    if (source / CLASSES).is_file():
+        return "dreambench"
+    if any(source.glob(f"*/{PROMPTS}")):
+        return "folders"
+    for path in sorted(source.glob("*.json")):
+        first = next(iter(_load(path)), None)
+        if isinstance(first, dict):
+            return "syncd" if "ref_img" in first or "filenames" in first else "manifest"
+    raise UserError(
+        f"{source}: not a layout that is known: expected subject folders with a {PROMPTS}, DreamBench's {CLASSES}, or "
+        "a JSON list as UNO or SynCD have it"
+    )
+
+
+def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[Found]:
+    pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURES and not p.stem.endswith("_mask")]
+    if not pictures or not prompts:
+        yield Problem(folder.name, "no pictures" if prompts else f"{PROMPTS} is empty")
+        return
+    masks = [folder / f"{picture.stem}_mask.png" for picture in pictures]
+    for number, prompt in enumerate(prompts):
+        try:
+            inside = tuple(_inside(source, picture) for picture in pictures)
+            cut = tuple(_inside(source, mask) for mask in masks) if all(mask.is_file() for mask in masks) else ()
+        except ValueError as error:
+            yield Problem(folder.name, str(error))
+            return
+        yield Entry(f"{folder.name}-{number}", prompt, inside, cut, folder.name)
+
+
+def _entry(
+    base: Path, root: Path, place: str, prompt: Any, names: Any, mask: str | None = None, subject: Any = None
+) -> Found:
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(prompt, str) or not prompt.strip():
+        return Problem(place, f"the prompt is {prompt!r:.80}, expected text")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        return Problem(place, f"the pictures are {names!r:.80}, expected paths")
+    try:
+        references = tuple(_inside(root, base / name) for name in names)
+        masks = (_inside(root, base / mask),) if mask else ()
+    except ValueError as error:
+        return Problem(place, str(error))
+    return Entry(place, prompt.strip(), references, masks, subject if isinstance(subject, str) and subject else None)
+
+
+def _records(source: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    for path in sorted(source.glob("*.json")):
+        for number, record in enumerate(_load(path)):
+            if isinstance(record, dict):
+                yield path, number, record
+
+
+def _load(path: Path) -> list[Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken JSON ({error}); expected a list of objects") from error
+    return found if isinstance(found, list) else []
+
+
+def _inside(root: Path, path: Path) -> Path:
+    real, top = path.resolve(), root.resolve()
+    if not real.is_relative_to(top):
+        raise ValueError(f"{path.name} leads out of {root} to {real}; move the file into it")
+    return real
