@@ -33,8 +33,9 @@ figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in 
 	$(BIN)/customized-grpo figures --csv docs/results/leak.csv --output docs/images/leak
 	$(BIN)/customized-grpo figures --diagnosis docs/results/diagnosis.json --output docs/images/diagnosis
 
+# A process for each core, with one thread each: several with several threads each would be far slower.
 test: $(INSTALLED) ## Run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(INSTALLED) ## Check style, formatting and types
 	$(BIN)/ruff check

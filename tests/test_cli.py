@@ -183,7 +183,7 @@ def test_segmenting_needs_masks(refused: Refused, settings_file: Callable[..., P
 
 def test_missing_weights_are_named(refused: Refused, settings_file: Callable[..., Path], tmp_path: Path) -> None:
     error = refused("train", "--config", settings_file({"policy.weights": tmp_path / "none"}))
-    assert "generator.safetensors: no such weights" in error
+    assert "prompt_encoder.safetensors: no such weights" in error
 
 
 def test_an_output_with_something_in_it_is_refused(

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -7,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from customized_grpo.config import Config
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.report import write_report
-from customized_grpo.run import evaluate_run, load_run_config
+from customized_grpo.run import evaluate_run, load_run_config, train
 from customized_grpo.trainer import Metrics, Trainer
 
 MakeConfig = Callable[..., Config]
@@ -180,14 +182,29 @@ def test_a_run_is_not_resumed_as_another(
     assert listing(run) == before
 
 
-def test_a_damaged_checkpoint_stops_the_resumption_and_leaves_the_run(
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on from the one before it, and comes to the same end."""
+    run = tmp_path / "run"
+    shutil.copytree(four, run)
+    newest = run / "checkpoints" / "000004" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    display = Display(Console(width=200, file=(said := io.StringIO())))
+    train(make_config(FOUR), display, resume=True)
+    assert "state.safetensors: damaged" in said.getvalue() and "resuming after iteration 2" in said.getvalue()
+    assert (run / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(
     four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(four, run)
-    (run / "checkpoints" / "000004" / "state.safetensors").write_bytes(b"broken")
+    for folder in (run / "checkpoints").iterdir():
+        (folder / "manifest.json").write_text("{}")
     before = listing(run)
-    with pytest.raises(UserError, match=r"state.safetensors: damaged"):
+    with pytest.raises(UserError, match=r"none of its \d checkpoints is whole, .* start anew with --overwrite"):
         run_training(make_config(FOUR), resume=True)
     assert listing(run) == before
 

@@ -23,6 +23,10 @@ MANIFEST = "manifest.json"
 PARAMETER, MOMENT = "parameter/", "optimizer/"
 
 
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what was written: torn, changed, or with a part missing."""
+
+
 def save_checkpoint(
     folder: Path,
     iteration: int,
@@ -72,8 +76,8 @@ def load_checkpoint(
 ) -> int:
     """Bring `parameters` and `optimizer` back to where `path` left them; returns the iterations done.
 
-    Raises `UserError` when a file is damaged or `config` is not the one the checkpoint was made with, naming the
-    fields.
+    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when `config` is not the one the checkpoint was
+    made with, naming the fields.
     """
     manifest = _read_manifest(path)
     changed = sorted(key for key in {*config, *manifest["config"]} if config.get(key) != manifest["config"].get(key))
@@ -83,10 +87,7 @@ def load_checkpoint(
             f"{path}: cannot resume with another configuration ({fields}). Restore it, or use a new --output"
         )
     if not (path / TENSORS).is_file() or _sha256(path / TENSORS) != manifest["sha256"][TENSORS]:
-        raise UserError(
-            f"{path / TENSORS}: damaged (not what the manifest's hash is of) or missing; "
-            f"delete {path} to resume from before it"
-        )
+        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not what the manifest's hash is of) or missing")
     tensors = load_file(path / TENSORS)
     moments: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
@@ -105,7 +106,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path / MANIFEST}: damaged ({error}); delete {path} to resume from before it") from error
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged ({error})") from error
+    if not isinstance(manifest, dict) or not {"iteration", "config", "sha256"} <= manifest.keys():
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged (parts are missing)")
     return manifest
 
 

@@ -182,7 +182,15 @@ def _prepare(options: Namespace) -> None:
 def _serve_reward(options: Namespace) -> None:
     from customized_grpo.rewards.serve import serve
 
-    config = RewardsConfig(identity_reference=options.identity_reference, micro_batch=options.micro_batch)
+    hpsv3 = {key: options[key] for key in ("backbone", "instruction") if options[key] is not None}
+    if hpsv3 and options.name != "hpsv3":
+        raise UserError(f"--{next(iter(hpsv3))}: only for hpsv3; leave it out")
+    config = RewardsConfig.model_validate(
+        {
+            "prompt": "hpsv3" if options.name == "hpsv3" else "toybox", "hpsv3": hpsv3,
+            "identity_reference": options.identity_reference, "micro_batch": options.micro_batch,
+        }
+    )  # fmt: skip
     serve(
         options.name, options.model, config, options.device, (options.host, options.port),
         max_images=options.max_images, max_bytes=options.max_bytes, on_ready=lambda text: print(text, flush=True),
@@ -324,8 +332,12 @@ def _serve_parser() -> ArgumentParser:
         "URL in rewards.prompt_model. With the environment variable CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, "
         "requests without that token are refused.",
     )
-    serve.add_argument("name", type=str, help="dino, clip_i, clip_t, siglip, pickscore, or python:module.function")
+    serve.add_argument(
+        "name", type=str, help="hpsv3, dino, clip_i, clip_t, siglip, pickscore, or python:module.function"
+    )
     serve.add_argument("--model", type=str | None, help="folder or hub id of the model; default: the usual one")
+    serve.add_argument("--backbone", type=str | None, help="hpsv3: folder or hub id of its Qwen2-VL")
+    serve.add_argument("--instruction", type=Path | None, help="hpsv3: file with its text")
     serve.add_argument("--device", type=str, default="auto", help="where it runs: auto, cpu, cuda, cuda:1, mps")
     serve.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     serve.add_argument("--port", type=int, default=8321, help="port to listen on; 0 for a free one")

@@ -104,8 +104,9 @@ class DataConfig(Section):
 class VlmJudgeConfig(Section):
     """A vision-language model that scores both rewards from 0 to 4, on a server that speaks OpenAI's chat protocol."""
 
-    url: str = "http://127.0.0.1:8000/v1"
-    """Where its /chat/completions is. The key comes from the environment variable OPENAI_API_KEY alone."""
+    url: str | None = None
+    """Where its /chat/completions is, as http://host:port/v1; needed. The key comes from the environment variable
+    OPENAI_API_KEY alone."""
     model: str | None = None
     """The model's name on that server; needed."""
     concurrency: int = Field(8, ge=1)
@@ -116,12 +117,23 @@ class VlmJudgeConfig(Section):
     """Have the model reason before it scores: slower, and steadier."""
 
 
+class HPSv3Config(Section):
+    """The paper's prompt reward (arXiv 2508.03789); its weights are named in rewards.prompt_model."""
+
+    backbone: str = "Qwen/Qwen2-VL-7B-Instruct"
+    """Folder or hub id whose configuration, tokenizer and image processor it takes."""
+    instruction: Path | None = None
+    """File with the text that it was trained with; unset: read from the installed hpsv3 distribution."""
+    positions: Literal["sequential", "mrope"] = "sequential"
+    """Positions of its tokens: 0, 1, 2, ... as the published scorer feeds them, or Qwen2-VL's own (M-RoPE)."""
+
+
 class RewardsConfig(Section):
     """The two rewards, in the order (prompt, identity)."""
 
-    prompt: Literal["toybox", "clip_t", "siglip", "pickscore", "vlm_judge", "remote"] | OwnReward = "toybox"
-    """Prompt reward: cosine of image and prompt in ToyBox's shipped encoder, CLIP, SigLIP or PickScore; a judge; a
-    server; or python:module.function of your own (docs/rewards.md)."""
+    prompt: Literal["toybox", "hpsv3", "pickscore", "clip_t", "siglip", "vlm_judge", "remote"] | OwnReward = "toybox"
+    """Prompt reward: HPSv3 (paper); cosine of image and prompt in ToyBox's shipped encoder, PickScore, CLIP or SigLIP;
+    a judge; a server; or python:module.function of your own (docs/rewards.md)."""
     identity: Literal["toybox", "dino", "clip_i", "vlm_judge", "remote"] | OwnReward = "toybox"
     """Identity reward: cosine to the reference in ToyBox's shipped encoder, DINO (paper: DINOv2) or CLIP; a judge; a
     server; or python:module.function of your own (docs/rewards.md)."""
@@ -141,6 +153,8 @@ class RewardsConfig(Section):
     """Images that go through a pretrained encoder at once: bounds memory, does not change the result."""
     deadline: float = Field(120.0, gt=0)
     """vlm_judge, remote: seconds in which an answer must come, tries again included; after that there is no score."""
+    hpsv3: HPSv3Config = HPSv3Config()
+    """HPSv3, where it is the prompt reward."""
     vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
     """The judge, where one of the rewards is vlm_judge."""
     max_invalid_share: Share = 0.5
@@ -157,12 +171,12 @@ class RewardsConfig(Section):
             if model is not None and (kind in ("toybox", "vlm_judge") or kind.startswith("python:")):
                 raise ValueError(f"{side}_model: {side}={kind} takes none; leave it out")
         judged = "vlm_judge" in (self.prompt, self.identity)
-        if judged != (self.vlm_judge.model is not None):
-            raise ValueError(
-                "vlm_judge.model: name the judge's model on its server"
-                if judged
-                else "vlm_judge.model: neither reward is vlm_judge; leave it out"
-            )
+        if judged and None in (self.vlm_judge.url, self.vlm_judge.model):
+            raise ValueError("vlm_judge.url, vlm_judge.model: name the judge's server and its model there")
+        if not judged and self.vlm_judge != VlmJudgeConfig():
+            raise ValueError("vlm_judge: neither reward is vlm_judge; leave it out")
+        if self.prompt != "hpsv3" and self.hpsv3 != HPSv3Config():
+            raise ValueError(f"hpsv3: only for prompt=hpsv3 (found {self.prompt}); leave it out")
         pretrained = ("dino", "clip_i")
         for name, takers in (
             ("identity_leak", ("toybox",)),

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,17 @@ import torch
 import yaml
 
 from customized_grpo import build
-from customized_grpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from customized_grpo.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from customized_grpo.config import Config, flatten
 from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
-from customized_grpo.display import Display
+from customized_grpo.display import Display, Training
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
 from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
 from customized_grpo.rewards import Reward
 from customized_grpo.runtime import configure
+from customized_grpo.termination import STATUS, Terminated, Termination
 from customized_grpo.toybox.judge import Judge
 from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
 
@@ -58,6 +60,16 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
     config = build.resolved(config)
     output = config.output
     _check_output(output, resume=resume, overwrite=overwrite)
+    termination = Termination()
+    with termination.listening():
+        try:
+            return _train(config, display, termination, resume=resume, overwrite=overwrite)
+        except Terminated:
+            raise SystemExit(STATUS) from None
+
+
+def _train(config: Config, display: Display, termination: Termination, *, resume: bool, overwrite: bool) -> Path:
+    output = config.output
     # Cheapest first: what is wrong is told before the next part is paid for.
     writer = _summary_writer() if config.log.tensorboard else None
     datasets = {
@@ -78,7 +90,7 @@ def train(config: Config, display: Display, *, resume: bool = False, overwrite: 
     with display.stages() as stages:
         build.encode_ahead(policy, {dataset: wanted[name] for name, dataset in datasets.items()}, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"])
-    session = _Session(config, trainer, datasets, display, judge, writer)
+    session = _Session(config, trainer, datasets, display, judge, writer, termination)
     if overwrite:
         _delete_run(output)
     session.start(resume=resume)
@@ -177,12 +189,14 @@ class _Session:
         display: Display,
         judge: Judge | None,
         writer: Any,
+        termination: Termination,
     ) -> None:
         """`writer`: TensorBoard's class, None where it is not wanted."""
         self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
         self.policy: Policy[Any] = trainer.policy
         self.output = config.output
         self.judge = judge
+        self.termination = termination
         self.base_images: torch.Tensor | None = None
         self.tensorboard: Any = None
         self._writer = writer
@@ -190,16 +204,8 @@ class _Session:
     def start(self, *, resume: bool) -> None:
         """Make the folder, or go back to the newest checkpoint in it."""
         self.output.mkdir(parents=True, exist_ok=True)
-        checkpoints = list_checkpoints(self.output / "checkpoints") if resume else []
-        if checkpoints:
-            done = load_checkpoint(
-                checkpoints[-1], _pinned(self.config), self.policy.trainable_parameters(), self.trainer.optimizer
-            )
-            self._check_progress(done)
-            self.trainer.iteration = done
-            self.display.note(f"resuming after iteration {done}, from {checkpoints[-1]}")
-        elif resume:
-            self.display.note(f"{self.output} has no checkpoint yet: starting from the first iteration")
+        if resume:
+            self._resume(list_checkpoints(self.output / "checkpoints"))
         # First of all files, and whole or not at all: a folder without it is not taken for a run's.
         unfinished = self.output / UNFINISHED
         unfinished.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
@@ -211,22 +217,75 @@ class _Session:
         (self.output / "weights.json").write_text(json.dumps(weights), encoding="utf-8")
 
     def loop(self) -> None:
-        """Train to the last iteration, with validations and checkpoints on the way."""
+        """Train to the last iteration, with validations and checkpoints on the way. On SIGTERM a checkpoint of the last
+        whole iteration is left, and `Terminated` raised."""
+        try:
+            self._loop()
+        except Terminated:
+            if self.trainer.iteration > 0:
+                self._checkpoint()
+            self.display.note(
+                f"stopped by SIGTERM after iteration {self.trainer.iteration}; `train --resume` goes on from there"
+            )
+            raise
+
+    def _loop(self) -> None:
         last = self.config.iterations
         self._remember_base()
         with self.display.training(last, self.trainer.iteration) as show:
-            if self.trainer.iteration == 0:
+            if self._validation_is_due():
                 self._validate()
             while self.trainer.iteration < last:
-                metrics = self.trainer.train_step(show.phase)
-                self._log(LOGS[0], metrics)
-                self._watch_ratio(metrics)
-                show.iteration(metrics)
+                self._iterate(show)
                 iteration = self.trainer.iteration
-                if iteration % self.config.evaluation.every == 0 or iteration == last:
+                if self._validation_is_due() or iteration == last:
                     self._validate()
                 if iteration % self.config.checkpoint.every == 0 or iteration == last:
-                    self._checkpoint()
+                    with self.termination.whole():
+                        self._checkpoint()
+
+    def _iterate(self, show: Training) -> None:
+        """One iteration: its update and its lines in the logs are whole, or not there."""
+        with ExitStack() as stack:
+
+            def on_phase(phase: str, share: float) -> None:
+                if phase == "update" and share == 0.0:
+                    stack.enter_context(self.termination.whole())
+                show.phase(phase, share)
+
+            metrics = self.trainer.train_step(on_phase)
+            self._log(LOGS[0], metrics)
+            self._watch_ratio(metrics)
+            show.iteration(metrics)
+
+    def _validation_is_due(self) -> bool:
+        """A run that was stopped may have been so between an iteration and its validation."""
+        iteration = self.trainer.iteration
+        if iteration % self.config.evaluation.every != 0:
+            return False
+        return all(row["iteration"] != iteration for row in _read_log(self.output / LOGS[1]))
+
+    def _resume(self, checkpoints: Sequence[Path]) -> None:
+        """Go back to the newest of the `checkpoints` that is whole; damaged ones are passed over with a warning."""
+        if not checkpoints:
+            self.display.note(f"{self.output} has no checkpoint yet: starting from the first iteration")
+            return
+        for path in reversed(checkpoints):
+            try:
+                done = load_checkpoint(
+                    path, _pinned(self.config), self.policy.trainable_parameters(), self.trainer.optimizer
+                )
+            except DamagedCheckpoint as error:
+                self.display.warn(f"{error}: passed over")
+                continue
+            self._check_progress(done)
+            self.trainer.iteration = done
+            self.display.note(f"resuming after iteration {done}, from {path}")
+            return
+        raise UserError(
+            f"{self.output}: none of its {len(checkpoints)} checkpoints is whole, so there is nothing to go on from; "
+            "restore one, or start anew with --overwrite"
+        )
 
     def finish(self) -> Path:
         """Write the adapter, the final evaluation and the report."""
@@ -277,8 +336,12 @@ class _Session:
     def _validate(self) -> None:
         evaluation = self._evaluate(self.config.evaluation.pairs)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
-        self._log(LOGS[1], row)
+        with self.termination.whole():
+            self._log(LOGS[1], row)
+            self._draw_gallery(evaluation)
         self.display.validation(row)
+
+    def _draw_gallery(self, evaluation: Evaluation) -> None:
         shown = min(self.config.evaluation.gallery, len(evaluation.images))
         assert self.base_images is not None
         size = self.policy.size

@@ -17,7 +17,7 @@ from customized_grpo.config import Config
 from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.dry_run import dry_run
 from customized_grpo.policies.tiny import flux2_klein
-from customized_grpo.rewards.tiny import save_tiny_reward
+from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {
@@ -51,7 +51,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("rewards")
-    return {kind: save_tiny_reward(kind, root / kind) for kind in ("dino", "clip")}
+    models = {kind: save_tiny_reward(kind, root / kind) for kind in ("dino", "clip")}
+    models["hpsv3"], models["backbone"] = save_tiny_hpsv3(root / "hpsv3")
+    (root / "instruction.txt").write_text("Rate it: {text_prompt} <|Reward|>")
+    return models | {"instruction": root / "instruction.txt"}
 
 
 def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, output: Path) -> list[str]:
@@ -64,6 +67,11 @@ def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, outp
         "data.validation": data, "iterations": 2, "threads": 1, "rollout.num_steps": 3, "rollout.group_size": 3,
         "rollout.prompts_per_iteration": 2, "evaluation.pairs": 2, "evaluation.test_pairs": 3, "evaluation.every": 1,
     }  # fmt: skip
+    if recipe in ("flux1-kontext", "uno"):
+        changes |= {
+            "rewards.prompt_model": rewards["hpsv3"], "rewards.hpsv3.backbone": rewards["backbone"],
+            "rewards.hpsv3.instruction": rewards["instruction"],
+        }  # fmt: skip
     options = [f"--{name}={value}" for name, value in changes.items()]
     if recipe == "uno":
         options.append("--policy.base_adapter=null")

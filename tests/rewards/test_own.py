@@ -83,7 +83,7 @@ def test_a_wrong_shape_is_told() -> None:
         ({"identity": "remote", "identity_model": "host:80"}, "identity_model: a remote reward wants its URL"),
         ({"prompt_model": "folder"}, "prompt_model: prompt=toybox takes none"),
         ({"prompt": "python:a.b", "prompt_model": "folder"}, "prompt=python:a.b takes none"),
-        ({"prompt": "vlm_judge"}, "vlm_judge.model: name the judge's model"),
+        ({"prompt": "vlm_judge", "vlm_judge": {"url": "http://x/v1"}}, "vlm_judge.url, vlm_judge.model: name"),
         ({"vlm_judge": {"model": "m"}}, "neither reward is vlm_judge"),
         ({"identity": "dino", "identity_leak": "low"}, "identity_leak: only for identity=toybox"),
         ({"several_references": "max"}, "several_references: only for identity=dino or clip_i"),

@@ -203,7 +203,8 @@ def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Joint success, copy-paste rate, and the gain of `customized` over the reference against the setting."""
+    """Joint success, copy-paste rate, and the gain of `customized` in joint success over the reference, against the
+    setting."""
     settings, rows = settings_in(results), summarise(results, order=presets)
     if len(settings) < 2:
         return None
@@ -228,7 +229,7 @@ def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | No
     grid[2].axhline(0, color=MUTED, linewidth=1)
     grid[2].plot(list(gains), [mean for mean, _, _ in gains.values()], "o", markersize=7, color=INK)
     _bars(grid[2], gains, INK, 1.8)
-    style.title(grid[2], f"{OURS} \u2212 {REFERENCE}, points")
+    style.title(grid[2], "Gain in points")
     _settings_axis(grid[2], settings)
     grid[2].yaxis.set_major_formatter(FuncFormatter(style.points))
     return figure
@@ -246,7 +247,8 @@ FIGURES: dict[str, Callable[[Sequence[Result], Sequence[str]], Figure | None]] =
 def _settings_axis(axes: Axes, settings: Sequence[str]) -> None:
     style.grid(axes)
     axes.set_xlim(-0.35, len(settings) - 0.65)
-    axes.set_xticks(range(len(settings)), settings)
+    # A word a line: names of settings stand close together.
+    axes.set_xticks(range(len(settings)), [name.replace(" ", "\n") for name in settings])
 
 
 def _course(results: Iterable[Result], metric: str) -> tuple[list[int], list[Interval]]:

@@ -15,7 +15,7 @@ from customized_grpo.data.images import load_image, load_mask, resize, save_imag
 from customized_grpo.data.sources import READERS, Entry, Problem, recognise
 from customized_grpo.errors import UserError
 
-LARGEST = 200_000_000
+LARGEST = 150_000_000
 """Pixels of the largest picture that is taken, by its header; more could be meant to exhaust memory."""
 LISTED = 50
 Segment = Callable[[Tensor], Tensor]

@@ -12,7 +12,7 @@ from customized_grpo.policies.family import Family
 from customized_grpo.policies.flux1_kontext import Flux1Kontext
 from customized_grpo.policies.flux2 import Flux2
 from customized_grpo.policies.flux2_klein import Flux2Klein
-from customized_grpo.policies.loading import fingerprint, load_pipeline, locate, locate_adapter, merge_base_adapter
+from customized_grpo.policies.loading import fingerprint, load_pipeline, locate, locate_file, merge_base_adapter
 from customized_grpo.policies.qwen_image_edit_plus import QwenImageEditPlus
 from customized_grpo.policies.uno import Uno
 
@@ -43,7 +43,7 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
     """The policy that `config` describes. Raises `UserError` before the weights are read where it can."""
     check_backend(config.attention_backend, device)
     family = FAMILIES[config.kind]
-    adapter = None if config.base_adapter is None else locate_adapter(config.base_adapter)
+    adapter = None if config.base_adapter is None else locate_file(config.base_adapter, "policy.base_adapter")
     folder = locate(config.model or MODELS[config.kind], family)
     pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     if adapter is not None:

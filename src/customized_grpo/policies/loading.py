@@ -146,9 +146,9 @@ def _download(model: str, weights: bool) -> Path:
         ) from error
 
 
-def locate_adapter(name: str) -> Path:
+def locate_file(name: str, field: str) -> Path:
     """The safetensors file `name`, or `owner/name/file.safetensors` of the hub, downloaded where need be. Raises
-    `UserError` where there is none."""
+    `UserError`, naming the configuration `field`, where there is none."""
     path = Path(name)
     if path.is_file():
         return path
@@ -156,14 +156,14 @@ def locate_adapter(name: str) -> Path:
     repository, _, file = rest.partition("/")
     if path.is_absolute() or not file.endswith(".safetensors"):
         raise UserError(
-            f"policy.base_adapter: {name} is neither a file nor owner/name/file.safetensors on the hub; note that only "
-            "safetensors files are read"
+            f"{field}: {name} is neither a file nor owner/name/file.safetensors on the hub; note that only safetensors "
+            "files are read"
         )
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
         raise UserError(
-            f"policy.base_adapter: {name} is no file here, and could not be had from the hub ({first_line(error)})"
+            f"{field}: {name} is no file here, and could not be had from the hub ({first_line(error)})"
         ) from error
 
 

@@ -64,12 +64,28 @@ def _load(
     if kind == "vlm_judge":
         assert judge is not None
         return JudgeReward(judge, "prompt" if side == "prompt" else "subject")
+    if kind == "hpsv3":
+        return load_hpsv3_reward(config, model, device)
     return load_pretrained(kind, f"rewards.{side}_model", model, config, device)
+
+
+def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.device) -> Reward:
+    """HPSv3, as `config.hpsv3` says."""
+    from customized_grpo.libraries import quiet
+
+    quiet()
+    from customized_grpo.rewards.hpsv3 import load_hpsv3
+
+    settings = config.hpsv3
+    return load_hpsv3(
+        weights, settings.backbone, settings.instruction, sequential=settings.positions == "sequential",
+        micro_batch=config.micro_batch, device=device,
+    )  # fmt: skip
 
 
 def _judge(config: RewardsConfig) -> VlmJudge:
     settings = config.vlm_judge
-    transport = Transport("rewards.vlm_judge.url", settings.url, config.deadline, token=secret(KEY))
+    transport = Transport("rewards.vlm_judge.url", settings.url or "", config.deadline, token=secret(KEY))
     known = _models(transport.get("/models"))
     if known and settings.model not in known:
         raise UserError(

@@ -21,7 +21,7 @@ from torch import Tensor
 from customized_grpo.config import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import Reward, Scores, Task
-from customized_grpo.rewards.catalogue import PRETRAINED, load_pretrained
+from customized_grpo.rewards.catalogue import PRETRAINED, load_hpsv3_reward, load_pretrained
 from customized_grpo.rewards.own import PREFIX, OwnReward
 from customized_grpo.rewards.remote import TOKEN
 from customized_grpo.rewards.transport import secret
@@ -190,6 +190,10 @@ def _reward(name: str, model: str | None, config: RewardsConfig, device: str) ->
         if model is not None:
             raise UserError(f"--model: {name} takes none; leave it out")
         return OwnReward.load("serve-reward", name)
+    if name == "hpsv3":
+        return load_hpsv3_reward(config, model, resolve_device(device))
     if name not in PRETRAINED:
-        raise UserError(f"serve-reward: no reward '{name}'; choose {', '.join(PRETRAINED)} or python:module.function")
+        raise UserError(
+            f"serve-reward: no reward '{name}'; choose hpsv3, {', '.join(PRETRAINED)} or python:module.function"
+        )
     return load_pretrained(name, "--model", model, config, resolve_device(device))

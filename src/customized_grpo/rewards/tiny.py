@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
@@ -14,6 +15,9 @@ from transformers import (
     Dinov2Model,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLModel,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -22,10 +26,16 @@ from transformers import (
     ViTModel,
 )
 
-from customized_grpo.policies.tiny import clip_tokenizer, t5_tokenizer
+from customized_grpo.policies.tiny import clip_tokenizer, qwen_tokenizer, t5_tokenizer
+from customized_grpo.rewards.hpsv3 import HPSv3
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 KINDS = ("dino", "dinov3", "vit", "clip", "siglip")
+HPSV3_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _LAYERS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -65,3 +75,34 @@ def save_tiny_reward(kind: str, folder: Path, seed: int = 0) -> Path:
             tokenizer.model_max_length = 64
             tokenizer.save_pretrained(folder)
     return folder
+
+
+def save_tiny_hpsv3(folder: Path, seed: int = 0) -> tuple[Path, Path]:
+    """A tiny HPSv3: its weights in the names of the published file, and the folder of its backbone."""
+    backbone = folder / "backbone"
+    tokenizer = qwen_tokenizer()
+    tokenizer.chat_template = HPSV3_TEMPLATE
+    tokenizer.save_pretrained(backbone)
+    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280).save_pretrained(backbone)
+    text = {
+        "model_type": "qwen2_vl_text", **_LAYERS, "hidden_size": 32, "num_key_value_heads": 2, "vocab_size": 300,
+        "rope_parameters": {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e6},
+    }  # fmt: skip
+    vision = {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    config = Qwen2VLConfig(
+        text_config=text, vision_config=vision, vision_start_token_id=259, vision_end_token_id=260,
+        image_token_id=262, video_token_id=263,
+    )  # fmt: skip
+    config.save_pretrained(backbone)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = HPSv3(Qwen2VLModel(config), 32)
+    published = {"backbone.visual.": "visual.", "backbone.language_model.": "model.", "rm_head.": "rm_head."}
+    state = {
+        next(
+            new + name.removeprefix(old) for old, new in published.items() if name.startswith(old)
+        ): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(state | {"lm_head.weight": torch.zeros(300, 32)}, folder / "HPSv3.safetensors")
+    return folder / "HPSv3.safetensors", backbone

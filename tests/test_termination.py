@@ -1,0 +1,190 @@
+"""Runs that are stopped: SIGTERM in every phase, SIGKILL at any moment; what goes on is the run that never stopped."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from customized_grpo.termination import Terminated, Termination
+
+MakeSettings = Callable[..., dict[str, Any]]
+ADAPTER = "adapter_model.safetensors"
+SIX = {
+    "iterations": 6, "checkpoint.every": 1, "evaluation.every": 2, "optimizer.updates_per_iteration": 2,
+}  # fmt: skip
+PROGRAM = """
+import os, signal, sys
+from customized_grpo import run
+from customized_grpo.trainer import Trainer
+from customized_grpo.cli import main
+
+place, iteration = sys.argv.pop(1), int(sys.argv.pop(1))
+
+def strike(owner, name, when):
+    original = getattr(owner, name)
+    def struck(self, *arguments, **settings):
+        if when(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, *arguments, **settings)
+    setattr(owner, name, struck)
+
+def due(trainer):
+    return trainer.iteration == iteration
+
+if place == "sampling":
+    strike(Trainer, "task", due)
+elif place == "scoring":
+    strike(Trainer, "score", due)
+elif place == "update":
+    strike(Trainer, "_objective", due)
+elif place == "between updates":
+    steps = []
+    def second(trainer):
+        steps.append(1)
+        return due(trainer) and len(steps) % 2 == 0
+    strike(Trainer, "_optimizer_step", second)
+elif place == "validation":
+    strike(run._Session, "_validate", lambda session: due(session.trainer))
+elif place == "saving":
+    strike(run._Session, "_checkpoint", lambda session: due(session.trainer))
+main()
+"""
+"""Trains as the command does, and sends itself SIGTERM at a place of an iteration."""
+
+
+@pytest.fixture
+def settings(make_settings: MakeSettings, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a configuration file for a run into a folder."""
+
+    def settings(output: Path, **changes: Any) -> Path:
+        path = tmp_path / f"{output.name}.yaml"
+        path.write_text(yaml.safe_dump(make_settings(SIX | {"output": str(output)} | changes)))
+        return path
+
+    return settings
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def straight(place: Path, settings: Callable[..., Path]) -> Path:
+    """The run that never stopped."""
+    if not place.exists():
+        assert run([sys.executable, "-m", "customized_grpo", *train(settings(place))]).returncode == 0
+    return place
+
+
+def train(path: Path) -> list[str]:
+    return ["train", "--config", str(path), "--resume"]
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def rows(run: Path, name: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k} for row in lines]
+
+
+def same(first: Path, second: Path) -> None:
+    assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert rows(first, name) == rows(second, name)
+    galleries = [sorted(path.name for path in (run / "galleries").iterdir()) for run in (first, second)]
+    assert galleries[0] == galleries[1]
+
+
+@pytest.mark.parametrize(
+    ("where", "iteration", "kept"),
+    [
+        ("sampling", 2, 2), ("scoring", 3, 3), ("update", 2, 3), ("between updates", 4, 5), ("validation", 4, 4),
+        ("saving", 3, 3), ("sampling", 0, None), ("validation", 0, None),
+    ],
+)  # fmt: skip
+def test_sigterm_leaves_a_checkpoint_of_the_last_whole_iteration(
+    where: str, iteration: int, kept: int | None, straight: Path, settings: Callable[..., Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "stopped"
+    path = settings(output, **{"checkpoint.every": 3 if where == "saving" else 6})
+    start = time.monotonic()
+    done = run([sys.executable, "-c", PROGRAM, where, str(iteration), *train(path)])
+    assert done.returncode == 143, done.stderr
+    assert f"stopped by SIGTERM after iteration {kept or 0}" in done.stdout and "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60
+    checkpoints = sorted(each.name for each in (output / "checkpoints").glob("*"))
+    assert checkpoints == ([] if kept is None else [f"{kept:06d}"])
+    again = run([sys.executable, "-m", "customized_grpo", *train(path)])
+    assert again.returncode == 0, again.stderr
+    same(output, straight)
+
+
+def test_sigterm_before_training_ends_at_once(settings: Callable[..., Path], tmp_path: Path) -> None:
+    program = PROGRAM.replace(
+        "main()\n",
+        "from customized_grpo import build\n"
+        "build.build_policy = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "main()\n",
+    )
+    done = run([sys.executable, "-c", program, "nowhere", "0", *train(settings(tmp_path / "run"))])
+    assert done.returncode == 143 and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_killed_at_any_moments_comes_to_the_same_end(
+    seed: int, straight: Path, settings: Callable[..., Path], tmp_path: Path
+) -> None:
+    """SIGKILL, several times, a checkpoint every iteration: some of the kills fall into a save."""
+    output, draw = tmp_path / "killed", random.Random(seed)
+    command = [sys.executable, "-m", "customized_grpo", *train(settings(output))]
+    for _ in range(4):
+        with subprocess.Popen(
+            command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as child:
+            time.sleep(draw.uniform(2.0, 6.0))
+            child.send_signal(signal.SIGKILL)
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    same(output, straight)
+
+
+def test_what_is_whole_is_not_torn() -> None:
+    termination, done = Termination(), []
+
+    def work() -> None:
+        with termination.whole():
+            with termination.whole():
+                signal.raise_signal(signal.SIGTERM)
+                done.append("inner")
+            done.append("outer")
+        done.append("never")
+
+    with termination.listening():
+        with pytest.raises(Terminated):
+            work()
+        assert done == ["inner", "outer"]
+        signal.raise_signal(signal.SIGTERM)  # a second one asks for nothing new
+
+
+def test_elsewhere_it_comes_at_once_and_the_handler_is_given_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Terminated), Termination().listening():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
