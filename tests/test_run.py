@@ -15,7 +15,7 @@ from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.report import write_report
 from customized_grpo.run import evaluate_run, load_run_config, train
-from customized_grpo.trainer import Metrics, Trainer
+from customized_grpo.trainer import Metrics, Trainer, TrainingError
 
 MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
@@ -194,6 +194,28 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     train(make_config(FOUR), display, resume=True)
     assert "state.safetensors: damaged" in said.getvalue() and "resuming after iteration 2" in said.getvalue()
     assert (run / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("error", [UserError, TrainingError])
+def test_a_reward_that_fails_costs_no_iteration(
+    error: type[Exception], four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A checkpoint of the iterations that are whole is left, and from it the run comes to its end."""
+    score = Trainer.score
+
+    def fail(self: Trainer[Any], *arguments: Any) -> Any:
+        if self.iteration == 3:
+            raise error("the server refused")
+        return score(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "score", fail)
+        with pytest.raises(error, match="the server refused"):
+            run_training(make_config(FOUR))
+    assert (tmp_path / "run" / "checkpoints" / "000003").is_dir()
+    run_training(make_config(FOUR), resume=True)
+    assert (tmp_path / "run" / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again(

@@ -25,7 +25,7 @@ from customized_grpo.rewards import Reward
 from customized_grpo.runtime import configure
 from customized_grpo.termination import STATUS, Terminated, Termination
 from customized_grpo.toybox.judge import Judge
-from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
+from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer, TrainingError
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 UNFINISHED = "config.yaml.part"
@@ -197,6 +197,7 @@ class _Session:
         self.output = config.output
         self.judge = judge
         self.termination = termination
+        self._updating = False
         self.base_images: torch.Tensor | None = None
         self.tensorboard: Any = None
         self._writer = writer
@@ -218,9 +219,13 @@ class _Session:
 
     def loop(self) -> None:
         """Train to the last iteration, with validations and checkpoints on the way. On SIGTERM a checkpoint of the last
-        whole iteration is left, and `Terminated` raised."""
+        whole iteration is left, and `Terminated` raised; and so where rewards fail, before the error goes on."""
         try:
             self._loop()
+        except (UserError, TrainingError):
+            if self.trainer.iteration > 0 and not self._updating:
+                self._checkpoint()
+            raise
         except Terminated:
             if self.trainer.iteration > 0:
                 self._checkpoint()
@@ -251,12 +256,14 @@ class _Session:
             def on_phase(phase: str, share: float) -> None:
                 if phase == "update" and share == 0.0:
                     stack.enter_context(self.termination.whole())
+                    self._updating = True
                 show.phase(phase, share)
 
             metrics = self.trainer.train_step(on_phase)
             self._log(LOGS[0], metrics)
             self._watch_ratio(metrics)
             show.iteration(metrics)
+            self._updating = False
 
     def _validation_is_due(self) -> bool:
         """A run that was stopped may have been so between an iteration and its validation."""
