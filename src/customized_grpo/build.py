@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,6 +11,7 @@ from customized_grpo.data import SubjectDataset
 from customized_grpo.display import Stages
 from customized_grpo.errors import UserError
 from customized_grpo.estimate import Estimate, Subject, estimate
+from customized_grpo.libraries import quiet
 from customized_grpo.policies import EncodesAhead, Policy
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.catalogue import load_rewards
@@ -22,21 +23,14 @@ from customized_grpo.toybox.policy import ToyBoxPolicy
 def resolved(config: Config) -> Config:
     """`config` with the precision written down that this machine runs it in: it decides the result."""
     policy = config.policy
-    device = resolve_device("cpu" if policy.kind == "toybox" else policy.device)
+    device = _device(policy)
     precision = resolve_precision(policy.precision, device)
     return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision})})
 
 
-def quiet() -> None:
-    """Keep the large models' libraries, which take seconds to import and are not needed for ToyBox, from talking."""
-    from customized_grpo.libraries import quiet as quieten
-
-    quieten()
-
-
 def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     """The generator, ready to be tuned; `seed` draws the LoRA factors."""
-    device = resolve_device("cpu" if config.kind == "toybox" else config.device)
+    device = _device(config)
     precision = resolve_precision(config.precision, device)
     if config.kind != "toybox":
         check_precision(precision, device)
@@ -44,6 +38,10 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
         from customized_grpo.policies.catalogue import load_policy
 
         return load_policy(config, seed, device, bf16=precision == "bf16")
+    return _toybox(config, precision, seed)
+
+
+def _toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int) -> ToyBoxPolicy:
     return ToyBoxPolicy.load(
         config.weights,
         adapter=config.adapter,
@@ -54,6 +52,10 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     )
 
 
+def _device(config: PolicyConfig) -> torch.device:
+    return resolve_device("cpu" if config.kind == "toybox" else config.device)
+
+
 def dry_run(config: Config) -> Estimate:
     """What a run of `config` would take. Raises `UserError` where the model cannot be had."""
     if config.policy.kind != "toybox":
@@ -61,13 +63,7 @@ def dry_run(config: Config) -> Estimate:
         from customized_grpo.policies.dry_run import dry_run as dry_run_of_pipeline
 
         return dry_run_of_pipeline(config)
-    policy = ToyBoxPolicy.load(
-        config.policy.weights,
-        adapter=config.policy.adapter,
-        lora_rank=config.policy.lora_rank,
-        lora_alpha=config.policy.lora_alpha,
-        precision="fp32",
-    )
+    policy = _toybox(config.policy, "fp32", seed=0)
     condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
     frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
     return estimate(config, Subject(policy, policy.networks[-1], condition, float(frozen)))
@@ -75,8 +71,7 @@ def dry_run(config: Config) -> Estimate:
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
-    device = resolve_device("cpu" if config.policy.kind == "toybox" else config.policy.device)
-    return load_rewards(config.rewards, device, config.policy.weights)
+    return load_rewards(config.rewards, _device(config.policy), config.policy.weights)
 
 
 def build_judge(config: Config) -> Judge | None:

@@ -6,3 +6,9 @@ class UserError(Exception):
 
     The command line prints the message and exits with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, short enough for a line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import resize
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import References
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
 from customized_grpo.policies.family import Family
-from customized_grpo.policies.lora import add_lora, first_line, load_lora, save_lora
+from customized_grpo.policies.lora import add_lora, load_lora, save_lora
 from customized_grpo.policies.sizes import token_count
-
-CPU = torch.device("cpu")
+from customized_grpo.runtime import CPU
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from customized_grpo.config import Config
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.policies.catalogue import FAMILIES, MODELS, settings_of
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.loading import DAMAGED, locate, read_index
-from customized_grpo.policies.lora import first_line
 from customized_grpo.policies.sizes import token_count
 from customized_grpo.runtime import resolve_device, resolve_precision
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from customized_grpo.policies import flux1, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
-from customized_grpo.policies.sizes import to_area
+from customized_grpo.policies.sizes import to_area, token_count
 
 
 class Flux1Kontext:
@@ -45,7 +45,7 @@ class Flux1Kontext:
         return flux1.example(config, sizes)
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return schedule.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
+        return schedule.own_sigmas(pipe, num_steps, token_count([size]))
 
     def velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float

@@ -95,7 +95,7 @@ def example(config: Any, sizes: Sizes, texts: Sequence[str]) -> dict[str, Tensor
 
 def own_sigmas(pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
     """The pipelines' schedule [num_steps + 1], shifted by a fit over image tokens and steps."""
-    return schedule.scheduled(pipe.scheduler, num_steps, compute_empirical_mu(size[0] * size[1] // 256, num_steps))
+    return schedule.scheduled(pipe.scheduler, num_steps, compute_empirical_mu(token_count([size]), num_steps))
 
 
 def token_ids(size: tuple[int, int], references: Sizes) -> Tensor:

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
 from torch import Tensor
 
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import uno
 from customized_grpo.policies.family import Family
-from customized_grpo.policies.lora import PREFIX, first_line, read_lora
+from customized_grpo.policies.lora import PREFIX, read_lora
 
 INDEX = "model_index.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)

@@ -84,12 +84,6 @@ def read_lora(path: Path) -> tuple[dict[str, Tensor], float]:
     return state, settings["lora_alpha"] / settings["r"] if {"lora_alpha", "r"} <= settings.keys() else 1.0
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first, short enough for a line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
-
-
 def _factors(transformer: Any) -> dict[str, Tensor]:
     factors: dict[str, Tensor] = get_peft_model_state_dict(transformer, adapter_name=NAME)
     return factors

@@ -80,7 +80,7 @@ class QwenImageEditPlus:
             return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return schedule.own_sigmas(pipe, num_steps, size[0] * size[1] // 256)
+        return schedule.own_sigmas(pipe, num_steps, token_count([size]))
 
     def velocity(
         self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float

@@ -8,6 +8,7 @@ import torch
 
 from customized_grpo.config import RewardsConfig
 from customized_grpo.errors import UserError
+from customized_grpo.libraries import quiet
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.own import PREFIX, OwnReward
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
@@ -30,8 +31,6 @@ def load_rewards(
 
 def load_pretrained(name: str, field: str, model: str | None, config: RewardsConfig, device: torch.device) -> Reward:
     """A pretrained reward by its name, one of PRETRAINED."""
-    from customized_grpo.libraries import quiet
-
     quiet()
     from customized_grpo.rewards.pretrained import Checkpoint
 
@@ -71,8 +70,6 @@ def _load(
 
 def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.device) -> Reward:
     """HPSv3, as `config.hpsv3` says."""
-    from customized_grpo.libraries import quiet
-
     quiet()
     from customized_grpo.rewards.hpsv3 import load_hpsv3
 

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
 
 from customized_grpo.data.images import to_pil
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies.loading import locate_file
-from customized_grpo.policies.lora import first_line
 from customized_grpo.policies.qwen_image_edit_plus import ImageTextProcessor
 from customized_grpo.rewards import Scores, Task
 

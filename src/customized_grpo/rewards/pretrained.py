@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor
 
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.pictures import Preprocessing
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder, PromptSimilarity, pooled
@@ -90,8 +90,7 @@ class Checkpoint:
         try:
             return loader.from_pretrained(name, **({"use_safetensors": True} if loader is AutoModel else {}))
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(
-                f"{self._field}: {name} could not be loaded ({said[:300]}); name a folder, or a hub id that can be "
-                "reached"
+                f"{self._field}: {name} could not be loaded ({first_line(error)}); name a folder, or a hub id that can "
+                "be reached"
             ) from error

@@ -53,7 +53,7 @@ class Asked:
 
 
 class VlmJudge:
-    """Rates images; `as_reward` makes a `Reward` of one of its two scores."""
+    """Rates images; a `JudgeReward` is one of its two scores."""
 
     def __init__(self, transport: Transport, model: str, *, concurrency: int, attempts: int, reasoning: bool) -> None:
         """`concurrency`: questions under way at once. `attempts`: how often an image is asked about whose answers hold
