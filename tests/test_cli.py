@@ -13,6 +13,7 @@ import yaml
 from PIL import Image
 
 from customized_grpo import __version__, cli
+from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.config import Config
 from customized_grpo.run import LOGS
 from customized_grpo.toybox.language import VOCABULARY
@@ -213,6 +214,26 @@ def test_the_number_of_pairs_is_at_least_one(refused: Refused, pairs: str) -> No
     assert re.search(rf"pairs.* {pairs}", refused("evaluate", "--run", "nowhere", "--pairs", pairs))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "evaluate: name a run with --run DIR, or a benchmark with --benchmark dreambench"),
+        (["--benchmark", "dreambench"], "data: name the benchmark's folder"),
+        (["--benchmark", "dreambench", "--data", "nowhere"], "data: nowhere is no folder"),
+        (["--benchmark", "dreambench", "--pairs", "3"], "--pairs: only with --run"),
+        (["--run", "somewhere", "--num-steps", "3"], "num_steps belongs to --benchmark"),
+        (["--benchmark", "dream"], "benchmark: expected one of"),
+        (["--benchmark", "dreambench", "--numsteps", "3"], "Did you mean 'num_steps'?"),
+        (
+            ["--benchmark", "dreambench", "--hpsv3-as-published", "--metrics.names", "[dino]"],
+            "metrics.names has no hpsv3",
+        ),
+    ],
+)
+def test_bad_input_of_benchmarks(refused: Refused, arguments: list[str], message: str) -> None:
+    assert message in refused("evaluate", *arguments)
+
+
 @pytest.mark.parametrize("count", ["0", "-1", "some"])
 def test_the_number_of_exported_prompts_is_at_least_one(refused: Refused, count: str) -> None:
     assert re.search(rf"count.* {count}", refused("toybox", "export", "nowhere", "--count", count))
@@ -286,6 +307,19 @@ def test_help_of_training_tells_units_and_defaults(capsys: pytest.CaptureFixture
     missing = [name for name in leaves(Config().model_dump()) if f"--{name} " not in text]
     assert missing == []
     assert "Images per prompt, G (paper: 12)." in text and "default: 12" in text
+
+
+def test_help_of_evaluation_tells_the_fields_of_a_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    assert [name for name in leaves(BenchmarkConfig().model_dump()) if f"--{name} " not in f"{text} "] == []
+
+
+def test_dashes_are_underscores_in_the_names_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["prepare", "nowhere", "--check", "--max-bad=-1"])
+    assert "--max_bad at least 0" in capsys.readouterr().err
 
 
 # in a process of its own

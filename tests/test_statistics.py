@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customized_grpo.statistics import mean_interval, paired_difference, t_quantile
+from customized_grpo.statistics import (
+    bootstrap_interval,
+    mean_interval,
+    paired_difference,
+    t_interval,
+    t_quantile,
+)
 
 NUMBERS = st.floats(-1e3, 1e3)
 
@@ -69,3 +75,25 @@ def test_difference_ignores_a_common_shift_and_turns_with_its_sides(
     mean, low, high = paired_difference(before, after)
     assert paired_difference(before + shift, after + shift) == pytest.approx((mean, low, high), abs=1e-6)
     assert paired_difference(after, before) == pytest.approx((-mean, -high, -low), abs=1e-9)
+
+
+def test_bootstrap_draws_whole_clusters() -> None:
+    draw = np.random.default_rng(1)
+    clusters = [f"subject {number // 25}" for number in range(750)]
+    values = np.repeat(draw.normal(size=30), 25)  # the pictures of a subject are equal: 30 values, not 750
+    mean, low, high = bootstrap_interval(values, clusters)
+    expected = t_interval(values[::25])
+    assert mean == pytest.approx(expected[0]) and (low, high) == pytest.approx(expected[1:], abs=0.05)
+    single = bootstrap_interval(values, [str(number) for number in range(750)])
+    assert (single[2] - single[1]) * 4 < high - low
+    assert bootstrap_interval(values, clusters) == (mean, low, high)
+
+
+def test_bootstrap_weighs_pictures_and_leaves_out_nan() -> None:
+    mean, low, high = bootstrap_interval([0.0, 0.0, 3.0, math.nan], ["a", "a", "b", "b"])
+    assert (mean, low, high) == (1.0, 0.0, 3.0)
+    assert all(map(math.isnan, bootstrap_interval([math.nan], ["a"])))
+    assert bootstrap_interval([1.0, 2.0], ["a", "a"])[0] == 1.5
+    assert all(map(math.isnan, bootstrap_interval([1.0, 2.0], ["a", "a"])[1:]))
+    with pytest.raises(ValueError, match="2 values, but 1 clusters"):
+        bootstrap_interval([1.0, 2.0], ["a"])

@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from pydantic import ValidationError
 
 from customized_grpo import __version__
+from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config import Config, RewardsConfig, Section, flatten
 from customized_grpo.errors import UserError
@@ -19,8 +20,11 @@ DIAGNOSE = ("prompts", "group_size", "batches")
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
+SETTINGS: dict[str, type[Section]] = {"compare": CompareConfig, "evaluate": BenchmarkConfig}
+"""Whose fields a command's options are, where they are not those of `train`."""
 GOES_ON = {
     "train": "; `train --resume` goes on from the last checkpoint",
+    "evaluate": "; of a benchmark, the same command goes on with the pictures that are left",
     "compare": "; the same command goes on: finished runs are kept, the others go on from their last checkpoint",
 }
 """What an interrupted command says, beyond that it was."""
@@ -32,10 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments:
         arguments = ["--help"]
     try:
-        _run(_parser().parse_args(arguments))
+        _run(_parser().parse_args([_underscored(argument) for argument in arguments]))
     except _BadArguments as error:
-        model = CompareConfig if arguments[0] == "compare" else Config
-        _fail(explain(str(error), arguments, model))
+        _fail(explain(str(error), arguments, SETTINGS.get(arguments[0], Config)))
     except UserError as error:
         _fail(str(error))
     except OSError as error:
@@ -58,10 +61,7 @@ def _run(options: Namespace) -> None:
     elif command == "figures":
         _figures(chosen)
     elif command == "evaluate":
-        from customized_grpo.display import Display
-        from customized_grpo.run import evaluate_run
-
-        print(f"report: {evaluate_run(chosen.run, chosen.data, chosen.pairs, Display())}")
+        _evaluate(chosen)
     elif command == "generate":
         from customized_grpo.generate import generate
 
@@ -123,9 +123,32 @@ def _diagnose(options: Namespace) -> None:
     print(f"diagnosis: {record}")
 
 
-def _differing(config: Config) -> str:
+def _evaluate(options: Namespace) -> None:
+    config = _settings(BenchmarkConfig, options, "run", "pairs")
+    from customized_grpo.display import Display
+
+    if options.run is not None:
+        if given := _differing(config.model_copy(update={"data": None})):
+            raise UserError(f"evaluate: --run compares a run with its base; {given} belongs to --benchmark")
+        from customized_grpo.run import evaluate_run
+
+        print(f"report: {evaluate_run(options.run, config.data, options.pairs, Display())}")
+        return
+    if config.benchmark is None and config.images is None:
+        raise UserError(
+            "evaluate: name a run with --run DIR, or a benchmark with --benchmark dreambench --data DIR (and --adapter "
+            "RUN, --policy.kind KIND, or --images DIR)"
+        )
+    if options.pairs is not None:
+        raise UserError("--pairs: only with --run; a benchmark is taken whole")
+    from customized_grpo.benchmark.command import run_benchmark
+
+    print(f"benchmark: {run_benchmark(config, Display())}")
+
+
+def _differing(config: Section) -> str:
     """Names of the fields that are not as they are left out."""
-    usual = flatten(Config().model_dump())
+    usual = flatten(type(config)().model_dump())
     return ", ".join(name for name, value in flatten(config.model_dump()).items() if value != usual[name])
 
 
@@ -211,6 +234,12 @@ def _toybox(options: Namespace) -> None:
     pretrain(chosen.output, chosen.seed, chosen.only, chosen.threads, Display())
 
 
+def _underscored(argument: str) -> str:
+    """--max-bad is --max_bad."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
 class _BadArguments(Exception):
     """The arguments, or a configuration file they name, are wrong."""
 
@@ -229,15 +258,7 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, title="commands")
     commands.add_subcommand("train", _train_parser(), help="tune a generator")
 
-    evaluate = _Parser(description="Compare a run's tuned generator with its base on a data folder; renews the report.")
-    evaluate.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
-    evaluate.add_argument(
-        "--data", type=Path | None, help="data folder; default: the run's test, validation or training data"
-    )
-    evaluate.add_argument(
-        "--pairs", type=int | None, help="number of pairs, from the first; default: the run's test_pairs"
-    )
-    commands.add_subcommand("evaluate", evaluate, help="compare base and tuned on a data folder")
+    commands.add_subcommand("evaluate", _evaluate_parser(), help="base against tuned, or a benchmark")
 
     generate = _Parser(description="Draw pictures with a tuned generator.")
     generate.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
@@ -284,10 +305,28 @@ def _train_parser() -> ArgumentParser:
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
     train.add_argument(
-        "--dry-run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
+        "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
     )
     train.add_class_arguments(Config)
     return train
+
+
+def _evaluate_parser() -> ArgumentParser:
+    evaluate = _Parser(
+        usage="customized-grpo evaluate (--run DIR | --benchmark NAME --data DIR) [--any.field VALUE ...]",
+        description="Compare a run's tuned generator with its base on a data folder and renew the report; or draw and "
+        "measure a benchmark.",
+    )
+    evaluate.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
+    evaluate.add_argument("--run", type=Path | None, help="folder of a run (the --output of train): base against tuned")
+    evaluate.add_argument(
+        "--pairs", type=int | None, help="with --run: number of pairs, from the first; default: the run's test_pairs"
+    )
+    evaluate.add_class_arguments(BenchmarkConfig, skip={"hpsv3_as_published"})
+    evaluate.add_argument(
+        "--hpsv3_as_published", action="store_true", help=BenchmarkConfig.model_fields["hpsv3_as_published"].description
+    )
+    return evaluate
 
 
 def _diagnose_parser() -> ArgumentParser:

@@ -136,6 +136,14 @@ class Display:
                 table.add_row(label, *intervals, *("" if level is None else _figure(name, level) for level in levels))
         self.console.print(table)
 
+    def intervals(self, title: str, summary: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Means and their intervals, by metric."""
+        rows = {}
+        for name, value in summary.items():
+            mean, low, high = ("\u2013" if number is None else f"{number:.3f}" for number in value.values())
+            rows[NAMES.get(name, name)] = f"{mean} ({low} to {high})"
+        self.table(title, rows)
+
     def table(self, title: str, rows: Mapping[str, str]) -> None:
         """Names and values."""
         table = Table(title=title, title_justify="left", show_header=False)

@@ -3,9 +3,10 @@
 import difflib
 import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -23,6 +24,7 @@ def explain(message: str, arguments: Sequence[str], model: type[BaseModel] = Con
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (\S*)", r"expected one of \1 (found '\2')", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
     text = text.replace(' in "<unicode string>",', "")
+    text = re.sub(r"^([\w.]+): Does not validate.*Given value: (.*)$", partial(_none_of_its_types, model), text)
     unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
     unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
     if unknown:
@@ -48,6 +50,18 @@ def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             names += field_names(field.annotation, f"{prefix}{name}.")
     return names
+
+
+def _none_of_its_types(model: type[BaseModel], found: re.Match[str]) -> str:
+    """The parser names the types of a field that may be left out; a reader wants the values, where they are few."""
+    annotation: Any = model
+    for part in found[1].split("."):
+        fields = getattr(annotation, "model_fields", {})
+        if part not in fields:
+            return found[0]
+        annotation = fields[part].annotation
+    choices = [repr(value) for kind in get_args(annotation) if get_origin(kind) is Literal for value in get_args(kind)]
+    return f"{found[1]}: expected one of {', '.join(choices)} (found '{found[2]}')" if choices else found[0]
 
 
 def _nearest(name: str, model: type[BaseModel]) -> str:

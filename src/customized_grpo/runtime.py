@@ -16,18 +16,18 @@ _KEEP = 1 << 30
 CPU = torch.device("cpu")
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device named, or for "auto" the first CUDA device, the CPU without one. Raises `UserError` where it is none,
-    or not here."""
+def resolve_device(name: str, field: str = "policy.device") -> torch.device:
+    """The device named, or for "auto" the first CUDA device, the CPU without one. Raises `UserError`, naming the
+    configuration `field`, where it is none, or not here."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"policy.device: '{name}' is no device; give cpu, cuda, cuda:1 or mps") from error
+        raise UserError(f"{field}: '{name}' is no device; give cpu, cuda, cuda:1 or mps") from error
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not here.get(device.type, False) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"policy.device: there is no '{name}' here; leave it out, or use cpu")
+        raise UserError(f"{field}: there is no '{name}' here; leave it out, or use cpu")
     return device
 
 

@@ -78,9 +78,9 @@ def write_report(run_dir: Path) -> Path:
 
 def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path:
     """Write the `template.html.j2` of the folder `templates`, filled with `content`, to `path`, whole or not at all;
-    returns `path`."""
+    returns `path`. Templates may include this package's base.css."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates),
+        loader=jinja2.FileSystemLoader([templates, Path(__file__).parent]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -106,12 +106,12 @@ def curve(preset: str, hue: str) -> dict[str, Any]:
     return {"color": pale, "linewidth": 1.6, "zorder": 2, "dashes": (4, 2.2)}
 
 
-def emphasis(preset: str) -> str:
-    return INK if preset.startswith(OURS) else MUTED
+def emphasis(name: str, strong: str = OURS) -> str:
+    return INK if name.startswith(strong) else MUTED
 
 
-def weight(preset: str) -> str:
-    return "bold" if preset == OURS else "normal"
+def weight(name: str, strong: str = OURS) -> str:
+    return "bold" if name == strong else "normal"
 
 
 def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -125,10 +125,11 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         axes.annotate(name, (1, height), (4, 0), annotation_clip=False, **place, **options)
 
 
-def place_labels(axes: Axes, spots: Mapping[str, tuple[Interval, Interval]]) -> None:
-    """Write each preset's name near its point (across, up), off names, points, intervals and border if possible.
+def place_labels(axes: Axes, spots: Mapping[str, tuple[Interval, Interval]], strong: str = OURS) -> None:
+    """Write each name near its point (across, up), off names, points, intervals and border if possible.
 
-    Call once the layout is settled. A name that had to move away is tied to its point by a thin line.
+    Call once the layout is settled. A name that had to move away is tied to its point by a thin line; that of `strong`
+    stands out.
     """
     places = {name: tuple(axes.transData.transform((x[0], y[0]))) for name, (x, y) in spots.items()}
     taken: list[tuple[Bbox, float]] = []
@@ -139,22 +140,25 @@ def place_labels(axes: Axes, spots: Mapping[str, tuple[Interval, Interval]]) -> 
             (left, low), (right, high) = axes.transData.transform([(left, low), (right, high)])
             taken += [(Bbox.from_extents(left, y - 4, right, y + 4), 3.0)]
             taken += [(Bbox.from_extents(x - 3, low, x + 3, high), 3.0)]
-    for name in sorted(spots, key=lambda name: (name not in (OURS, REFERENCE, BASE), name)):
-        text = axes.text(0, 0, name, fontsize=9, color=emphasis(name), fontweight=weight(name), zorder=6)
+    for name in sorted(spots, key=lambda name: (name not in (strong, REFERENCE, BASE), name)):
+        text = axes.text(
+            0, 0, name, fontsize=9, color=emphasis(name, strong), fontweight=weight(name, strong), zorder=6
+        )
         text.set(transform=None, va="bottom", in_layout=False)
         size = text.get_window_extent()
         candidates = _around(places[name], size.width, size.height - 3, axes.get_window_extent())
         distance, box = min(candidates, key=lambda c: 4.0 * c[0] + sum(w * _overlap(c[1], b) for b, w in taken))
         taken.append((box, 12.0))
         text.remove()
-        _write_label(axes, name, places[name], box, tied=distance > 20)
+        _write_label(axes, name, places[name], box, strong, tied=distance > 20)
 
 
-def _write_label(axes: Axes, name: str, spot: tuple[float, float], box: Bbox, *, tied: bool) -> None:
+def _write_label(axes: Axes, name: str, spot: tuple[float, float], box: Bbox, strong: str, *, tied: bool) -> None:
     scale = 72 / DPI
     offset = ((box.x0 - spot[0]) * scale, (box.y0 - spot[1] - 1.5) * scale)
     data = tuple(axes.transData.inverted().transform(spot))
-    style: dict[str, Any] = {"color": emphasis(name), "fontweight": weight(name), "fontsize": 9, "zorder": 3}
+    style: dict[str, Any] = {"color": emphasis(name, strong), "fontweight": weight(name, strong)}
+    style |= {"fontsize": 9, "zorder": 3}
     # Lines that pass under a name stop short of it.
     style["bbox"] = {"facecolor": PAPER, "linewidth": 0, "pad": 0.2, "alpha": 0.85}
     axes.annotate(name, data, offset, textcoords="offset points", va="bottom", in_layout=False, **style)

@@ -65,6 +65,10 @@ class Preprocessing:
         return (pixels - mean) / std
 
 
+DINO_PUBLISHED = Preprocessing(256, None, (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""What DINO's scores on DreamBench are published with: its checkpoint's own processor resizes to 224 x 224."""
+
+
 def composited(reference: Tensor, mask: Tensor, background: float) -> Tensor:
     """The subject of `reference` [3, h, w], as `mask` [1, h, w] cuts it out, on a grey `background` in [0, 1]."""
     return torch.lerp(torch.full_like(reference, background), reference, mask)

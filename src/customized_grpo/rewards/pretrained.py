@@ -54,20 +54,34 @@ class Checkpoint:
     def reward(self, *, segmented: bool, background: float, several: str) -> Reward:
         """The reward; what is given is of identity: see `IdentitySimilarity`."""
         if self._kind in IDENTITY:
-            return IdentitySimilarity(self._encoder(), segmented=segmented, background=background, several=several)
-        return self._to_prompt()
+            return IdentitySimilarity(self.encoder(), segmented=segmented, background=background, several=several)
+        return self.to_prompt()
 
-    def _encoder(self) -> PictureEncoder:
+    def encoder(self, preprocess: Preprocessing | None = None) -> PictureEncoder:
+        """Features of pictures; `preprocess` takes the place of the checkpoint's own image processor.
+
+        Raises `UserError` where the model takes pictures of another size.
+        """
+        side = getattr(self._model.config, "image_size", None)
+        if preprocess is not None and self._model.config.model_type == "vit" and preprocess.crop != (side, side):
+            raise UserError(f"{self._field}: {self._name} takes {side}x{side} pixels, expected {preprocess.crop}")
+        return PictureEncoder(
+            self._class_token if self._kind == "dino" else self._projected,
+            preprocess or self._preprocessing(),
+            self._device,
+            self._micro_batch,
+        )
+
+    def _preprocessing(self) -> Preprocessing:
         if self._model.config.model_type == "dinov3_vit":
             # Its image processor needs torchvision, but its settings are all in its file.
             settings, _ = BaseImageProcessor.get_image_processor_dict(self._processor)
         else:
             settings = self._load(AutoImageProcessor, self._processor).to_dict()
-        preprocess = Preprocessing.of(settings)
-        encode = self._class_token if self._kind == "dino" else self._projected
-        return PictureEncoder(encode, preprocess, self._device, self._micro_batch)
+        return Preprocessing.of(settings)
 
-    def _to_prompt(self) -> PromptSimilarity:
+    def to_prompt(self) -> PromptSimilarity:
+        """Cosine of pictures with prompts, for the kinds that read prompts."""
         tokenizer = self._load(AutoTokenizer, self._processor)
         # SigLIP was trained on texts padded to their full length, without a mask.
         padding = "max_length" if self._kind == "siglip" else True
@@ -77,7 +91,7 @@ class Checkpoint:
             names = {"input_ids"} if self._kind == "siglip" else {"input_ids", "attention_mask"}
             return pooled(self._model.get_text_features(**{name: tokens[name] for name in names}))
 
-        return PromptSimilarity(self._encoder(), read)
+        return PromptSimilarity(self.encoder(), read)
 
     def _class_token(self, pixels: Tensor) -> Tensor:
         hidden: Tensor = self._model(pixel_values=pixels).last_hidden_state

@@ -30,7 +30,7 @@ from customized_grpo.policies.tiny import clip_tokenizer, qwen_tokenizer, t5_tok
 from customized_grpo.rewards.hpsv3 import HPSv3
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-KINDS = ("dino", "dinov3", "vit", "clip", "siglip")
+KINDS = ("dino", "dinov3", "vit", "vits16", "clip", "siglip")
 HPSV3_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
@@ -55,9 +55,10 @@ def save_tiny_reward(kind: str, folder: Path, seed: int = 0) -> Path:
             settings = {"image_processor_type": "DINOv3ViTImageProcessorFast", "do_resize": True, "resample": 2}
             settings |= {"size": {"height": 64, "width": 64}, "do_normalize": True, "do_rescale": True, **IMAGENET}
             (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-        elif kind == "vit":
-            ViTModel(ViTConfig(image_size=64, patch_size=16, **_LAYERS)).save_pretrained(folder)
-            ViTImageProcessorPil(size={"height": 64, "width": 64}, resample=2).save_pretrained(folder)
+        elif kind in ("vit", "vits16"):
+            side = 64 if kind == "vit" else 224
+            ViTModel(ViTConfig(image_size=side, patch_size=16, **_LAYERS)).save_pretrained(folder)
+            ViTImageProcessorPil(size={"height": side, "width": side}, resample=2).save_pretrained(folder)
         elif kind == "clip":
             text = {**_LAYERS, "vocab_size": 520, "bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
             vision = {**_LAYERS, "image_size": 32, "patch_size": 16}

@@ -23,7 +23,13 @@ CORRECT_PICTURES = 4
 
 def closeness(images: Tensor, references: Tensor) -> Tensor:
     """Correlation [B] in [-1, 1] of the layouts of `images` and `references` [B, 3, H, W]."""
-    return F.cosine_similarity(_layout(images), _layout(references), dim=-1)
+    return (layout(images) * layout(references)).sum(-1)
+
+
+def layout(images: Tensor) -> Tensor:
+    """Unit vectors [B, 3 * LAYOUT ** 2] whose products are correlations of the layouts of `images` [B, 3, H, W]."""
+    cells = F.adaptive_avg_pool2d(images, LAYOUT).flatten(1)
+    return F.normalize(cells - cells.mean(1, keepdim=True), dim=1)
 
 
 def copy_scores(images: Tensor, requests: list[Request], references: Tensor, subjects: Subjects) -> Tensor:
@@ -54,8 +60,3 @@ def _correct_scenes(requests: list[Request]) -> list[Scenes]:
         }
         chosen.append(Scenes(**asked, variation=same.variation))
     return chosen
-
-
-def _layout(images: Tensor) -> Tensor:
-    cells = F.adaptive_avg_pool2d(images, LAYOUT).flatten(1)
-    return cells - cells.mean(1, keepdim=True)

@@ -1,0 +1,285 @@
+"""`customized-grpo evaluate --benchmark`: draw a picture for every prompt, measure them, write what came of it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customized_grpo import build
+from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
+from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
+from customized_grpo.benchmark.metrics import Group, Measure, load_measures, toybox_measure
+from customized_grpo.benchmark.page import write_page
+from customized_grpo.config import Config, PolicyConfig, RewardsConfig
+from customized_grpo.data import load_image, save_image
+from customized_grpo.display import Display, Stages
+from customized_grpo.errors import UserError
+from customized_grpo.policies import EncodesAhead, Policy
+from customized_grpo.randomness import batched_normal
+from customized_grpo.rollout import sample_ode
+from customized_grpo.run import load_run_config
+from customized_grpo.runtime import configure
+from customized_grpo.statistics import bootstrap_interval
+from customized_grpo.toybox.copying import layout
+
+PURPOSE = "benchmark"
+SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
+LISTED = 10
+
+
+def run_benchmark(config: BenchmarkConfig, display: Display) -> Path:
+    """Draw what is not drawn yet, measure all, write benchmark.json and the page; returns the page's path.
+
+    Raises `UserError` before anything is drawn where the data, the generator or a metric cannot be had.
+    """
+    if config.data is None:
+        raise UserError("data: name the benchmark's folder with --data DIR")
+    items = read_items(config.benchmark or "dreambench", config.data)
+    run = None if config.adapter is None else load_run_config(config.adapter)
+    policy_config = _policy_config(config, run)
+    configure(run.threads if run else None)
+    if config.images is not None:
+        paths = pictures_made_elsewhere(config.images, items)
+    else:
+        paths = [config.output / PICTURES / f"{item.id}.png" for item in items]
+        _go_on(config.output, _settings(config, policy_config), paths)
+    with display.stages() as stages:
+        pictures = _Pictures(items, stages)
+        measures = _measures(config, policy_config, run, pictures)
+        if config.images is None:
+            _draw(config, policy_config, items, paths, stages)
+        records = _measured(config, items, paths, pictures, measures, stages)
+    means = summary(records)
+    results = {
+        "benchmark": config.benchmark or "dreambench",
+        "settings": _settings(config, policy_config),
+        "measured": config.model_dump(mode="json", include={"identity_to", "hpsv3_as_published", "metrics"}),
+        "subjects": len({item.subject for item in items}),
+        "summary": means,
+        "records": records,
+    }
+    config.output.mkdir(parents=True, exist_ok=True)
+    (config.output / RESULTS).write_text(json.dumps(results, indent=1), encoding="utf-8")
+    display.intervals(f"{len(records)} pictures of {results['subjects']} subjects", means)
+    return write_page(results, items, paths, config.output)
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Mean of each metric and its 95 % bootstrap interval over subjects."""
+    subjects = [record["subject"] for record in records]
+    found = {}
+    for name in records[0]["metrics"]:
+        values = [record["metrics"][name] for record in records]
+        numbers = [float("nan") if value is None else float(value) for value in values]
+        interval = bootstrap_interval(numbers, subjects)
+        found[name] = {
+            key: value if value == value else None for key, value in zip(("mean", "low", "high"), interval, strict=True)
+        }
+    return found
+
+
+class _Pictures:
+    """The subjects' pictures, checked and their layouts known; loaded again when they are compared with."""
+
+    def __init__(self, items: Sequence[Item], stages: Stages) -> None:
+        """Raises `UserError` listing the pictures that cannot be read."""
+        subject_of = {path: item.subject for item in items for path in item.pictures}
+        layouts: dict[str, list[Tensor]] = {}
+        problems = []
+        for done, (path, subject) in enumerate(subject_of.items(), 1):
+            try:
+                layouts.setdefault(subject, []).append(layout(load_image(path)[None]))
+            except UserError as error:
+                problems.append(str(error))
+            stages.update("reading the subjects' pictures", done, len(subject_of))
+        if problems:
+            more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+            raise UserError(f"data: {len(problems)} unusable pictures:\n  " + "\n  ".join(problems[:LISTED]) + more)
+        self.layouts = {subject: torch.cat(each) for subject, each in layouts.items()}
+        self._last: dict[Path, Tensor] = {}
+
+    def load(self, paths: Sequence[Path]) -> list[Tensor]:
+        """The pictures at `paths`; those of the last call are kept."""
+        self._last = {path: self._last[path] if path in self._last else load_image(path) for path in paths}
+        return list(self._last.values())
+
+
+def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
+    """The generator's settings, with the benchmark's guidance."""
+    policy = run.policy if run else config.policy
+    if policy.kind == "toybox":
+        if config.guidance is not None:
+            raise UserError("guidance: ToyBox has none; leave it out")
+        return policy
+    return policy.model_copy(update={"guidance": config.guidance or PUBLISHED_GUIDANCE})
+
+
+def _settings(config: BenchmarkConfig, policy: PolicyConfig) -> dict[str, Any]:
+    """All that the pictures depend on."""
+    if config.images is not None:
+        return {"images": str(config.images.resolve()), "data": str((config.data or Path()).resolve())}
+    drawn = config.model_dump(mode="json", include={"num_steps", "shift", "seed"})
+    generator = policy.model_dump(mode="json", exclude={"device", "offload", "cache", "gradient_checkpointing"})
+    return {
+        "data": str((config.data or Path()).resolve()),
+        "adapter": None if config.adapter is None else str(config.adapter.resolve()),
+        "adapter_sha256": None if config.adapter is None else _adapter_hash(config.adapter),
+        **drawn,
+        **{f"policy.{name}": value for name, value in generator.items()},
+    }
+
+
+def _adapter_hash(run: Path) -> str:
+    """Of the adapter's bytes: a run that was trained on draws other pictures."""
+    digest = hashlib.sha256()
+    for path in sorted(run.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _go_on(output: Path, settings: dict[str, Any], paths: Sequence[Path]) -> None:
+    """Begin in `output`, or go on with what was begun there. Raises `UserError` where that was another benchmark."""
+    path = output / SETTINGS
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: damaged ({error}); delete {output}, or use another --output") from error
+        changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
+        if changed:
+            fields = "; ".join(f"{name}: {before.get(name)} -> {settings.get(name)}" for name in changed)
+            raise UserError(f"output: {output} was begun with other settings ({fields}); use another --output")
+    elif output.exists() and any(output.iterdir()):
+        raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
+    (output / PICTURES).mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _measures(
+    config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures
+) -> Sequence[Measure]:
+    if policy.kind == "toybox" and config.images is None:
+        leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
+        scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
+        judge = build.build_judge(scored)
+        assert judge is not None
+        return [toybox_measure(build.build_rewards(scored), judge)]
+    return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
+
+
+def _draw(
+    config: BenchmarkConfig, policy_config: PolicyConfig, items: Sequence[Item], paths: Sequence[Path], stages: Stages
+) -> None:
+    """Draw the pictures that are not there yet, a micro-batch at a time, each whole or not at all."""
+    left = [number for number, path in enumerate(paths) if not path.is_file()]
+    if not left:
+        return
+    policy = build.build_policy(policy_config, 0)
+    problems = []
+    for item in items:
+        try:
+            policy.check(item.prompt, len(item.references))
+        except UserError as error:
+            problems.append(f"{item.id}: {error}")
+    if problems:
+        more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
+        raise UserError(f"data: {len(problems)} prompts cannot be drawn:\n  " + "\n  ".join(problems[:LISTED]) + more)
+    if config.adapter is not None:
+        policy.load_adapter(config.adapter)
+
+    def references(item: Item) -> list[Tensor]:
+        return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
+
+    if isinstance(policy, EncodesAhead):
+        policy.encode_ahead(
+            [items[number].prompt for number in left],
+            lambda index: references(items[left[index]]),
+            lambda done: stages.update("encoding prompts and references", done, len(left)),
+        )
+    sigmas = policy.sigmas(config.num_steps, config.shift)
+    for start in range(0, len(left), config.micro_batch):
+        rows = left[start : start + config.micro_batch]
+        chosen = [items[number] for number in rows]
+        images = _drawn(config, policy, chosen, [references(item) for item in chosen], rows, sigmas)
+        for number, image in zip(rows, images, strict=True):
+            unfinished = paths[number].with_suffix(".part.png")
+            save_image(image, unfinished)
+            os.replace(unfinished, paths[number])
+        stages.update("drawing", start + len(rows), len(left))
+
+
+@torch.no_grad()
+def _drawn(
+    config: BenchmarkConfig,
+    policy: Policy[Any],
+    items: Sequence[Item],
+    references: Sequence[Sequence[Tensor]],
+    rows: Sequence[int],
+    sigmas: Tensor,
+) -> Tensor:
+    condition = policy.encode([item.prompt for item in items], references)
+    noise = batched_normal(config.seed, 0, rows, [0] * len(rows), PURPOSE, policy.latent_shape).to(policy.device)
+    return sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a group's pictures have in common."""
+
+    subject: str
+    references: tuple[Path, ...]
+
+
+@torch.no_grad()
+def _measured(
+    config: BenchmarkConfig,
+    items: Sequence[Item],
+    paths: Sequence[Path],
+    pictures: _Pictures,
+    measures: Sequence[Measure],
+    stages: Stages,
+) -> list[dict[str, Any]]:
+    """A record of each item, in their order."""
+    groups: dict[_Place, list[int]] = {}
+    for number, item in enumerate(items):
+        groups.setdefault(_Place(item.subject, item.references), []).append(number)
+    found: dict[int, dict[str, float | None]] = {}
+    for place, numbers in groups.items():
+        first = items[numbers[0]]
+        loaded = pictures.load(list(dict.fromkeys((*place.references, *first.pictures))))
+        references = loaded[: len(place.references)]
+        compared = references if config.identity_to == "reference" else pictures.load(first.pictures)
+        for rows in _alike(numbers, paths, config.metrics.micro_batch):
+            images = torch.stack([image for _, image in rows])
+            prompts = [items[number].prompt for number, _ in rows]
+            group = Group(place.subject, prompts, images, references, compared)
+            values = {name: each for measure in measures for name, each in measure(group).items()}
+            for index, (number, _) in enumerate(rows):
+                found[number] = {name: _number(each[index]) for name, each in values.items()}
+            stages.update("measuring", len(found), len(items))
+    return [
+        {"id": item.id, "subject": item.subject, "prompt": item.prompt, "metrics": found[number]}
+        for number, item in enumerate(items)
+    ]
+
+
+def _alike(numbers: Sequence[int], paths: Sequence[Path], most: int) -> list[list[tuple[int, Tensor]]]:
+    """The pictures of `numbers` in batches of one size, of at most `most`."""
+    batches: dict[torch.Size, list[list[tuple[int, Tensor]]]] = {}
+    for number in numbers:
+        image = load_image(paths[number])
+        of_size = batches.setdefault(image.shape, [[]])
+        if len(of_size[-1]) == most:
+            of_size.append([])
+        of_size[-1].append((number, image))
+    return [batch for of_size in batches.values() for batch in of_size]
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if bool(value.isfinite()) else None

@@ -1,0 +1,88 @@
+"""Settings of a benchmark. Their defaults are the paper's (arXiv 2510.18263): 512 x 512, 25 steps, guidance 4, seed
+3407."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from customized_grpo.config import HPSv3Config, PolicyConfig, Section
+
+PUBLISHED_GUIDANCE = 4.0
+MetricName = Literal["dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy"]
+
+
+class MetricsConfig(Section):
+    """What pictures are measured by. ToyBox's own rewards and judge measure ToyBox, and none of this is read."""
+
+    names: tuple[MetricName, ...] = ("dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy")
+    """Which metrics, of dino, clip_i, clip_t, dinov2, hpsv3, copy."""
+    dino: str = "facebook/dino-vits16"
+    """Folder or hub id of DINO's ViT-S/16: the identity that is published."""
+    clip: str = "openai/clip-vit-base-patch32"
+    """Folder or hub id of the CLIP of clip_i and clip_t."""
+    dinov2: str = "facebook/dinov2-base"
+    """Folder or hub id of DINOv2."""
+    hpsv3_weights: str | None = None
+    """HPSv3.safetensors, or owner/name/file on the hub; unset: the published ones."""
+    hpsv3: HPSv3Config = HPSv3Config()
+    """The rest of HPSv3."""
+    device: str = "auto"
+    """Where the metrics run, after the generator has gone: cpu, cuda, cuda:1, mps; auto: cuda where there is one."""
+    micro_batch: int = Field(32, ge=1)
+    """Pictures that go through an encoder at once: bounds memory, does not change the result."""
+
+    @model_validator(mode="after")
+    def _used(self) -> "MetricsConfig":
+        if not self.names:
+            raise ValueError("names: empty; name at least one metric")
+        if "hpsv3" not in self.names and (self.hpsv3_weights is not None or self.hpsv3 != HPSv3Config()):
+            raise ValueError("hpsv3, hpsv3_weights: names has no hpsv3; add it, or leave them out")
+        return self
+
+
+class BenchmarkConfig(Section):
+    """A benchmark of one generator, or of pictures made elsewhere."""
+
+    benchmark: Literal["dreambench", "folder"] | None = None
+    """dreambench: its folder or list of prompts (30 subjects, 750 prompts); folder: a data folder as training has."""
+    data: Path | None = None
+    """The benchmark's folder; with --run a data folder: the run's test, validation or training data if unset."""
+    output: Path = Path("runs/benchmark")
+    """Folder for pictures, scores and page; a benchmark begun there goes on, picture by picture."""
+    images: Path | None = None
+    """Folder of pictures made elsewhere, SUBJECT-NN.png or N_0.png in the benchmark's order: measured, none drawn."""
+    adapter: Path | None = None
+    """Folder of a run: its generator, as tuned. Unset: the generator that policy names, untuned."""
+    policy: PolicyConfig = PolicyConfig()
+    """The generator; with an adapter it is the run's, and this is left out."""
+    identity_to: Literal["reference", "all"] = "reference"
+    """Identity is the cosine to the reference that was drawn from (as the paper's script has it), or the mean over
+    all pictures of the subject (DreamBooth's protocol)."""
+    num_steps: int = Field(25, ge=1)
+    """Denoising steps (paper: 25)."""
+    guidance: float | None = Field(None, ge=1)
+    """Guidance scale; unset: 4 (paper). Not for toybox."""
+    shift: float | None = Field(None, gt=0)
+    """Shift of the sigma schedule; unset: the generator's own schedule."""
+    seed: int = Field(3407, ge=0)
+    """Seed of the noise (paper: 3407)."""
+    micro_batch: int = Field(4, ge=1)
+    """Pictures drawn at once: bounds memory, does not change the result."""
+    hpsv3_as_published: bool = False
+    """Score the first character of each prompt by HPSv3, as the script does whose figures are published."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What pictures are measured by."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "BenchmarkConfig":
+        given = self.policy != PolicyConfig()
+        if self.images is not None and (self.adapter is not None or given):
+            raise ValueError("images: they are drawn already; leave adapter and policy out")
+        if self.adapter is not None and given:
+            raise ValueError("policy: with an adapter it is the run's own; leave it out")
+        if self.policy.guidance is not None:
+            raise ValueError("policy.guidance: a benchmark's is the field guidance; leave this out")
+        if self.hpsv3_as_published and "hpsv3" not in self.metrics.names:
+            raise ValueError("hpsv3_as_published: metrics.names has no hpsv3; add it, or leave this out")
+        return self

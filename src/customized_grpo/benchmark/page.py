@@ -1,0 +1,181 @@
+"""`benchmark.html`: one self-contained page about a benchmark, no scripts in it and nothing from elsewhere."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from markupsafe import Markup
+
+from customized_grpo.benchmark.items import Item
+from customized_grpo.benchmark.published import OURS, PROMPTS, PUBLISHED, REAL_IMAGES, SUBJECTS
+from customized_grpo.compare.page import inline_svg
+from customized_grpo.report import style
+from customized_grpo.report.formats import percent
+from customized_grpo.report.page import SECRET, render_page
+from customized_grpo.report.records import Interval, data_uri
+
+LABELS = {
+    "dino": ("DINO", "identity"),
+    "dinov2": ("DINOv2", "identity"),
+    "clip_i": ("CLIP-I", "identity"),
+    "clip_t": ("CLIP-T", "prompt"),
+    "hpsv3": ("HPSv3", "prompt"),
+    "copy": ("Copy-paste meter", "plain"),
+    "joint_success": ("Joint success", "joint"),
+    "prompt_satisfied": ("Prompt satisfied", "prompt"),
+    "identity_kept": ("Identity kept", "identity"),
+    "copied": ("Copy-paste rate", "plain"),
+    "copy_score": ("Copy-paste meter", "plain"),
+    "reward/prompt": ("Prompt reward", "prompt"),
+    "reward/identity": ("Identity reward", "identity"),
+}
+"""Heading and colour class of a metric."""
+SHARES = ("joint_success", "prompt_satisfied", "identity_kept", "copied")
+PLANES = (("dino", "hpsv3"), ("dinov2", "hpsv3"), ("dino", "clip_t"), ("identity_kept", "prompt_satisfied"))
+"""(identity, prompt): the first pair that was measured is drawn."""
+PUBLISHED_PLANE = PLANES[0]
+THIS = "this"
+SHOTS, THUMBNAIL = 5, 160
+
+
+def write_page(results: Mapping[str, Any], items: Sequence[Item], paths: Sequence[Path], folder: Path) -> Path:
+    """Write `benchmark.html` into `folder` and return its path. `results` as in benchmark.json, `paths` the pictures of
+    the `items`."""
+    return render_page(Path(__file__).parent, page_content(results, items, paths), folder / "benchmark.html")
+
+
+def page_content(results: Mapping[str, Any], items: Sequence[Item], paths: Sequence[Path]) -> dict[str, Any]:
+    """What the template shows, by name."""
+    summary: dict[str, Interval] = {
+        name: (_known(each["mean"]), _known(each["low"]), _known(each["high"]))
+        for name, each in results["summary"].items()
+    }
+    settings, whole = results["settings"], len(items) == PROMPTS and results["subjects"] == SUBJECTS
+    axes = next((pair for pair in PLANES if set(pair) <= summary.keys()), None)
+    metrics = [(name, *LABELS[name]) for name in LABELS if name in summary]
+    return {
+        "title": _title(settings),
+        "facts": _facts(settings, results["subjects"], len(items)),
+        "partial": results["benchmark"] == "dreambench" and not whole,
+        "metrics": metrics,
+        "copies": "copy" in summary,
+        "overall": [_cell(name, summary[name]) for name, _, _ in metrics],
+        "published": [_published(name, metrics) for name in PUBLISHED] if axes == PUBLISHED_PLANE else [],
+        "subjects": _subject_rows(results["records"], metrics),
+        "plane": None if axes is None else _plane(summary, axes),
+        "axes": axes,
+        "gallery": _gallery(results["records"], items, paths, metrics),
+        "settings": SECRET.sub(r"\1(not shown)", json.dumps({**settings, **results["measured"]}, indent=1)),
+    }
+
+
+def _title(settings: Mapping[str, Any]) -> str:
+    if "images" in settings:
+        return f"Pictures of {Path(settings['images']).name}"
+    name = settings["policy.kind"]
+    return f"{name}, tuned: {Path(settings['adapter']).name}" if settings["adapter"] else f"{name}, untuned"
+
+
+def _facts(settings: Mapping[str, Any], subjects: int, pictures: int) -> list[tuple[str, str]]:
+    facts = [("Data", Path(settings["data"]).name), ("Subjects", str(subjects)), ("Pictures", str(pictures))]
+    if "images" in settings:
+        return facts
+    facts += [("Denoising steps", str(settings["num_steps"])), ("Seed", str(settings["seed"]))]
+    if settings["policy.guidance"] is not None:
+        size = f"{settings['policy.width']} \u00d7 {settings['policy.height']}"
+        facts += [("Guidance", f"{settings['policy.guidance']:g}"), ("Size", size)]
+    return facts
+
+
+def _cell(name: str, interval: Interval) -> dict[str, str]:
+    mean, low, high = interval
+    bounds = f"{_text(name, low)} to {_text(name, high)}" if math.isfinite(low) else ""
+    return {"mean": _text(name, mean), "bounds": bounds}
+
+
+def _text(name: str, value: float) -> str:
+    if name in SHARES:
+        return percent(value)
+    return "\u2013" if not math.isfinite(value) else f"{value:.{2 if name == 'hpsv3' else 3}f}".replace("-", "\u2212")
+
+
+def _published(name: str, metrics: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+    known = dict(zip(PUBLISHED_PLANE, PUBLISHED[name], strict=True))
+    cells = [_text(metric, known[metric]) if metric in known else "\u2013" for metric, _, _ in metrics]
+    return {"name": name, "cells": cells, "ours": name == OURS}
+
+
+def _subject_rows(
+    records: Sequence[Mapping[str, Any]], metrics: Sequence[tuple[str, str, str]]
+) -> list[dict[str, Any]]:
+    subjects = dict.fromkeys(record["subject"] for record in records)
+    rows = []
+    for subject in subjects:
+        mine = [record["metrics"] for record in records if record["subject"] == subject]
+        cells = [_text(name, _mean([each[name] for each in mine])) for name, _, _ in metrics]
+        rows.append({"subject": subject, "pictures": len(mine), "cells": cells})
+    return rows
+
+
+def _gallery(
+    records: Sequence[Mapping[str, Any]],
+    items: Sequence[Item],
+    paths: Sequence[Path],
+    metrics: Sequence[tuple[str, str, str]],
+) -> list[dict[str, Any]]:
+    """Each subject's reference and the first pictures drawn of it."""
+    rows: dict[str, dict[str, Any]] = {}
+    for record, item, path in zip(records, items, paths, strict=True):
+        row = rows.setdefault(item.subject, {"subject": item.subject, "shots": []})
+        if not row["shots"]:
+            reference = item.references[0]
+            row["reference"] = data_uri(reference, reference.parent, THUMBNAIL)
+        if len(row["shots"]) < SHOTS:
+            values = record["metrics"]
+            told = ", ".join(f"{label} {_text(name, _known(values[name]))}" for name, label, _ in metrics)
+            uri = data_uri(path, path.parent, THUMBNAIL)
+            row["shots"].append({"uri": uri, "prompt": item.prompt, "told": told})
+    return list(rows.values())
+
+
+def _plane(summary: Mapping[str, Interval], axes: tuple[str, str]) -> Markup:
+    """Prompt over identity: what was measured with its intervals, and on DINO and HPSv3 what is published."""
+    spots = {THIS: (summary[axes[0]], summary[axes[1]])}
+    others = PUBLISHED if axes == PUBLISHED_PLANE else {}
+    spots |= {name: ((x, math.nan, math.nan), (y, math.nan, math.nan)) for name, (x, y) in others.items()}
+    with mpl.rc_context(style.rc()):
+        figure = style.new_figure(5.6)
+        panel = figure.subplots()
+        for name, ((x, left, right), (y, low, high)) in spots.items():
+            colour = style.emphasis(name, THIS)
+            panel.plot([left, right], [y, y], color=colour, alpha=0.35, linewidth=1.1)
+            panel.plot([x, x], [low, high], color=colour, alpha=0.35, linewidth=1.1)
+            size = 8.0 if name == THIS else 5.5
+            face = colour if name in (THIS, OURS) else style.PAPER
+            panel.plot(x, y, "o", markersize=size, color=colour, markerfacecolor=face, markeredgewidth=1.4, zorder=4)
+        if others:
+            panel.axvline(REAL_IMAGES, color=style.AXIS, linewidth=1, dashes=(4, 3), zorder=1)
+            panel.annotate(
+                "real pictures of a subject", (REAL_IMAGES, 0.01), (4, 3), xycoords=("data", "axes fraction"),
+                textcoords="offset points", fontsize=8.5, color=style.MUTED,
+            )  # fmt: skip
+        style.grid(panel, share=axes[1] in SHARES)
+        style.grid(panel, share=axes[0] in SHARES, across=True)
+        panel.margins(0.09)
+        style.title(panel, LABELS[axes[1]][0], hue=style.PROMPT)
+        panel.set_xlabel(LABELS[axes[0]][0], loc="right", color=style.IDENTITY, fontweight="bold", fontsize=10.5)
+        figure.draw_without_rendering()
+        style.place_labels(panel, spots, THIS)
+        return inline_svg("plane", style.svg_text(figure), "Prompt over identity")
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _known(value: float | None) -> float:
+    return math.nan if value is None else float(value)

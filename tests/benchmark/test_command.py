@@ -1,0 +1,223 @@
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from customized_grpo.benchmark import command as benchmark
+from customized_grpo.benchmark.command import run_benchmark, summary
+from customized_grpo.benchmark.config import BenchmarkConfig
+from customized_grpo.benchmark.items import read_items
+from customized_grpo.config import Config
+from customized_grpo.data import load_image
+from customized_grpo.display import Display
+from customized_grpo.errors import UserError
+from customized_grpo.policies.tiny import save_tiny
+from customized_grpo.rewards.similarity import PictureEncoder
+from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
+
+Settings = Callable[..., BenchmarkConfig]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tiny models of the true classes: a generator, and what measures it."""
+    folder = tmp_path_factory.mktemp("models")
+    weights, backbone = save_tiny_hpsv3(folder / "hpsv3")
+    (folder / "instruction.txt").write_text("Rate it.\n{text_prompt}\n<|Reward|>")
+    return {
+        "policy": {"kind": "flux1-kontext", "model": str(save_tiny("flux1-kontext", folder / "kontext"))},
+        "metrics": {
+            "dino": str(save_tiny_reward("vits16", folder / "vits16")),
+            "dinov2": str(save_tiny_reward("dino", folder / "dino")),
+            "clip": str(save_tiny_reward("clip", folder / "clip")),
+            "hpsv3_weights": str(weights),
+            "hpsv3": {"backbone": str(backbone), "instruction": str(folder / "instruction.txt")},
+            "device": "cpu",
+        },
+    }
+
+
+@pytest.fixture
+def settings(models: dict[str, Any], dreambench: Path, tmp_path: Path) -> Settings:
+    """A small benchmark of the tiny generator, changed by fields."""
+
+    def make(**changes: Any) -> BenchmarkConfig:
+        policy = models["policy"] | {
+            "height": 64, "width": 64, "lora_rank": 4, "device": "cpu", "precision": "fp32", "reference_side": 64,
+            "cache": tmp_path / "cache",
+        }  # fmt: skip
+        usual: dict[str, Any] = {
+            "benchmark": "dreambench", "data": dreambench, "output": tmp_path / "out", "policy": policy,
+            "num_steps": 2, "metrics": models["metrics"],
+        }  # fmt: skip
+        return BenchmarkConfig.model_validate(usual | changes)
+
+    return make
+
+
+def results(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "benchmark.json").read_text())
+    return content
+
+
+def test_a_benchmark_leaves_pictures_scores_and_a_page(settings: Settings, display: Display, tmp_path: Path) -> None:
+    page = run_benchmark(settings(), display)
+    found = results(tmp_path / "out")
+    names = ["dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy"]
+    assert len(found["records"]) == 5 and found["subjects"] == 3 and list(found["summary"]) == names
+    assert found["settings"]["policy.guidance"] == 4.0 and found["settings"]["seed"] == 3407
+    for record in found["records"]:
+        with Image.open(tmp_path / "out" / "images" / f"{record['id']}.png") as image:
+            assert image.size == (64, 64)
+        assert all(-1 <= record["metrics"][name] <= 1 for name in names if name != "hpsv3")
+    text = page.read_text()
+    assert "Not the whole of DreamBench" in text and "OminiControl" in text and "real pictures of a subject" in text
+    assert text.count("data:image/png") == 3 + 5 and not re.search(r"(src|href)=.https?:|<script", text)
+    assert "5 pictures of 3 subjects" in display.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_it_goes_on_picture_by_picture(
+    settings: Settings, display: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(micro_batch=2)
+    run_benchmark(config, display)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "out" / "images").iterdir()}
+    scores = (tmp_path / "out" / "benchmark.json").read_bytes()
+    for name in ("cup-01.png", "dog6-00.png"):
+        (tmp_path / "out" / "images" / name).unlink()
+    drawn: list[str] = []
+    save = benchmark.save_image
+    monkeypatch.setattr(benchmark, "save_image", lambda image, path: (drawn.append(path.name), save(image, path)))
+    run_benchmark(config, display)
+    assert drawn == ["cup-01.part.png", "dog6-00.part.png"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "images").iterdir()} == whole
+    assert (tmp_path / "out" / "benchmark.json").read_bytes() == scores
+    with pytest.raises(UserError, match=r"begun with other settings \(num_steps: 2 -> 3\)"):
+        run_benchmark(settings(num_steps=3), display)
+    (tmp_path / "out" / "settings.json").write_text("{")
+    with pytest.raises(UserError, match="damaged"):
+        run_benchmark(config, display)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").touch()
+    with pytest.raises(UserError, match="is not empty, and no benchmark"):
+        run_benchmark(settings(output=tmp_path / "other"), display)
+
+
+def test_pictures_made_elsewhere_score_as_drawn_here(
+    settings: Settings, models: dict[str, Any], display: Display, dreambench: Path, tmp_path: Path
+) -> None:
+    run_benchmark(settings(), display)
+    elsewhere = BenchmarkConfig.model_validate(
+        {
+            "data": dreambench, "images": tmp_path / "out" / "images", "output": tmp_path / "scores",
+            "metrics": models["metrics"],
+        }
+    )  # fmt: skip
+    run_benchmark(elsewhere, display)
+    assert results(tmp_path / "scores")["records"] == results(tmp_path / "out")["records"]
+    assert not (tmp_path / "scores" / "images").exists()
+
+
+def test_identity_to_the_reference_or_to_all_pictures(
+    settings: Settings, display: Display, dreambench: Path, tmp_path: Path
+) -> None:
+    from customized_grpo.rewards.pictures import DINO_PUBLISHED
+    from customized_grpo.rewards.pretrained import Checkpoint
+
+    run_benchmark(settings(), display)
+    to_reference = results(tmp_path / "out")["records"]
+    run_benchmark(settings(identity_to="all"), display)
+    to_all = results(tmp_path / "out")["records"]
+    model = settings().metrics.dino
+    encoder: PictureEncoder = Checkpoint("dino", "dino", model, torch.device("cpu"), 4).encoder(DINO_PUBLISHED)
+    for number, item in enumerate(read_items("dreambench", dreambench)):
+        image = encoder(load_image(tmp_path / "out" / "images" / f"{item.id}.png")[None])
+        cosines = [float(image @ encoder(load_image(path)[None]).T) for path in item.pictures]
+        assert to_reference[number]["metrics"]["dino"] == pytest.approx(cosines[0], abs=1e-5)
+        assert to_all[number]["metrics"]["dino"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
+        assert to_all[number]["metrics"]["hpsv3"] == to_reference[number]["metrics"]["hpsv3"]
+
+
+def test_the_published_hpsv3_reads_the_first_character(settings: Settings, display: Display, tmp_path: Path) -> None:
+    only = {"metrics": settings().metrics.model_copy(update={"names": ("hpsv3",)}).model_dump()}
+    run_benchmark(settings(**only), display)
+    whole = results(tmp_path / "out")["records"]
+    run_benchmark(settings(**only, hpsv3_as_published=True), display)
+    first = results(tmp_path / "out")["records"]
+    assert all(a["metrics"]["hpsv3"] != b["metrics"]["hpsv3"] for a, b in zip(whole, first, strict=True))
+
+
+def test_what_cannot_be_had_is_told_before_anything_is_drawn(
+    settings: Settings, display: Display, dreambench: Path, models: dict[str, Any], tmp_path: Path
+) -> None:
+    wrong = {"metrics": models["metrics"] | {"dino": models["metrics"]["clip"]}}
+    with pytest.raises(UserError, match=r"metrics.dino: .* is of type clip"):
+        run_benchmark(settings(**wrong), display)
+    other_size = {"metrics": models["metrics"] | {"dino": str(save_tiny_reward("vit", tmp_path / "vit"))}}
+    with pytest.raises(UserError, match="takes 64x64 pixels"):
+        run_benchmark(settings(**other_size), display)
+    with pytest.raises(UserError, match="metrics.device: 'tpu' is no device"):
+        run_benchmark(settings(metrics=models["metrics"] | {"device": "tpu"}), display)
+    (dreambench / "cup" / "01.png").write_bytes(b"no picture")
+    with pytest.raises(UserError, match="data: 1 unusable pictures:\n .*cup/01.png: not an image"):
+        run_benchmark(settings(), display)
+    assert not any((tmp_path / "out" / "images").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"images": "x"}, "images: they are drawn already"),
+        ({"adapter": "x"}, "policy: with an adapter it is the run's own"),
+        ({"hpsv3_as_published": True, "metrics": {"names": ["dino"]}}, "hpsv3_as_published: metrics.names has no"),
+        ({"metrics": {"names": []}}, "names: empty"),
+        ({"metrics": {"names": ["dino"], "hpsv3_weights": "x"}}, "names has no hpsv3"),
+        ({"policy": {"kind": "uno", "guidance": 3.0}}, "policy.guidance: a benchmark's is the field guidance"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: Settings, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        settings(**changes)
+
+
+def test_toybox_is_measured_by_its_own_rewards_and_judge(
+    make_config: Callable[..., Config], run_training: Callable[..., Path], display: Display, toybox_data: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    run_training(make_config({"optimizer.learning_rate": 0.05}))
+    base = {"benchmark": "folder", "data": toybox_data / "test", "num_steps": 3}
+    weights = {"policy": {"weights": make_config().policy.weights, "precision": "fp32", "lora_rank": 4}}
+    run_benchmark(BenchmarkConfig.model_validate(base | weights | {"output": tmp_path / "base"}), display)
+    tuned = base | {"adapter": tmp_path / "run", "output": tmp_path / "tuned"}
+    page = run_benchmark(BenchmarkConfig.model_validate(tuned), display)
+    first, second = results(tmp_path / "base"), results(tmp_path / "tuned")
+    assert {"joint_success", "reward/prompt", "copy_score"} <= first["summary"].keys()
+    assert first["records"] != second["records"]
+    assert "Identity kept" in page.read_text() and "OmniGen" not in page.read_text()
+    with pytest.raises(UserError, match="guidance: ToyBox has none"):
+        run_benchmark(BenchmarkConfig.model_validate(tuned | {"guidance": 2.0}), display)
+    # Trained on, it draws other pictures: they do not go into the same folder.
+    (tmp_path / "run" / "adapter_model.safetensors").write_bytes(b"other")
+    with pytest.raises(UserError, match="adapter_sha256"):
+        run_benchmark(BenchmarkConfig.model_validate(tuned), display)
+
+
+def test_prompts_that_the_generator_cannot_take_are_listed(dreambench: Path, display: Display, tmp_path: Path) -> None:
+    config = BenchmarkConfig(data=dreambench, output=tmp_path / "out", num_steps=2)
+    with pytest.raises(UserError, match="data: 5 prompts cannot be drawn:\n  cup-00: "):
+        run_benchmark(config, display)
+
+
+def test_intervals_are_over_subjects_and_leave_out_what_has_no_score() -> None:
+    def record(subject: str, value: float | None) -> dict[str, Any]:
+        return {"subject": subject, "metrics": {"dino": value}}
+
+    found = summary([record("a", 0.0), record("a", 0.0), record("b", 1.0), record("b", None)])["dino"]
+    assert found["mean"] == pytest.approx(1 / 3) and (found["low"], found["high"]) == (0.0, 1.0)
+    assert summary([record("a", 0.5)])["dino"] == {"mean": 0.5, "low": None, "high": None}

@@ -1,0 +1,74 @@
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from customized_grpo.benchmark.metrics import Group, copy_measure, identity_measure, prompt_measure
+from customized_grpo.rewards import Scores, Task
+from customized_grpo.toybox.copying import layout
+
+Picture = Callable[..., Tensor]
+
+
+def group(images: Tensor, references: Sequence[Tensor], pictures: Sequence[Tensor] | None = None) -> Group:
+    prompts = [f"prompt {number}" for number in range(len(images))]
+    return Group("cup", prompts, images, references, references if pictures is None else pictures)
+
+
+def correlation(one: Tensor, other: Tensor) -> float:
+    """Of the local means of two pictures, each channel centred together: as `layout` has it, by numpy."""
+    cells = [F.adaptive_avg_pool2d(each[None], 8).flatten().double().numpy() for each in (one, other)]
+    return float(np.corrcoef(*cells)[0, 1])
+
+
+def test_the_copy_meter_is_1_for_the_reference_and_0_for_what_is_as_near_as_others(picture: Picture) -> None:
+    reference, own, others = picture(seed=0), picture(seed=1), [picture(48, 40, seed=2), picture(seed=3)]
+    images = torch.stack([reference, picture(seed=9)])
+    layouts = {"cup": layout(torch.stack([reference, own])), "dog": torch.cat([layout(o[None]) for o in others])}
+    found = copy_measure(layouts)(group(images, [reference]))["copy"]
+    expected = np.mean([correlation(reference, other) for other in others])
+    near = (correlation(images[1], reference) - expected) / (1 - expected)
+    assert found.tolist() == pytest.approx([1.0, near], abs=1e-5)
+    alone = copy_measure({"cup": layouts["cup"]})(group(images, [reference]))["copy"]
+    assert alone.tolist() == pytest.approx([1.0, correlation(images[1], reference)], abs=1e-5)
+
+
+def test_of_several_references_the_nearest_is_copied(picture: Picture) -> None:
+    references = [picture(seed=0), picture(seed=1)]
+    found = copy_measure({"cup": layout(torch.stack(references))})(group(torch.stack(references), references))
+    assert found["copy"].tolist() == pytest.approx([1.0, 1.0], abs=1e-6)
+
+
+def test_identity_is_the_mean_cosine_to_the_pictures_of_the_subject(picture: Picture) -> None:
+    calls = []
+
+    def encoder(images: Tensor) -> Tensor:
+        calls.append(len(images))
+        return F.normalize(images.mean((-2, -1)), dim=-1)
+
+    images, pictures = torch.stack([picture(seed=5), picture(seed=6)]), [picture(seed=7), picture(48, 40, seed=8)]
+    measure = identity_measure("dino", encoder)
+    first, again = (measure(group(images, [images[0]], pictures))["dino"] for _ in range(2))
+    cosines = F.cosine_similarity(
+        images.mean((-2, -1))[:, None], torch.stack([each.mean((-2, -1)) for each in pictures]), dim=-1
+    )
+    assert torch.allclose(first, cosines.mean(1), rtol=0, atol=1e-6) and torch.equal(first, again)
+    assert calls == [1, 1, 2, 2]  # the subject's pictures once
+
+
+class Lengths:
+    """Scores a picture by the length of its prompt; the second has no score."""
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        values = torch.tensor([[float(len(prompt))] for prompt in task.prompts])
+        return Scores(values, torch.tensor([[True], [False]]))
+
+
+def test_prompts_are_scored_whole_or_by_their_first_character(picture: Picture) -> None:
+    images = torch.stack([picture(), picture()])
+    whole = prompt_measure("hpsv3", Lengths())(group(images, [picture()]))["hpsv3"]
+    first = prompt_measure("hpsv3", Lengths(), first_character=True)(group(images, [picture()]))["hpsv3"]
+    assert whole[0] == 8 and first[0] == 1 and whole.isnan().tolist() == [False, True]
