@@ -222,7 +222,8 @@ def test_the_number_of_pairs_is_at_least_one(refused: Refused, pairs: str) -> No
         (["--benchmark", "dreambench", "--data", "nowhere"], "data: nowhere is no folder"),
         (["--benchmark", "dreambench", "--pairs", "3"], "--pairs: only with --run"),
         (["--run", "somewhere", "--num-steps", "3"], "num_steps belongs to --benchmark"),
-        (["--benchmark", "dream"], "benchmark: expected one of"),
+        (["--benchmark", "dream"], "benchmark: expected one of 'dreambench', 'folder' (found 'dream')"),
+        (["--benchmark", "dreambench", "--guidance", "x"], "guidance: expected a number (found 'x')"),
         (["--benchmark", "dreambench", "--numsteps", "3"], "Did you mean 'num_steps'?"),
         (
             ["--benchmark", "dreambench", "--hpsv3-as-published", "--metrics.names", "[dino]"],

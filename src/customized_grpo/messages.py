@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from customized_grpo.config import Config
 
+WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
 HELP = "See --help for all options."
 
 
@@ -24,7 +25,7 @@ def explain(message: str, arguments: Sequence[str], model: type[BaseModel] = Con
     text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (\S*)", r"expected one of \1 (found '\2')", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
     text = text.replace(' in "<unicode string>",', "")
-    text = re.sub(r"^([\w.]+): Does not validate.*Given value: (.*)$", partial(_none_of_its_types, model), text)
+    text = re.sub(r"^([\w.]+): Does not validate.*Given value: (.*)", partial(_none_of_its_types, model), text)
     unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
     unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
     if unknown:
@@ -60,8 +61,11 @@ def _none_of_its_types(model: type[BaseModel], found: re.Match[str]) -> str:
         if part not in fields:
             return found[0]
         annotation = fields[part].annotation
-    choices = [repr(value) for kind in get_args(annotation) if get_origin(kind) is Literal for value in get_args(kind)]
-    return f"{found[1]}: expected one of {', '.join(choices)} (found '{found[2]}')" if choices else found[0]
+    kinds = get_args(annotation)
+    choices = [repr(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    names = [WORDS[kind] for kind in kinds if kind in WORDS]
+    expected = f"one of {', '.join(choices)}" if choices else " or ".join(names)
+    return f"{found[1]}: expected {expected} (found '{found[2].split(' - ')[0]}')" if expected else found[0]
 
 
 def _nearest(name: str, model: type[BaseModel]) -> str:
