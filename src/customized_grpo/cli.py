@@ -10,9 +10,10 @@ from pydantic import ValidationError
 
 from customized_grpo import __version__
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config import Config, RewardsConfig, Section, flatten
+from customized_grpo.config import Config, RewardsConfig, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.messages import explain, worded
+from customized_grpo.section import Section
 
 SectionT = TypeVar("SectionT", bound=Section)
 DIAGNOSE = ("prompts", "group_size", "batches")
