@@ -21,11 +21,16 @@ from customized_grpo.toybox.policy import ToyBoxPolicy
 
 
 def resolved(config: Config) -> Config:
-    """`config` with the precision written down that this machine runs it in: it decides the result."""
-    policy = config.policy
-    device = _device(policy)
-    precision = resolve_precision(policy.precision, device)
-    return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision})})
+    """`config` with the precisions written down that this machine runs it in: they decide the result.
+
+    That of the rewards stays "auto" where this stands for two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
+    """
+    policy, rewards = config.policy, config.rewards
+    precision = resolve_precision(policy.precision, _device(policy))
+    if rewards.reads("precision") and rewards.precision == "auto":
+        two = rewards.prompt == "hpsv3" and _reward_device(config).type == "cuda"
+        rewards = rewards.model_copy(update={"precision": "auto" if two else "fp32"})
+    return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision}), "rewards": rewards})
 
 
 def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
@@ -71,7 +76,14 @@ def dry_run(config: Config) -> Estimate:
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
-    return load_rewards(config.rewards, _device(config.policy), config.policy.weights)
+    device = _reward_device(config)
+    check_precision(config.rewards.precision, device, "rewards.")
+    return load_rewards(config.rewards, device, config.policy.weights)
+
+
+def _reward_device(config: Config) -> torch.device:
+    name = config.rewards.device
+    return _device(config.policy) if name == "auto" else resolve_device(name, "rewards.")
 
 
 def build_judge(config: Config) -> Judge | None:

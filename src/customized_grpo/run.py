@@ -49,7 +49,8 @@ WRITTEN = (
 MAY_CHANGE = (
     "output", "iterations", "threads", "policy.device", "policy.offload", "policy.gradient_checkpointing",
     "policy.cache", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share",
-    "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "evaluation.", "log.",
+    "rewards.device", "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.",
+    "evaluation.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes."""
 
