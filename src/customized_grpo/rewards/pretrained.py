@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from customized_grpo.config_rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
+from customized_grpo.policies import Lengths
 from customized_grpo.policies.loading import locate_file
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.open_clip import load_open_clip
@@ -99,13 +100,19 @@ class Checkpoint:
         tokenizer = self._load(AutoTokenizer, self._processor)
         # SigLIP was trained on texts padded to their full length, without a mask.
         padding = "max_length" if self._kind == "siglip" else True
+        most = min(tokenizer.model_max_length, self._model.config.text_config.max_position_embeddings)
 
         def read(prompts: Sequence[str]) -> Tensor:
-            tokens = tokenizer(list(prompts), padding=padding, truncation=True, return_tensors="pt").to(self._device)
+            tokens = tokenizer(
+                list(prompts), padding=padding, truncation=True, max_length=most, return_tensors="pt"
+            ).to(self._device)
             names = {"input_ids"} if self._kind == "siglip" else {"input_ids", "attention_mask"}
             return pooled(self._model.get_text_features(**{name: tokens[name] for name in names}))
 
-        return PromptSimilarity(self._encoder(), read)
+        def measure(prompts: Sequence[str]) -> Lengths:
+            return Lengths([len(each) for each in tokenizer(list(prompts), verbose=False)["input_ids"]], most)
+
+        return PromptSimilarity(self._encoder(), read, measure)
 
     def _class_token(self, pixels: Tensor) -> Tensor:
         hidden: Tensor = self._model(pixel_values=pixels.to(self._dtype)).last_hidden_state

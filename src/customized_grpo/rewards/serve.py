@@ -209,6 +209,8 @@ def _reward(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward
 def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> RewardsConfig:
     """The configuration of the reward `name`. Raises `UserError` for settings that it does not read."""
     side = "identity" if name in IDENTITY_ENCODERS else "prompt"
+    if side == "prompt" and settings.get("identity_reference", "whole") != "whole":
+        raise UserError(f"--identity_reference: only for {' or '.join(IDENTITY_ENCODERS)}; leave it out")
     try:
         return RewardsConfig.model_validate({side: name, f"{side}_model": model, **settings})
     except ValidationError as error:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from customized_grpo.policies import Lengths
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rewards.pictures import composited
 
@@ -76,9 +77,18 @@ class IdentitySimilarity:
 class PromptSimilarity:
     """Cosine of an image with its prompt, in [-1, 1], higher is more as it says."""
 
-    def __init__(self, encoder: PictureEncoder, read: Callable[[Sequence[str]], Tensor]) -> None:
-        """`read`: prompts to features [P, E]."""
-        self._encoder, self._read = encoder, read
+    def __init__(
+        self,
+        encoder: PictureEncoder,
+        read: Callable[[Sequence[str]], Tensor],
+        measure: Callable[[Sequence[str]], Lengths],
+    ) -> None:
+        """`read`: prompts to features [P, E]; `measure`: prompts to their lengths."""
+        self._encoder, self._read, self._measure = encoder, read, measure
+
+    def prompt_lengths(self, prompts: Sequence[str]) -> Lengths:
+        """See `policies.ReadsPrompts`."""
+        return self._measure(prompts)
 
     @torch.no_grad()
     def score(self, images: Tensor, task: Task) -> Scores:
