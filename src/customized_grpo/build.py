@@ -8,11 +8,11 @@ import torch
 
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.data import SubjectDataset
-from customized_grpo.display import Stages
+from customized_grpo.display import Display, Stages
 from customized_grpo.errors import UserError
 from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.libraries import quiet
-from customized_grpo.policies import EncodesAhead, Policy
+from customized_grpo.policies import EncodesAhead, Policy, ReadsPrompts
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.runtime import check_precision, resolve_device, resolve_precision
@@ -21,11 +21,16 @@ from customized_grpo.toybox.policy import ToyBoxPolicy
 
 
 def resolved(config: Config) -> Config:
-    """`config` with the precision written down that this machine runs it in: it decides the result."""
-    policy = config.policy
-    device = _device(policy)
-    precision = resolve_precision(policy.precision, device)
-    return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision})})
+    """`config` with the precisions written down that this machine runs it in: they decide the result.
+
+    That of the rewards stays "auto" where this stands for two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
+    """
+    policy, rewards = config.policy, config.rewards
+    precision = resolve_precision(policy.precision, _device(policy))
+    if rewards.reads("precision") and rewards.precision == "auto":
+        two = rewards.prompt == "hpsv3" and _reward_device(config).type == "cuda"
+        rewards = rewards.model_copy(update={"precision": "auto" if two else "fp32"})
+    return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision}), "rewards": rewards})
 
 
 def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
@@ -71,7 +76,14 @@ def dry_run(config: Config) -> Estimate:
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
     """The (prompt, identity) rewards."""
-    return load_rewards(config.rewards, _device(config.policy), config.policy.weights)
+    device = _reward_device(config)
+    check_precision(config.rewards.precision, device, "rewards.")
+    return load_rewards(config.rewards, device, config.policy.weights)
+
+
+def _reward_device(config: Config) -> torch.device:
+    name = config.rewards.device
+    return _device(config.policy) if name == "auto" else resolve_device(name, "rewards.")
 
 
 def build_judge(config: Config) -> Judge | None:
@@ -102,6 +114,35 @@ def check_prompts(dataset: SubjectDataset, policy: Policy[Any]) -> None:
         except UserError as error:
             problems.append(f"sample '{sample.id}': {error}")
     _raise_listed(dataset.folder, problems)
+
+
+def tell_long_prompts(
+    config: Config,
+    policy: Policy[Any],
+    rewards: Sequence[Reward],
+    datasets: Mapping[SubjectDataset, int | None],
+    display: Display,
+) -> None:
+    """Warn of prompts that the generator or the prompt reward does not read to their end: of each dataset among the
+    first so many samples, all if None."""
+    readers: dict[str, tuple[str, object]] = {
+        "policy.kind": (config.policy.kind, policy),
+        "rewards.prompt": (config.rewards.prompt, rewards[0]),
+    }
+    for field, (name, reader) in readers.items():
+        for dataset, count in datasets.items():
+            samples = dataset.samples[:count]
+            prompts = [sample.prompt for sample in samples]
+            lengths = reader.prompt_lengths(prompts) if isinstance(reader, ReadsPrompts) else None
+            if lengths is None:
+                continue
+            long = [s.id for s, tokens in zip(samples, lengths.tokens, strict=True) if tokens > lengths.read]
+            if long:
+                are = "is" if len(long) == 1 else "are"
+                display.warn(
+                    f"{field}: {len(long)} of {len(prompts)} prompts in {dataset.folder} {are} longer than the "
+                    f"{lengths.read} tokens that {name} reads; what comes after is not read (first: sample '{long[0]}')"
+                )
 
 
 def open_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:

@@ -11,9 +11,10 @@ from pydantic import ValidationError
 from customized_grpo import __version__
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config import Config, RewardsConfig, Section, flatten
+from customized_grpo.config import Config, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.messages import explain, worded
+from customized_grpo.section import Section
 
 SectionT = TypeVar("SectionT", bound=Section)
 DIAGNOSE = ("prompts", "group_size", "batches")
@@ -205,17 +206,15 @@ def _prepare(options: Namespace) -> None:
 def _serve_reward(options: Namespace) -> None:
     from customized_grpo.rewards.serve import serve
 
-    hpsv3 = {key: options[key] for key in ("backbone", "instruction") if options[key] is not None}
-    if hpsv3 and options.name != "hpsv3":
-        raise UserError(f"--{next(iter(hpsv3))}: only for hpsv3; leave it out")
-    config = RewardsConfig.model_validate(
-        {
-            "prompt": "hpsv3" if options.name == "hpsv3" else "toybox", "hpsv3": hpsv3,
-            "identity_reference": options.identity_reference, "micro_batch": options.micro_batch,
-        }
-    )  # fmt: skip
+    settings = {name: options[name] for name in ("device", "precision", "micro_batch", "identity_reference")}
+    parts = {"backbone": ("hpsv2", "hpsv3"), "instruction": ("hpsv3",)}
+    for part, takers in parts.items():
+        if options[part] is not None:
+            if options.name not in takers:
+                raise UserError(f"--{part}: only for {' or '.join(takers)}; leave it out")
+            settings.setdefault(options.name, {})[part] = options[part]
     serve(
-        options.name, options.model, config, options.device, (options.host, options.port),
+        options.name, options.model, settings, (options.host, options.port),
         max_images=options.max_images, max_bytes=options.max_bytes, on_ready=lambda text: print(text, flush=True),
     )  # fmt: skip
 
@@ -372,12 +371,15 @@ def _serve_parser() -> ArgumentParser:
         "requests without that token are refused.",
     )
     serve.add_argument(
-        "name", type=str, help="hpsv3, dino, clip_i, clip_t, siglip, pickscore, or python:module.function"
+        "name", type=str, help="hpsv3, hpsv2, dino, clip_i, clip_t, siglip, pickscore, or python:module.function"
     )
     serve.add_argument("--model", type=str | None, help="folder or hub id of the model; default: the usual one")
-    serve.add_argument("--backbone", type=str | None, help="hpsv3: folder or hub id of its Qwen2-VL")
+    serve.add_argument("--backbone", type=str | None, help="hpsv2, hpsv3: folder or hub id of its backbone")
     serve.add_argument("--instruction", type=Path | None, help="hpsv3: file with its text")
     serve.add_argument("--device", type=str, default="auto", help="where it runs: auto, cpu, cuda, cuda:1, mps")
+    serve.add_argument(
+        "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: hpsv3 in bf16 on CUDA, else fp32"
+    )
     serve.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     serve.add_argument("--port", type=int, default=8321, help="port to listen on; 0 for a free one")
     serve.add_argument("--max_images", type=int, default=256, help="most images in a request")

@@ -6,18 +6,13 @@ Nothing here loads torch: the command line builds its help from these models.
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from customized_grpo.config_rewards import RewardsConfig as RewardsConfig
+from customized_grpo.section import Section, Share
 
 Weight = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-OwnReward = Annotated[str, Field(pattern=r"^python:\w+(\.\w+)+$")]
-
-
-class Section(BaseModel):
-    """A part of the configuration: fixed once made, and strict about its fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class PolicyConfig(Section):
@@ -99,97 +94,6 @@ class DataConfig(Section):
     """Prompts and references for the before-and-after evaluation when training ends; unset: none is made."""
     max_pixels: int = Field(50_000_000, ge=1)
     """Largest image that is accepted, in pixels."""
-
-
-class VlmJudgeConfig(Section):
-    """A vision-language model that scores both rewards from 0 to 4, on a server that speaks OpenAI's chat protocol."""
-
-    url: str | None = None
-    """Where its /chat/completions is, as http://host:port/v1; needed. The key comes from the environment variable
-    OPENAI_API_KEY alone."""
-    model: str | None = None
-    """The model's name on that server; needed."""
-    concurrency: int = Field(8, ge=1)
-    """Questions under way at once."""
-    attempts: int = Field(3, ge=1)
-    """How often an image is asked about whose answers hold no scores."""
-    reasoning: bool = False
-    """Have the model reason before it scores: slower, and steadier."""
-
-
-class HPSv3Config(Section):
-    """The paper's prompt reward (arXiv 2508.03789); its weights are named in rewards.prompt_model."""
-
-    backbone: str = "Qwen/Qwen2-VL-7B-Instruct"
-    """Folder or hub id whose configuration, tokenizer and image processor it takes."""
-    instruction: Path | None = None
-    """File with the text that it was trained with; unset: read from the installed hpsv3 distribution."""
-    positions: Literal["sequential", "mrope"] = "sequential"
-    """Positions of its tokens: 0, 1, 2, ... as the published scorer feeds them, or Qwen2-VL's own (M-RoPE)."""
-
-
-class RewardsConfig(Section):
-    """The two rewards, in the order (prompt, identity)."""
-
-    prompt: Literal["toybox", "hpsv3", "pickscore", "clip_t", "siglip", "vlm_judge", "remote"] | OwnReward = "toybox"
-    """Prompt reward: HPSv3 (paper); cosine of image and prompt in ToyBox's shipped encoder, PickScore, CLIP or SigLIP;
-    a judge; a server; or python:module.function of your own (docs/rewards.md)."""
-    identity: Literal["toybox", "dino", "clip_i", "vlm_judge", "remote"] | OwnReward = "toybox"
-    """Identity reward: cosine to the reference in ToyBox's shipped encoder, DINO (paper: DINOv2) or CLIP; a judge; a
-    server; or python:module.function of your own (docs/rewards.md)."""
-    prompt_model: str | None = None
-    """Folder or hub id of the prompt reward's model, or the URL of a remote one; unset: the usual model."""
-    identity_model: str | None = None
-    """Folder or hub id of the identity reward's model, or the URL of a remote one; unset: the usual model."""
-    identity_leak: Literal["low", "medium", "high"] = "high"
-    """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity."""
-    identity_reference: Literal["whole", "segmented"] = "whole"
-    """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented)."""
-    several_references: Literal["mean", "max"] = "mean"
-    """dino, clip_i: identity to several references is the mean of the cosines, or the largest."""
-    background: Share = 1.0
-    """dino, clip_i: grey level behind a segmented reference, from black to white."""
-    micro_batch: int = Field(32, ge=1)
-    """Images that go through a pretrained encoder at once: bounds memory, does not change the result."""
-    deadline: float = Field(120.0, gt=0)
-    """vlm_judge, remote: seconds in which an answer must come, tries again included; after that there is no score."""
-    hpsv3: HPSv3Config = HPSv3Config()
-    """HPSv3, where it is the prompt reward."""
-    vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
-    """The judge, where one of the rewards is vlm_judge."""
-    max_invalid_share: Share = 0.5
-    """Stop when more than this share of an iteration's scores could not be computed."""
-
-    @model_validator(mode="after")
-    def _for_these_rewards(self) -> "RewardsConfig":
-        for side, kind, model in (
-            ("prompt", self.prompt, self.prompt_model),
-            ("identity", self.identity, self.identity_model),
-        ):
-            if kind == "remote" and not (model or "").startswith(("http://", "https://")):
-                raise ValueError(f"{side}_model: a remote reward wants its URL, http://host:port (found {model!r})")
-            if model is not None and (kind in ("toybox", "vlm_judge") or kind.startswith("python:")):
-                raise ValueError(f"{side}_model: {side}={kind} takes none; leave it out")
-        judged = "vlm_judge" in (self.prompt, self.identity)
-        if judged and None in (self.vlm_judge.url, self.vlm_judge.model):
-            raise ValueError("vlm_judge.url, vlm_judge.model: name the judge's server and its model there")
-        if not judged and self.vlm_judge != VlmJudgeConfig():
-            raise ValueError("vlm_judge: neither reward is vlm_judge; leave it out")
-        if self.prompt != "hpsv3" and self.hpsv3 != HPSv3Config():
-            raise ValueError(f"hpsv3: only for prompt=hpsv3 (found {self.prompt}); leave it out")
-        pretrained = ("dino", "clip_i")
-        for name, takers in (
-            ("identity_leak", ("toybox",)),
-            ("several_references", pretrained),
-            ("background", pretrained),
-        ):
-            if self.identity not in takers and getattr(self, name) != RewardsConfig.model_fields[name].default:
-                raise ValueError(
-                    f"{name}: only for identity={' or '.join(takers)} (found {self.identity}); leave it out"
-                )
-        if self.background != 1.0 and self.identity_reference != "segmented":
-            raise ValueError("background: only behind segmented references; set identity_reference to segmented")
-        return self
 
 
 class RolloutConfig(Section):

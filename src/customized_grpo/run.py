@@ -49,7 +49,8 @@ WRITTEN = (
 MAY_CHANGE = (
     "output", "iterations", "threads", "policy.device", "policy.offload", "policy.gradient_checkpointing",
     "policy.cache", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share",
-    "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "evaluation.", "log.",
+    "rewards.device", "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.",
+    "evaluation.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes."""
 
@@ -87,8 +88,10 @@ def _train(config: Config, display: Display, termination: Termination, *, resume
         "validation": max(evaluation.pairs, evaluation.gallery),
         "test": evaluation.test_pairs,
     }
+    used = {dataset: wanted[name] for name, dataset in datasets.items()}
+    build.tell_long_prompts(config, policy, rewards, used, display)
     with display.stages() as stages:
-        build.encode_ahead(policy, {dataset: wanted[name] for name, dataset in datasets.items()}, stages)
+        build.encode_ahead(policy, used, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"])
     session = _Session(config, trainer, datasets, display, judge, writer, termination)
     if overwrite:
@@ -110,9 +113,10 @@ def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Displ
     dataset = build.open_dataset(path, config, policy)
     policy.load_adapter(run)
     pairs = pairs or config.evaluation.test_pairs
+    rewards, judge = build.build_rewards(config), build.build_judge(config)
+    build.tell_long_prompts(config, policy, rewards, {dataset: pairs}, display)
     with display.stages() as stages:
         build.encode_ahead(policy, {dataset: pairs}, stages)
-    rewards, judge = build.build_rewards(config), build.build_judge(config)
     display.comparison(write_evaluation(config, policy, dataset, rewards, judge, run / "evaluation", pairs))
     return write_report(run)
 

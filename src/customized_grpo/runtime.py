@@ -16,18 +16,18 @@ _KEEP = 1 << 30
 CPU = torch.device("cpu")
 
 
-def resolve_device(name: str, field: str = "policy.device") -> torch.device:
-    """The device named, or for "auto" the first CUDA device, the CPU without one. Raises `UserError`, naming the
-    configuration `field`, where it is none, or not here."""
+def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
+    """The device named, or for "auto" the first CUDA device, the CPU without one. Raises `UserError` where it is none,
+    or not here; `prefix` and "device" make the name of the field."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"{field}: '{name}' is no device; give cpu, cuda, cuda:1 or mps") from error
+        raise UserError(f"{prefix}device: '{name}' is no device; give cpu, cuda, cuda:1 or mps") from error
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not here.get(device.type, False) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"{field}: there is no '{name}' here; leave it out, or use cpu")
+        raise UserError(f"{prefix}device: there is no '{name}' here; leave it out, or use cpu")
     return device
 
 
@@ -43,12 +43,13 @@ def resolve_precision(
     return "bf16" if native else "fp32"
 
 
-def check_precision(precision: str, device: torch.device) -> None:
-    """Raise `UserError` where bf16 is asked of a processor that has to emulate it."""
+def check_precision(precision: str, device: torch.device, prefix: str = "policy.") -> None:
+    """Raise `UserError` where bf16 is asked of a processor that has to emulate it; `prefix` and "precision" make the
+    name of the field."""
     if precision == "bf16" and resolve_precision("auto", device) != "bf16":
         raise UserError(
-            f"policy.precision: bf16 is asked for, but the {device.type.upper()} here emulates it, some 20 times "
-            "slower; use auto or fp32, or policy.device=cuda on a machine that has it"
+            f"{prefix}precision: bf16 is asked for, but the {device.type.upper()} here emulates it, some 20 times "
+            f"slower; use auto or fp32, or {prefix}device=cuda on a machine that has it"
         )
 
 

@@ -135,7 +135,9 @@ def test_identity_to_the_reference_or_to_all_pictures(
     run_benchmark(settings(identity_to="all"), display)
     to_all = results(tmp_path / "out")["records"]
     model = settings().metrics.dino
-    encoder: PictureEncoder = Checkpoint("dino", "dino", model, torch.device("cpu"), 4).encoder(DINO_PUBLISHED)
+    encoder: PictureEncoder = Checkpoint(
+        "dino", "dino", model, None, torch.device("cpu"), micro_batch=4, bf16=False
+    ).encoder(DINO_PUBLISHED)
     for number, item in enumerate(read_items("dreambench", dreambench)):
         image = encoder(load_image(tmp_path / "out" / "images" / f"{item.id}.png")[None])
         cosines = [float(image @ encoder(load_image(path)[None]).T) for path in item.pictures]
@@ -159,6 +161,9 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
     wrong = {"metrics": models["metrics"] | {"dino": models["metrics"]["clip"]}}
     with pytest.raises(UserError, match=r"metrics.dino: .* is of type clip"):
         run_benchmark(settings(**wrong), display)
+    no_weights = {"metrics": models["metrics"] | {"hpsv3_weights": "nowhere"}}
+    with pytest.raises(UserError, match="metrics.hpsv3_weights: nowhere is neither a file"):
+        run_benchmark(settings(**no_weights), display)
     other_size = {"metrics": models["metrics"] | {"dino": str(save_tiny_reward("vit", tmp_path / "vit"))}}
     with pytest.raises(UserError, match="takes 64x64 pixels"):
         run_benchmark(settings(**other_size), display)

@@ -302,7 +302,7 @@ def test_the_command_serves(tmp_path: Path) -> None:
         (["nothing"], "no reward 'nothing'; choose hpsv3, dino, clip_i"),
         (["python:mine.red", "--model", "x"], "python:mine.red takes none"),
         (["python:nowhere.red"], "module 'nowhere' could not be imported"),
-        (["dino", "--backbone", "x"], "--backbone: only for hpsv3"),
+        (["dino", "--backbone", "x"], "--backbone: only for hpsv2 or hpsv3"),
         (["hpsv3", "--model", "nowhere.safetensors", "--instruction", "x"], "rewards.hpsv3.instruction: x is no file"),
         (["dino", "--max_images", "0"], "--max_images: 0 takes no request"),
         (["dino", "--model", "nobody/nothing"], "--model: nobody/nothing could not be loaded"),

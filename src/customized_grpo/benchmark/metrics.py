@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from customized_grpo.benchmark.config import MetricsConfig
-from customized_grpo.config import RewardsConfig
+from customized_grpo.config_rewards import RewardsConfig
 from customized_grpo.data import resize_square
+from customized_grpo.errors import UserError
 from customized_grpo.evaluation import COPY_SCORE, JUDGE_METRICS, REWARD_METRICS
 from customized_grpo.libraries import quiet
 from customized_grpo.rewards import Reward, Task
@@ -52,14 +53,21 @@ def load_measures(config: MetricsConfig, layouts: Mapping[str, Tensor], *, hpsv3
     from customized_grpo.rewards.pictures import DINO_PUBLISHED
     from customized_grpo.rewards.pretrained import Checkpoint
 
-    device = resolve_device(config.device, "metrics.device")
+    device = resolve_device(config.device, "metrics.")
 
     def checkpoint(field: str, kind: str) -> Checkpoint:
-        return Checkpoint(f"metrics.{field}", kind, getattr(config, field), device, config.micro_batch)
+        return Checkpoint(
+            f"metrics.{field}", kind, getattr(config, field), None, device, micro_batch=config.micro_batch, bf16=False
+        )
 
     def hpsv3() -> Measure:
         settings = RewardsConfig(prompt="hpsv3", hpsv3=config.hpsv3, micro_batch=config.micro_batch)
-        reward = load_hpsv3_reward(settings, config.hpsv3_weights, device)
+        try:
+            reward = load_hpsv3_reward(settings, config.hpsv3_weights, device)
+        except UserError as error:
+            # Said of the reward's fields, and meant of those that stand for them here.
+            text = str(error).replace("rewards.prompt_model", "metrics.hpsv3_weights")
+            raise UserError(text.replace("rewards.hpsv3", "metrics.hpsv3")) from error
         return prompt_measure("hpsv3", reward, first_character=hpsv3_as_published)
 
     loaders: dict[str, Callable[[], Measure]] = {

@@ -17,14 +17,14 @@ from typing import IO, Any
 
 import yaml
 
+from customized_grpo import build
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.presets import CALIBRATED
 from customized_grpo.compare.results import Cell
-from customized_grpo.config import flatten
+from customized_grpo.config import Config, flatten
 from customized_grpo.display import Display, RunState
 from customized_grpo.errors import UserError
 from customized_grpo.run import load_run_config
-from customized_grpo.runtime import resolve_precision
 
 if sys.platform != "win32":
     import fcntl
@@ -252,7 +252,7 @@ def _check_record(config: CompareConfig) -> None:
 
 
 def _check_run(cell: Cell, wanted: dict[str, Any]) -> None:
-    here = flatten(wanted) | {"policy.precision": resolve_precision(wanted["policy"]["precision"])}
+    here = flatten(build.resolved(Config.model_validate(wanted)).model_dump(mode="json"))
     if cell.preset == CALIBRATED:
         del here["advantages.table"]
     there = flatten(load_run_config(cell.folder).model_dump(mode="json"))

@@ -59,6 +59,7 @@ def diagnose(
     if prompts > len(dataset):
         raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
     rewards = build.build_rewards(config)
+    build.tell_long_prompts(config, policy, rewards, {dataset: None}, display)
     with display.stages() as stages:
         build.encode_ahead(policy, {dataset: None}, stages)
         sensitivity = measure(

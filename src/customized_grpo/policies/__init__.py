@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar, runtime_checkable
 
@@ -12,6 +13,14 @@ ConditionT = TypeVar("ConditionT", bound="Condition")
 References = Sequence[Sequence[Tensor]]
 """References of B prompts: for each its K >= 1 pictures [3, h, w] in [0, 1]. K and sizes may differ; where they do not,
 a tensor [B, K, 3, h, w] is one too."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Prompts in tokens, what is put around them included, and how many of a prompt's are read."""
+
+    tokens: Sequence[int]
+    read: int
 
 
 class Condition(Protocol):
@@ -97,4 +106,13 @@ class EncodesAhead(Protocol):
 
         `on_progress` hears how many are done.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsPrompts(Protocol):
+    """A policy or a reward whose encoder may not read the whole of a prompt."""
+
+    def prompt_lengths(self, prompts: Sequence[str]) -> Lengths | None:
+        """The lengths of `prompts`; None where all is read, however long."""
         ...

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import resize
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies import References
+from customized_grpo.policies import Lengths, References
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
@@ -86,6 +86,10 @@ class DiffusersPolicy:
         most = self._family.max_references
         if num_references > most:
             raise UserError(f'this generator takes at most {most} references, not {num_references}; see "references"')
+
+    def prompt_lengths(self, prompts: Sequence[str]) -> Lengths | None:
+        """See `policies.ReadsPrompts`."""
+        return self._family.prompt_lengths(self._pipe, prompts)
 
     def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
         """See `Policy.prepare_reference`."""

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from customized_grpo.policies import Lengths
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 
 
@@ -44,6 +45,11 @@ class Family(Protocol):
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         """The size in which a picture of `height` x `width` is seen as one of `count` references; `side`: what the
         configuration asks for."""
+        ...
+
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths | None:
+        """The lengths of `prompts` as the encoder of the transformer's text tokens gets them; None where it reads the
+        whole."""
         ...
 
     def encode(

@@ -12,7 +12,7 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies import schedule
+from customized_grpo.policies import Lengths, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, token_count
 
@@ -21,6 +21,8 @@ LORA_TARGETS = (
     r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|proj_out)"
 )
 """The projections of all attentions, and of a single block its output, as UNO's and the paper's LoRA have it."""
+TEXT_TOKENS = 512
+"""Tokens of T5 that the pipelines take."""
 
 
 def check_guidance(pipe: Any, guidance: float | None) -> None:
@@ -31,9 +33,15 @@ def check_guidance(pipe: Any, guidance: float | None) -> None:
         )
 
 
+def prompt_lengths(pipe: Any, prompts: Sequence[str]) -> Lengths:
+    """In tokens of T5. CLIP, which reads 77 of its own, gives but a summary beside them."""
+    tokens = pipe.tokenizer_2(list(prompts), verbose=False)["input_ids"]
+    return Lengths([len(each) for each in tokens], TEXT_TOKENS)
+
+
 def encode(pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device) -> Row:
     """`text` [L, D] of T5, `pooled` [D'] of CLIP, and the `reference` tokens [S, C]."""
-    text, pooled, _ = pipe.encode_prompt(prompt=[prompt], device=device)
+    text, pooled, _ = pipe.encode_prompt(prompt=[prompt], device=device, max_sequence_length=TEXT_TOKENS)
     tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
     return Row({"text": text[0], "pooled": pooled[0], "reference": tokens}, sizes_of(references))
 
@@ -50,7 +58,7 @@ def example(config: Any, sizes: Sizes) -> dict[str, Tensor]:
     tokens = token_count(sizes)
     with torch.device("meta"):
         return {
-            "text": torch.empty(512, config.joint_attention_dim),
+            "text": torch.empty(TEXT_TOKENS, config.joint_attention_dim),
             "pooled": torch.empty(config.pooled_projection_dim),
             "reference": torch.empty(tokens, config.in_channels),
         }

@@ -7,7 +7,7 @@ import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from customized_grpo.policies import flux1, schedule
+from customized_grpo.policies import Lengths, flux1, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import to_area, token_count
 
@@ -35,6 +35,9 @@ class Flux1Kontext:
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_area(height, width, (side or self.reference_side) ** 2)
+
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+        return flux1.prompt_lengths(pipe, prompts)
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import Flux2Pipeline, Flux2Transformer2DModel
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, format_input
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from customized_grpo.policies import flux1, schedule
+from customized_grpo.policies import Lengths, flux1, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
@@ -22,6 +22,8 @@ LORA_TARGETS = (
     r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 )
 MAX_REFERENCES = 10
+TEXT_TOKENS = 512
+"""Tokens of a prompt in its template that the pipelines take."""
 LARGEST_REFERENCE = 1024
 """The pipelines scale references down to the area of a square of this side."""
 
@@ -50,10 +52,15 @@ class Flux2:
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return reference_size(height, width, side)
 
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+        talks = format_input(prompts=list(prompts), system_message=pipe.system_message)
+        texts = pipe.tokenizer.apply_chat_template(talks, add_generation_prompt=False, tokenize=False)
+        return text_lengths(pipe, texts)
+
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
-        text, _ = pipe.encode_prompt([prompt], device=device)
+        text, _ = pipe.encode_prompt([prompt], device=device, max_sequence_length=TEXT_TOKENS)
         return Row({"text": text[0], "reference": reference_tokens(pipe, references)}, sizes_of(references))
 
     def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
@@ -86,10 +93,16 @@ def reference_tokens(pipe: Any, references: Sequence[Tensor]) -> Tensor:
     return torch.cat(tokens)
 
 
+def text_lengths(pipe: Any, texts: Sequence[str]) -> Lengths:
+    """Of prompts in their template."""
+    tokens = pipe.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return Lengths([len(each) for each in tokens], TEXT_TOKENS)
+
+
 def example(config: Any, sizes: Sizes, texts: Sequence[str]) -> dict[str, Tensor]:
     """As `encode` makes them, on the meta device."""
     with torch.device("meta"):
-        words = {name: torch.empty(512, config.joint_attention_dim) for name in texts}
+        words = {name: torch.empty(TEXT_TOKENS, config.joint_attention_dim) for name in texts}
         return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
 

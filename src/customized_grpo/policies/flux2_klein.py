@@ -8,7 +8,7 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies import flux2
+from customized_grpo.policies import Lengths, flux2
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of
 
@@ -41,12 +41,20 @@ class Flux2Klein:
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return flux2.reference_size(height, width, side)
 
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+        talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = pipe.tokenizer.apply_chat_template(
+            talks, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+        return flux2.text_lengths(pipe, texts)
+
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
-        tensors = {"text": pipe.encode_prompt([prompt], device=device)[0][0]}
+        most = {"max_sequence_length": flux2.TEXT_TOKENS}
+        tensors = {"text": pipe.encode_prompt([prompt], device=device, **most)[0][0]}
         if guided:
-            tensors["negative"] = pipe.encode_prompt([""], device=device)[0][0]
+            tensors["negative"] = pipe.encode_prompt([""], device=device, **most)[0][0]
         return Row(tensors | {"reference": flux2.reference_tokens(pipe, references)}, sizes_of(references))
 
     def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:

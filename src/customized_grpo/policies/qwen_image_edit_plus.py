@@ -59,6 +59,9 @@ class QwenImageEditPlus:
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_area(height, width, (side or self.reference_side) ** 2, multiple=32)
 
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> None:
+        """The pipeline cuts nothing off."""
+
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:

@@ -11,7 +11,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies import flux1, schedule
+from customized_grpo.policies import Lengths, flux1, schedule
 from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import to_longer_side
 
@@ -43,6 +43,9 @@ class Uno:
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_longer_side(height, width, side or (self.reference_side if count == 1 else self.several_side))
+
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+        return flux1.prompt_lengths(pipe, prompts)
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool

@@ -1,4 +1,4 @@
-"""What a reward must do. `toybox.rewards` holds two."""
+"""What a reward must do, and `policies.ReadsPrompts` what it may. `toybox.rewards` holds two."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from customized_grpo.config import RewardsConfig
+from customized_grpo.config_rewards import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.libraries import quiet
 from customized_grpo.rewards import Reward
@@ -15,8 +15,9 @@ from customized_grpo.rewards.remote import TOKEN, RemoteReward
 from customized_grpo.rewards.transport import Transport, secret
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
 
-PRETRAINED = ("dino", "clip_i", "clip_t", "siglip", "pickscore")
 TOYBOX = "toybox"
+PICKSCORES_BACKBONE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Whose tokenizer and image processor PickScore takes, which is published without any."""
 
 
 def load_rewards(
@@ -30,11 +31,13 @@ def load_rewards(
 
 
 def load_pretrained(name: str, field: str, model: str | None, config: RewardsConfig, device: torch.device) -> Reward:
-    """A pretrained reward by its name, one of PRETRAINED."""
+    """A pretrained reward by its name, one of ENCODERS."""
     quiet()
     from customized_grpo.rewards.pretrained import Checkpoint
 
-    return Checkpoint(field, name, model, device, config.micro_batch).reward(
+    backbone = {"hpsv2": config.hpsv2.backbone, "pickscore": PICKSCORES_BACKBONE}.get(name)
+    bf16 = config.precision == "bf16"
+    return Checkpoint(field, name, model, backbone, device, micro_batch=config.micro_batch, bf16=bf16).reward(
         segmented=config.identity_reference == "segmented",
         background=config.background,
         several=config.several_references,
@@ -74,9 +77,10 @@ def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.
     from customized_grpo.rewards.hpsv3 import load_hpsv3
 
     settings = config.hpsv3
+    bf16 = device.type == "cuda" if config.precision == "auto" else config.precision == "bf16"
     return load_hpsv3(
         weights, settings.backbone, settings.instruction, sequential=settings.positions == "sequential",
-        micro_batch=config.micro_batch, device=device,
+        micro_batch=config.micro_batch, device=device, bf16=bf16,
     )  # fmt: skip
 
 

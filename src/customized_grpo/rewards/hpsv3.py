@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
 
@@ -23,6 +21,7 @@ from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies.loading import locate_file
 from customized_grpo.policies.qwen_image_edit_plus import ImageTextProcessor
 from customized_grpo.rewards import Scores, Task
+from customized_grpo.rewards.weights import misfit, read_tensors
 
 WEIGHTS = "MizzenAI/HPSv3/HPSv3.safetensors"
 REWARD_TOKEN = "<|Reward|>"
@@ -101,9 +100,10 @@ class HPSv3Reward:
 
 def load_hpsv3(
     weights: str | None, backbone: str, instruction: Path | None, *, sequential: bool, micro_batch: int,
-    device: torch.device,
+    device: torch.device, bf16: bool,
 ) -> HPSv3Reward:  # fmt: skip
-    """The reward. `weights`: a file, or owner/name/file on the hub; `backbone`: a folder or hub id.
+    """The reward. `weights`: a file, or owner/name/file on the hub; `backbone`: a folder or hub id; `bf16`: compute in
+    it, all but the head.
 
     Raises `UserError` where a part cannot be had, or its tensors are not those of HPSv3.
     """
@@ -119,16 +119,13 @@ def load_hpsv3(
             "that can be reached"
         ) from error
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    try:
-        state = renamed(load_file(path))
-    except SafetensorError as error:
-        raise UserError(f"rewards.prompt_model: {path} is damaged, or no safetensors file ({error})") from error
+    state = renamed(read_tensors(path, "rewards.prompt_model"))
     config.text_config.vocab_size = len(state.get("backbone.language_model.embed_tokens.weight", ()))
     # Tables of rotary frequencies are made, weights only outlined.
     with init_empty_weights(include_buffers=False):
         model = HPSv3(Qwen2VLModel(config), config.text_config.hidden_size)
     _check_names(path, state, model.state_dict(), len(tokenizer))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if bf16 else torch.float32
     cast = {name: tensor.to(torch.float32 if "rm_head" in name else dtype) for name, tensor in state.items()}
     model.load_state_dict(cast, assign=True)
     processor = ImageTextProcessor(pictures, tokenizer)
@@ -187,13 +184,10 @@ def _published_instruction() -> str:
 
 
 def _check_names(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor], vocabulary: int) -> None:
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    other = [name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape]
-    if missing or unknown or other:
-        example = f"it lacks {missing[0]}" if missing else f"it has {unknown[0]}" if unknown else ""
-        example = example or f"{other[0]} is {list(state[other[0]].shape)}, expected {list(expected[other[0]].shape)}"
+    wrong = misfit(state, expected)
+    if wrong:
         raise UserError(
-            f"rewards.prompt_model: {path} does not hold HPSv3 on this backbone ({example}); name HPSv3.safetensors, "
+            f"rewards.prompt_model: {path} does not hold HPSv3 on this backbone ({wrong}); name HPSv3.safetensors, "
             "and Qwen2-VL-7B-Instruct in rewards.hpsv3.backbone"
         )
     rows = len(state["backbone.language_model.embed_tokens.weight"])

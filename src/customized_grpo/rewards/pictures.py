@@ -61,8 +61,30 @@ class Preprocessing:
             pixels = _eight_bit(F.interpolate(pixels, target, mode=self.mode, **smooth))
         if self.crop is not None:
             pixels = _centre(pixels, self.crop)
-        mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (pixels - mean) / std
+        return _normalised(pixels, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Resize the longer side to `side` -> pad with black to a square -> normalise, as HPSv2's published scorer does.
+
+    Resized values are neither clamped nor rounded, as there. A square picture is only resized.
+    """
+
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, side, side], normalised."""
+        pixels = _eight_bit(images.float())
+        scale = self.side / max(pixels.shape[-2:])
+        height, width = (round(length * scale) for length in pixels.shape[-2:])
+        if scale != 1:
+            pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+        left, top = (self.side - width) // 2, (self.side - height) // 2
+        pixels = F.pad(pixels, (left, self.side - width - left, top, self.side - height - top))
+        return _normalised(pixels, self.mean, self.std)
 
 
 DINO_PUBLISHED = Preprocessing(256, None, (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -76,6 +98,11 @@ def composited(reference: Tensor, mask: Tensor, background: float) -> Tensor:
 
 def _eight_bit(images: Tensor) -> Tensor:
     return (images.clamp(0, 1) * 255).round() / 255
+
+
+def _normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    level, spread = (pixels.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+    return (pixels - level) / spread
 
 
 def _centre(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Pretrained encoders as rewards: DINO, CLIP, SigLIP and PickScore, through transformers."""
+"""Pretrained encoders as rewards: DINO, CLIP, SigLIP, PickScore and HPSv2, through transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor
 
+from customized_grpo.config_rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
+from customized_grpo.policies import Lengths
+from customized_grpo.policies.loading import locate_file
 from customized_grpo.rewards import Reward
-from customized_grpo.rewards.pictures import Preprocessing
+from customized_grpo.rewards.open_clip import load_open_clip
+from customized_grpo.rewards.pictures import Letterbox, Preprocessing
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder, PromptSimilarity, pooled
 
 MODELS = {
@@ -22,38 +26,58 @@ MODELS = {
     "pickscore": "yuvalkirstain/PickScore_v1",
 }
 """What a reward uses where the configuration names no model."""
-PROCESSORS = {"pickscore": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"}
-"""Whose tokenizer and image processor a model takes that is published without any."""
 TYPES = {
     "dino": ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit"),
     "clip_i": ("clip",),
     "clip_t": ("clip",),
     "siglip": ("siglip",),
     "pickscore": ("clip",),
+    "hpsv2": ("clip",),
 }
 """Model types, as in a checkpoint's config.json, that a reward can read."""
-IDENTITY = ("dino", "clip_i")
-"""Those that compare pictures with references; the others compare them with prompts."""
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
 class Checkpoint:
     """A pretrained encoder, from a folder or the hub."""
 
-    def __init__(self, field: str, kind: str, name: str | None, device: torch.device, micro_batch: int) -> None:
-        """`field`: the configuration field that `name` is from. Raises `UserError` where the model cannot be had or is
-        of another type."""
+    def __init__(
+        self,
+        field: str,
+        kind: str,
+        name: str | None,
+        backbone: str | None,
+        device: torch.device,
+        *,
+        micro_batch: int,
+        bf16: bool,
+    ) -> None:
+        """`field`: the configuration field that `name` is from. `backbone`: whose tokenizer and image processor a model
+        takes that has none of its own. Raises `UserError` where the model cannot be had or is of another type."""
         self._field, self._kind, self._device, self._micro_batch = field, kind, device, micro_batch
         self._name = name or MODELS[kind]
-        complete = name is not None and (Path(name) / "preprocessor_config.json").is_file()
-        self._processor = self._name if complete else PROCESSORS.get(kind, self._name)
-        found = self._load(AutoConfig, self._name).model_type
-        if found not in TYPES[kind]:
-            raise UserError(f"{field}: {self._name} is of type {found}, but {kind} reads {', '.join(TYPES[kind])}")
-        self._model = self._load(AutoModel, self._name).requires_grad_(False).eval().to(device)
+        if kind == "hpsv2" and self._name.endswith(PICKLES):
+            raise UserError(
+                f"{field}: {self._name} is a pickle, which is never read; three lines of python make a safetensors "
+                "file of it: docs/rewards.md, HPSv2"
+            )
+        complete = (Path(self._name) / "preprocessor_config.json").is_file()
+        self._processor = self._name if complete or backbone is None else backbone
+        file = kind == "hpsv2" and self._name.endswith(".safetensors")
+        config = self._load(AutoConfig, self._processor if file else self._name)
+        if config.model_type not in TYPES[kind]:
+            reads = ", ".join(TYPES[kind])
+            raise UserError(f"{field}: {self._name} is of type {config.model_type}, but {kind} reads {reads}")
+        if file:
+            model = load_open_clip(locate_file(self._name, field), config, field)
+        else:
+            model = self._load(AutoModel, self._name)
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
+        self._model: Any = model.requires_grad_(False).eval().to(device, self._dtype)
 
     def reward(self, *, segmented: bool, background: float, several: str) -> Reward:
         """The reward; what is given is of identity: see `IdentitySimilarity`."""
-        if self._kind in IDENTITY:
+        if self._kind in IDENTITY_ENCODERS:
             return IdentitySimilarity(self.encoder(), segmented=segmented, background=background, several=several)
         return self.to_prompt()
 
@@ -72,12 +96,15 @@ class Checkpoint:
             self._micro_batch,
         )
 
-    def _preprocessing(self) -> Preprocessing:
+    def _preprocessing(self) -> Callable[[Tensor], Tensor]:
         if self._model.config.model_type == "dinov3_vit":
             # Its image processor needs torchvision, but its settings are all in its file.
             settings, _ = BaseImageProcessor.get_image_processor_dict(self._processor)
         else:
             settings = self._load(AutoImageProcessor, self._processor).to_dict()
+        if self._kind == "hpsv2":
+            side = self._model.config.vision_config.image_size
+            return Letterbox(side, tuple(settings["image_mean"]), tuple(settings["image_std"]))
         return Preprocessing.of(settings)
 
     def to_prompt(self) -> PromptSimilarity:
@@ -85,20 +112,26 @@ class Checkpoint:
         tokenizer = self._load(AutoTokenizer, self._processor)
         # SigLIP was trained on texts padded to their full length, without a mask.
         padding = "max_length" if self._kind == "siglip" else True
+        most = min(tokenizer.model_max_length, self._model.config.text_config.max_position_embeddings)
 
         def read(prompts: Sequence[str]) -> Tensor:
-            tokens = tokenizer(list(prompts), padding=padding, truncation=True, return_tensors="pt").to(self._device)
+            tokens = tokenizer(
+                list(prompts), padding=padding, truncation=True, max_length=most, return_tensors="pt"
+            ).to(self._device)
             names = {"input_ids"} if self._kind == "siglip" else {"input_ids", "attention_mask"}
             return pooled(self._model.get_text_features(**{name: tokens[name] for name in names}))
 
-        return PromptSimilarity(self.encoder(), read)
+        def measure(prompts: Sequence[str]) -> Lengths:
+            return Lengths([len(each) for each in tokenizer(list(prompts), verbose=False)["input_ids"]], most)
+
+        return PromptSimilarity(self.encoder(), read, measure)
 
     def _class_token(self, pixels: Tensor) -> Tensor:
-        hidden: Tensor = self._model(pixel_values=pixels).last_hidden_state
+        hidden: Tensor = self._model(pixel_values=pixels.to(self._dtype)).last_hidden_state
         return hidden[:, 0]
 
     def _projected(self, pixels: Tensor) -> Tensor:
-        return pooled(self._model.get_image_features(pixel_values=pixels))
+        return pooled(self._model.get_image_features(pixel_values=pixels.to(self._dtype)))
 
     def _load(self, loader: Any, name: str) -> Any:
         try:

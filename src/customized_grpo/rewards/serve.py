@@ -8,7 +8,7 @@ import hmac
 import io
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -16,16 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor
 
-from customized_grpo.config import RewardsConfig
+from customized_grpo.config_rewards import ENCODERS, IDENTITY_ENCODERS, RewardsConfig
 from customized_grpo.errors import UserError
+from customized_grpo.messages import worded
 from customized_grpo.rewards import Reward, Scores, Task
-from customized_grpo.rewards.catalogue import PRETRAINED, load_hpsv3_reward, load_pretrained
+from customized_grpo.rewards.catalogue import load_hpsv3_reward, load_pretrained
 from customized_grpo.rewards.own import PREFIX, OwnReward
 from customized_grpo.rewards.remote import TOKEN
 from customized_grpo.rewards.transport import secret
-from customized_grpo.runtime import resolve_device
+from customized_grpo.runtime import check_precision, resolve_device
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LARGEST_SIDE = 4096
@@ -160,20 +162,20 @@ def _answer(scores: Scores) -> dict[str, Any]:
 def serve(
     name: str,
     model: str | None,
-    config: RewardsConfig,
-    device: str,
+    settings: Mapping[str, Any],
     address: tuple[str, int],
     *,
     max_images: int,
     max_bytes: int,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve the reward `name` until interrupted. `on_ready` hears where. Raises `UserError` for a reward that cannot be
-    had, bounds below 1, and an address that cannot be listened on."""
+    """Serve the reward `name` until interrupted; `settings` are of `RewardsConfig`. `on_ready` hears where. Raises
+    `UserError` for a reward that cannot be had, settings that it does not read, bounds below 1, and an address that
+    cannot be listened on."""
     for option, value in (("--max_images", max_images), ("--max_bytes", max_bytes)):
         if value < 1:
             raise UserError(f"{option}: {value} takes no request; give 1 or more")
-    reward = _reward(name, model, config, device)
+    reward = _reward(name, model, settings)
     try:
         server = RewardServer(address, reward, name, max_images=max_images, max_bytes=max_bytes, token=secret(TOKEN))
     except (OSError, OverflowError) as error:
@@ -185,15 +187,32 @@ def serve(
         server.serve_forever()
 
 
-def _reward(name: str, model: str | None, config: RewardsConfig, device: str) -> Reward:
+def _reward(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward:
     if name.startswith(PREFIX):
         if model is not None:
             raise UserError(f"--model: {name} takes none; leave it out")
-        return OwnReward.load("serve-reward", name)
-    if name == "hpsv3":
-        return load_hpsv3_reward(config, model, resolve_device(device))
-    if name not in PRETRAINED:
+        reward = OwnReward.load("serve-reward", name)
+        _config(name, None, settings)
+        return reward
+    if name not in (*ENCODERS, "hpsv3"):
         raise UserError(
-            f"serve-reward: no reward '{name}'; choose hpsv3, {', '.join(PRETRAINED)} or python:module.function"
+            f"serve-reward: no reward '{name}'; choose hpsv3, {', '.join(ENCODERS)} or python:module.function"
         )
-    return load_pretrained(name, "--model", model, config, resolve_device(device))
+    config = _config(name, model, settings)
+    device = resolve_device(config.device, "--")
+    check_precision(config.precision, device, "--")
+    if name == "hpsv3":
+        return load_hpsv3_reward(config, model, device)
+    return load_pretrained(name, "--model", model, config, device)
+
+
+def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> RewardsConfig:
+    """The configuration of the reward `name`. Raises `UserError` for settings that it does not read."""
+    side = "identity" if name in IDENTITY_ENCODERS else "prompt"
+    if side == "prompt" and settings.get("identity_reference", "whole") != "whole":
+        raise UserError(f"--identity_reference: only for {' or '.join(IDENTITY_ENCODERS)}; leave it out")
+    try:
+        return RewardsConfig.model_validate({side: name, f"{side}_model": model, **settings})
+    except ValidationError as error:
+        told = "; ".join(worded(each) for each in error.errors())
+        raise UserError(f"--{told.replace(f'{side}_model', 'model')}") from error

@@ -1,4 +1,4 @@
-"""Rewards that are cosines in a pretrained encoder's space: DINO, CLIP, SigLIP, PickScore."""
+"""Rewards that are cosines in a pretrained encoder's space: DINO, CLIP, SigLIP, PickScore, HPSv2."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -8,17 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from customized_grpo.policies import Lengths
 from customized_grpo.rewards import Scores, Task
-from customized_grpo.rewards.pictures import Preprocessing, composited
+from customized_grpo.rewards.pictures import composited
 
 Encode = Callable[[Tensor], Tensor]
 """Preprocessed pictures [b, 3, h, w] to features [b, E]."""
+Preprocess = Callable[[Tensor], Tensor]
+"""Pictures [b, 3, H, W] in [0, 1] to what an encoder takes."""
 
 
 class PictureEncoder:
     """Features of pictures, as unit vectors, in micro-batches; those of references are kept."""
 
-    def __init__(self, encode: Encode, preprocess: Preprocessing, device: torch.device, micro_batch: int) -> None:
+    def __init__(self, encode: Encode, preprocess: Preprocess, device: torch.device, micro_batch: int) -> None:
         self._encode, self._preprocess = encode, preprocess
         self._device, self._micro_batch = device, micro_batch
         self._kept: dict[bytes, Tensor] = {}
@@ -74,9 +77,18 @@ class IdentitySimilarity:
 class PromptSimilarity:
     """Cosine of an image with its prompt, in [-1, 1], higher is more as it says."""
 
-    def __init__(self, encoder: PictureEncoder, read: Callable[[Sequence[str]], Tensor]) -> None:
-        """`read`: prompts to features [P, E]."""
-        self._encoder, self._read = encoder, read
+    def __init__(
+        self,
+        encoder: PictureEncoder,
+        read: Callable[[Sequence[str]], Tensor],
+        measure: Callable[[Sequence[str]], Lengths],
+    ) -> None:
+        """`read`: prompts to features [P, E]; `measure`: prompts to their lengths."""
+        self._encoder, self._read, self._measure = encoder, read, measure
+
+    def prompt_lengths(self, prompts: Sequence[str]) -> Lengths:
+        """See `policies.ReadsPrompts`."""
+        return self._measure(prompts)
 
     @torch.no_grad()
     def score(self, images: Tensor, task: Task) -> Scores:

@@ -1,0 +1,213 @@
+"""Where and in what rewards compute, and settings that none of the two reads."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from customized_grpo import build, runtime
+from customized_grpo.cli import main
+from customized_grpo.config import Config, RewardsConfig
+from customized_grpo.config_rewards import ENCODERS, READ_BY
+from customized_grpo.errors import UserError
+from customized_grpo.rewards import Task
+from customized_grpo.rewards import hpsv3 as hpsv3_module
+from customized_grpo.rewards.catalogue import load_hpsv3_reward, load_rewards
+from customized_grpo.rewards.serve import _reward
+from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.run import MAY_CHANGE, _pinned
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+URL = "http://127.0.0.1:9"
+OTHER = {"micro_batch": 3, "device": "cpu", "precision": "fp32", "deadline": 7.0}
+"""Values that are not what is left out."""
+PAIRS: list[dict[str, Any]] = [
+    {},
+    {"prompt": "python:mine.red", "identity": "python:mine.red"},
+    {"prompt": "remote", "prompt_model": URL},
+    {"identity": "remote", "identity_model": URL},
+    {"prompt": "vlm_judge", "vlm_judge": {"url": URL, "model": "m"}},
+    {"prompt": "hpsv3"},
+    {"prompt": "hpsv2", "prompt_model": "hps.safetensors"},
+    *({"identity" if kind in ("dino", "clip_i") else "prompt": kind} for kind in ENCODERS if kind != "hpsv2"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("rewards")
+    return {kind: save_tiny_reward(kind, root / kind) for kind in ("clip", "dino")}
+
+
+def batch() -> tuple[Tensor, Task]:
+    images = torch.rand(1, 4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    return images, Task(["a cat"], [[images[0, 0]]], None)
+
+
+@pytest.mark.parametrize("rewards", PAIRS, ids=lambda pair: "-".join(map(str, pair.values())) or "toybox")
+@pytest.mark.parametrize("name", READ_BY)
+def test_what_no_reward_reads_is_refused(name: str, rewards: dict[str, Any]) -> None:
+    used = RewardsConfig.model_validate(rewards)
+    changed = rewards | {name: OTHER[name]}
+    if used.prompt in READ_BY[name] or used.identity in READ_BY[name]:
+        assert getattr(RewardsConfig.model_validate(changed), name) == OTHER[name]
+        return
+    found = rf"{name}: only for .* \(found prompt={used.prompt}, identity={used.identity}\); leave it out"
+    with pytest.raises(ValidationError, match=found):
+        RewardsConfig.model_validate(changed)
+
+
+def config(policy: str = "flux1-kontext", **rewards: Any) -> Config:
+    usual = {"prompt": "clip_t", "identity": "dino"} if policy != "toybox" else {}
+    tree: dict[str, Any] = {"policy": {"kind": policy}, "rewards": usual | rewards}
+    if policy != "toybox":
+        tree["evaluation"] = {"judge": "none"}
+    return Config.model_validate(tree)
+
+
+def test_a_run_may_go_on_elsewhere_but_not_in_another_precision() -> None:
+    assert "rewards.device" in MAY_CHANGE
+    pinned = _pinned(config())
+    assert "rewards.device" not in pinned and "rewards.precision" in pinned
+
+
+@pytest.mark.parametrize(
+    ("rewards", "cuda", "expected"),
+    [
+        ({}, False, "fp32"),
+        ({}, True, "fp32"),
+        ({"precision": "bf16"}, False, "bf16"),
+        ({"prompt": "hpsv3"}, False, "fp32"),
+        ({"prompt": "hpsv3"}, True, "auto"),
+        ({"prompt": "hpsv3", "precision": "fp32"}, True, "fp32"),
+        ({"prompt": "vlm_judge", "vlm_judge": {"url": URL, "model": "m"}, "identity": "vlm_judge"}, True, "auto"),
+    ],
+)
+def test_the_precision_is_written_down(
+    rewards: dict[str, Any], cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HPSv3 taken from CUDA to a CPU is another reward: the two configurations differ, and --resume refuses."""
+    monkeypatch.setattr(build, "resolve_device", lambda name, prefix="policy.": CUDA if cuda else CPU)
+    monkeypatch.setattr(build, "resolve_precision", lambda precision, device: "fp32")
+    found = build.resolved(config(**rewards))
+    assert found.rewards.precision == expected
+    assert Config.model_validate(found.model_dump(mode="json")) == found
+
+
+def test_toybox_has_no_precision_to_write_down() -> None:
+    assert build.resolved(config("toybox")).rewards.precision == "auto"
+
+
+def test_rewards_run_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.device] = []
+    monkeypatch.setattr(build, "load_rewards", lambda rewards, device, weights: seen.append(device))
+    monkeypatch.setattr(
+        build, "resolve_device", lambda name, prefix="policy.": torch.device("cuda:0" if name == "auto" else name)
+    )
+    build.build_rewards(config())
+    build.build_rewards(config(device="cuda:1"))
+    assert [str(device) for device in seen] == ["cuda:0", "cuda:1"]
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [("gpu0", r"rewards\.device: 'gpu0' is no device"), ("cuda:99", r"rewards\.device: there is no 'cuda:99' here")],
+)
+def test_a_device_that_is_not_here(device: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build.build_rewards(config(device=device))
+
+
+def test_bf16_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "resolve_precision", lambda precision, device: "fp32")
+    said = r"rewards\.precision: bf16 is asked for, but the CPU here emulates it, .* or rewards\.device=cuda"
+    with pytest.raises(UserError, match=said):
+        build.build_rewards(config(precision="bf16", device="cpu"))
+
+
+def test_encoders_in_bf16_round_the_scores_of_fp32(tiny: dict[str, Path]) -> None:
+    settings = {"prompt": "clip_t", "prompt_model": str(tiny["clip"]), "identity": "dino"}
+    settings |= {"identity_model": str(tiny["dino"])}
+    images, task = batch()
+    for side in (0, 1):
+        full, auto, half = (
+            load_rewards(RewardsConfig.model_validate(settings | {"precision": precision}), CPU)[side]
+            .score(images, task)
+            .values
+            for precision in ("fp32", "auto", "bf16")
+        )
+        assert torch.equal(full, auto) and half.dtype == torch.float32
+        assert 0 < (full - half).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_a_checkpoint_in_half_precision_is_computed_in_fp32(
+    stored: torch.dtype, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(tiny["clip"]).to(stored).save_pretrained(tmp_path / "half")
+    for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "half" / name).write_bytes((tiny["clip"] / name).read_bytes())
+    settings = {"prompt": "clip_t", "prompt_model": str(tmp_path / "half")}
+    reward: Any = load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
+    model = reward._encoder._encode.__self__._model
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_hpsv3s_head_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hpsv3_module, "PIXELS", 9 * 28 * 28)
+    weights, backbone = save_tiny_hpsv3(tmp_path)
+    (tmp_path / "text").write_text("Rate it: {text_prompt} <|Reward|>")
+    parts = {"backbone": str(backbone), "instruction": str(tmp_path / "text")}
+    images, task = batch()
+
+    def load(precision: str) -> Any:
+        settings = RewardsConfig.model_validate({"prompt": "hpsv3", "hpsv3": parts, "precision": precision})
+        return load_hpsv3_reward(settings, str(weights), CPU)
+
+    half, full, auto = load("bf16"), load("fp32"), load("auto")
+    assert half._model.backbone.dtype == torch.bfloat16 and half._model.rm_head[0].weight.dtype == torch.float32
+    assert full._model.backbone.dtype == auto._model.backbone.dtype == torch.float32
+    scores = half.score(images, task)
+    assert scores.valid.all() and scores.values.dtype == torch.float32
+    assert 0 < (scores.values - full.score(images, task).values).abs().max() < 0.1
+
+
+def test_a_served_reward_computes_as_told(tiny: dict[str, Path]) -> None:
+    reward: Any = _reward("dino", str(tiny["dino"]), {"device": "cpu", "precision": "fp32", "micro_batch": 2})
+    assert reward._encoder._device == CPU and reward._encoder._micro_batch == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["hpsv2"], "--model: hpsv2 has no usual one"),
+        (["hpsv2", "--model", "x.pt"], "--model: x.pt is a pickle"),
+        (["dino", "--device", "gpu0"], "--device: 'gpu0' is no device"),
+        (["dino", "--micro_batch", "0"], "--micro_batch: Input should be greater than or equal to 1 (found 0)"),
+        (["dino", "--instruction", "x"], "--instruction: only for hpsv3"),
+        (["python:mine.red", "--precision", "fp32"], "--precision: only for dino, clip_i"),
+    ],
+)
+def test_what_cannot_be_served(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text("def red(images, task):\n    return images[:, :, 0].mean((-2, -1))\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main(["serve-reward", *options])
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_bf16_is_not_served_where_it_is_emulated(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "resolve_precision", lambda precision, device: "fp32")
+    with pytest.raises(SystemExit):
+        main(["serve-reward", "dino", "--precision", "bf16", "--device", "cpu"])
+    assert "--precision: bf16 is asked for" in capsys.readouterr().err
