@@ -14,7 +14,7 @@ from PIL import Image
 
 from customized_grpo import __version__, cli
 from customized_grpo.config import Config
-from customized_grpo.run import LOGS
+from customized_grpo.session import LOGS
 from customized_grpo.toybox.language import VOCABULARY
 from customized_grpo.trainer import Trainer, TrainingError
 

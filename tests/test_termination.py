@@ -23,7 +23,7 @@ SIX = {
 }  # fmt: skip
 PROGRAM = """
 import os, signal, sys
-from customized_grpo import run
+from customized_grpo import session
 from customized_grpo.trainer import Trainer
 from customized_grpo.cli import main
 
@@ -53,9 +53,9 @@ elif place == "between updates":
         return due(trainer) and len(steps) % 2 == 0
     strike(Trainer, "_optimizer_step", second)
 elif place == "validation":
-    strike(run._Session, "_validate", lambda session: due(session.trainer))
+    strike(session.Session, "_validate", lambda run: due(run.trainer))
 elif place == "saving":
-    strike(run._Session, "_checkpoint", lambda session: due(session.trainer))
+    strike(session.Session, "_checkpoint", lambda run: due(run.trainer))
 main()
 """
 """Trains as the command does, and sends itself SIGTERM at a place of an iteration."""
