@@ -10,6 +10,7 @@ from customized_grpo.data import SubjectDataset, save_image
 from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
 from customized_grpo.policies import Policy
 from customized_grpo.rewards import Reward
+from customized_grpo.storage import write_whole, writing
 from customized_grpo.toybox.judge import Judge
 
 REPORTED_IMAGES = 24
@@ -29,7 +30,6 @@ def write_evaluation(
         base = evaluate_pairs(config, policy, dataset, rewards, judge, pairs)
     tuned = evaluate_pairs(config, policy, dataset, rewards, judge, pairs)
     results = {}
-    folder.mkdir(parents=True, exist_ok=True)
     for name, evaluation in (("base", base), ("tuned", tuned)):
         results[name] = {
             "split": dataset.folder.name,
@@ -40,11 +40,14 @@ def write_evaluation(
             "records": evaluation.records(),
             "summary": evaluation.summary(),
         }
-        (folder / f"{name}.json").write_text(json.dumps(results[name], indent=1), encoding="utf-8")
-        for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
-            save_image(image, folder / "images" / f"{sample.id}_{name}.png")
-    for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
-        save_image(reference[0], folder / "images" / f"{sample.id}_reference.png")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, evaluation in (("base", base), ("tuned", tuned)):
+            write_whole(folder / f"{name}.json", json.dumps(results[name], indent=1))
+            for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
+                save_image(image, folder / "images" / f"{sample.id}_{name}.png")
+        for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
+            save_image(reference[0], folder / "images" / f"{sample.id}_reference.png")
     return results
 
 

@@ -61,11 +61,12 @@ def _run(options: Namespace) -> None:
         from customized_grpo.display import Display
         from customized_grpo.run import evaluate_run
 
-        print(f"report: {evaluate_run(chosen.run, chosen.data, chosen.pairs, Display())}")
+        print(f"report: {evaluate_run(chosen.run, chosen.data, chosen.pairs, Display(), ema=chosen.ema)}")
     elif command == "generate":
         from customized_grpo.generate import generate
 
-        print(generate(chosen.run, chosen.reference, chosen.prompt, chosen.out, chosen.base, chosen.seed, chosen.count))
+        asked = (chosen.run, chosen.reference, chosen.prompt, chosen.out, chosen.base, chosen.seed, chosen.count)
+        print(generate(*asked, ema=chosen.ema))
     elif command == "report":
         from customized_grpo.report import write_report
 
@@ -143,7 +144,7 @@ def _figures(options: Namespace) -> None:
 
 
 def _train(options: Namespace) -> None:
-    config = _settings(Config, options, "resume", "overwrite", "dry_run")
+    config = _settings(Config, options, "resume", "resume_from", "overwrite", "dry_run")
     from customized_grpo.display import Display
 
     if options.dry_run:
@@ -155,7 +156,8 @@ def _train(options: Namespace) -> None:
     from customized_grpo.trainer import TrainingError
 
     try:
-        report = train(config, Display(), resume=options.resume, overwrite=options.overwrite)
+        how = {name: options[name] for name in ("resume", "resume_from", "overwrite")}
+        report = train(config, Display(), **how)
     except TrainingError as error:
         _fail(str(error), FAILURE)
     print(f"report: {report}")
@@ -237,6 +239,7 @@ def _parser() -> ArgumentParser:
     evaluate.add_argument(
         "--pairs", type=int | None, help="number of pairs, from the first; default: the run's test_pairs"
     )
+    evaluate.add_argument("--ema", action="store_true", help="take the averaged weights (ema.decay) for the tuned ones")
     commands.add_subcommand("evaluate", evaluate, help="compare base and tuned on a data folder")
 
     generate = _Parser(description="Draw pictures with a tuned generator.")
@@ -247,6 +250,7 @@ def _parser() -> ArgumentParser:
         "--out", type=Path, default=Path("out.png"), help="PNG file to write; %(default)s if left out"
     )
     generate.add_argument("--base", action="store_true", help="use the generator as it was before training")
+    generate.add_argument("--ema", action="store_true", help="use the averaged weights, of a run with ema.decay")
     generate.add_argument("--seed", type=int, default=0, help="seed of the noise")
     generate.add_argument("--count", type=int, default=1, help="pictures, side by side")
     commands.add_subcommand("generate", generate, help="draw pictures with a tuned generator")
@@ -277,11 +281,15 @@ def _parser() -> ArgumentParser:
 
 def _train_parser() -> ArgumentParser:
     train = _Parser(
-        usage="customized-grpo train --config FILE [--resume | --overwrite] [--output DIR] [--any.field VALUE ...]",
+        usage="customized-grpo train --config FILE [--resume | --resume_from DIR | --overwrite] "
+        "[--output DIR] [--any.field VALUE ...]",
         description="Tune a subject-driven generator with GRPO, SARS and TDW.",
     )
     train.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    train.add_argument(
+        "--resume_from", type=Path | None, help="go on from this checkpoint (RUN/checkpoints/000020) and no other"
+    )
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
     train.add_argument(
         "--dry-run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"

@@ -9,12 +9,14 @@ import yaml
 
 from customized_grpo import build
 from customized_grpo.before_after import write_evaluation
+from customized_grpo.checkpoint import read_manifest
 from customized_grpo.config import Config
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.report import write_report
 from customized_grpo.runtime import configure
-from customized_grpo.session import LOGS, UNFINISHED, Session
+from customized_grpo.session import EMA, LOGS, Session
+from customized_grpo.storage import UNFINISHED, writing
 from customized_grpo.termination import STATUS, Terminated, Termination
 from customized_grpo.trainer import Trainer
 
@@ -22,11 +24,13 @@ WRITTEN = (
     *LOGS,
     "config.yaml",
     "weights.json",
+    *(f"{name}{UNFINISHED}" for name in (*LOGS, "config.yaml", "weights.json")),
     "report.html",
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
     "checkpoints",
     "diagnosis",
+    EMA,
     "evaluation",
     "galleries",
     "tensorboard",
@@ -34,22 +38,39 @@ WRITTEN = (
 """What a run writes into its folder, and all that --overwrite deletes."""
 
 
-def train(config: Config, display: Display, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Train as `config` says; returns the path of the report. Raises `UserError` on bad input, before any work."""
+def train(
+    config: Config,
+    display: Display,
+    *,
+    resume: bool = False,
+    resume_from: Path | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Train as `config` says; returns the path of the report. `resume_from`: go on from this checkpoint and no other.
+
+    Raises `UserError` on bad input, before any work.
+    """
     configure(config.threads)
     config = build.resolved(config)
     output = config.output
-    _check_output(output, resume=resume, overwrite=overwrite)
+    _check_output(output, resume=resume or resume_from is not None, overwrite=overwrite)
+    if resume_from is not None:
+        read_manifest(resume_from)
     termination = Termination()
     with termination.listening():
         try:
-            return _train(config, display, termination, resume=resume, overwrite=overwrite)
+            session = _session(config, display, termination)
+            if overwrite:
+                _delete_run(output)
+            session.start(resume=resume, resume_from=resume_from)
+            session.loop()
+            return session.finish()
         except Terminated:
             raise SystemExit(STATUS) from None
 
 
-def _train(config: Config, display: Display, termination: Termination, *, resume: bool, overwrite: bool) -> Path:
-    output = config.output
+def _session(config: Config, display: Display, termination: Termination) -> Session:
+    """All parts of a run, built and checked; nothing is written yet."""
     # Cheapest first: what is wrong is told before the next part is paid for.
     writer = _summary_writer() if config.log.tensorboard else None
     datasets = {
@@ -70,31 +91,42 @@ def _train(config: Config, display: Display, termination: Termination, *, resume
     with display.stages() as stages:
         build.encode_ahead(policy, {dataset: wanted[name] for name, dataset in datasets.items()}, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"])
-    session = Session(config, trainer, datasets, display, judge, writer, termination)
-    if overwrite:
-        _delete_run(output)
-    session.start(resume=resume)
-    session.loop()
-    return session.finish()
+    return Session(config, trainer, datasets, display, judge, writer, termination)
 
 
-def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Display) -> Path:
+def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Display, *, ema: bool = False) -> Path:
     """Evaluate a finished run's base and tuned generator on `data` (default: the run's test, validation or training
-    data), write `evaluation/` and the report. Returns the report's path."""
+    data), write `evaluation/` and the report; with `ema`, the averaged weights are the tuned ones. Returns the report's
+    path."""
     if pairs is not None and pairs < 1:
         raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
     config = load_run_config(run)
+    adapter = adapter_folder(run, ema=ema)
     configure(config.threads)
     policy = build.build_policy(config.policy, config.seed)
     path = data or config.data.test or config.data.validation or config.data.path
     dataset = build.open_dataset(path, config, policy)
-    policy.load_adapter(run)
+    policy.load_adapter(adapter)
     pairs = pairs or config.evaluation.test_pairs
     with display.stages() as stages:
         build.encode_ahead(policy, {dataset: pairs}, stages)
     rewards, judge = build.build_rewards(config), build.build_judge(config)
     display.comparison(write_evaluation(config, policy, dataset, rewards, judge, run / "evaluation", pairs))
-    return write_report(run)
+    with writing(run):
+        return write_report(run)
+
+
+def adapter_folder(run: Path, *, ema: bool) -> Path:
+    """Where the run in the folder `run` has its adapter, or that of the averaged weights. Raises `UserError` where
+    there is none."""
+    if not ema:
+        return run
+    if not (run / EMA).is_dir():
+        raise UserError(
+            f"--ema: {run} holds no averaged weights (no folder {EMA}): train keeps them where ema.decay is set, "
+            "and writes them when it ends. Leave --ema out for the trained ones"
+        )
+    return run / EMA
 
 
 def load_run_config(run: Path) -> Config:
@@ -112,12 +144,12 @@ def load_run_config(run: Path) -> Config:
 
 def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
-        raise UserError("--resume continues a run and --overwrite deletes it; pass one of them")
+        raise UserError("--resume and --resume_from continue a run and --overwrite deletes it; pass one of them")
     nearest = next(path for path in (output, *output.resolve().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         what = "cannot be written to" if nearest.is_dir() else "is a file"
         raise UserError(f"output: {nearest} {what}; name a folder elsewhere")
-    if not output.exists() or not any(path.name != UNFINISHED for path in output.iterdir()):
+    if not output.exists() or not any(path.name != f"config.yaml{UNFINISHED}" for path in output.iterdir()):
         return
     if not (resume or overwrite):
         raise UserError(

@@ -2,9 +2,8 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +11,38 @@ import torch
 import yaml
 
 from customized_grpo.before_after import evaluate_pairs, write_evaluation
-from customized_grpo.checkpoint import DamagedCheckpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from customized_grpo.checkpoint import (
+    DamagedCheckpoint,
+    State,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    remove_checkpoint,
+    save_checkpoint,
+)
 from customized_grpo.config import Config, flatten
 from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
 from customized_grpo.display import Display, Training
+from customized_grpo.ema import Average
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation import Evaluation
 from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
+from customized_grpo.storage import StorageError, write_whole, writing
 from customized_grpo.termination import Terminated, Termination
 from customized_grpo.toybox.judge import Judge
 from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer, TrainingError
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
-UNFINISHED = "config.yaml.part"
+EMA = "ema"
+"""Folder, in that of a run, of the averaged weights."""
 GALLERY_SIDE, GALLERY_PADDING = 128, 4
 """Smaller pictures are shown enlarged by a whole factor; both in pixels."""
 MAY_CHANGE = (
     "output", "iterations", "threads", "policy.device", "policy.offload", "policy.gradient_checkpointing",
     "policy.cache", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share",
-    "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "evaluation.", "log.",
+    "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate",
+    "evaluation.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes."""
 
@@ -55,36 +66,49 @@ class Session:
         self.output = config.output
         self.judge = judge
         self.termination = termination
+        decay = config.ema.decay
+        self.average = None if decay is None else Average(self.policy.trainable_parameters(), decay)
+        self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
         self._updating = False
+        self._saved: int | None = None
         self.base_images: torch.Tensor | None = None
         self.tensorboard: Any = None
         self._writer = writer
 
-    def start(self, *, resume: bool) -> None:
-        """Make the folder, or go back to the newest checkpoint in it."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        if resume:
-            self._resume(list_checkpoints(self.output / "checkpoints"))
-        # First of all files, and whole or not at all: a folder without it is not taken for a run's.
-        unfinished = self.output / UNFINISHED
-        unfinished.write_text(yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-        os.replace(unfinished, self.output / "config.yaml")
-        self._cut_logs()
+    def start(self, *, resume: bool, resume_from: Path | None = None) -> None:
+        """Make the folder, or go back to the newest checkpoint in it, or to the checkpoint `resume_from`."""
+        with writing(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+        if resume_from is not None:
+            self._go_back(resume_from)
+        elif resume:
+            self._resume(list_checkpoints(self._checkpoints))
+        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
+        with writing(self.output):
+            # First of all files, and whole or not at all: a folder without it is not taken for a run's.
+            write_whole(self.output / "config.yaml", config)
+            self._cut_logs()
+            write_whole(self.output / "weights.json", json.dumps(weights))
         if self._writer is not None:
             self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
-        weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
-        (self.output / "weights.json").write_text(json.dumps(weights), encoding="utf-8")
 
     def loop(self) -> None:
         """Train to the last iteration, with validations and checkpoints on the way. On SIGTERM a checkpoint of the last
         whole iteration is left, and `Terminated` raised; and so where rewards fail, before the error goes on."""
         try:
             self._loop()
+        except StorageError:
+            if any(list_checkpoints(self._checkpoints)):
+                self.display.note("what was saved before is as it was; `train --resume` goes on from it")
+            raise
         except (UserError, TrainingError):
             if self.trainer.iteration > 0 and not self._updating:
                 self._checkpoint()
             raise
         except Terminated:
+            if self.average is not None:
+                self.average.put_back()
             if self.trainer.iteration > 0:
                 self._checkpoint()
             self.display.note(
@@ -118,6 +142,8 @@ class Session:
                 show.phase(phase, share)
 
             metrics = self.trainer.train_step(on_phase)
+            if self.average is not None:
+                self.average.update(self.trainer.iteration)
             self._log(LOGS[0], metrics)
             self._watch_ratio(metrics)
             show.iteration(metrics)
@@ -137,39 +163,77 @@ class Session:
             return
         for path in reversed(checkpoints):
             try:
-                done = load_checkpoint(
-                    path, _pinned(self.config), self.policy.trainable_parameters(), self.trainer.optimizer
-                )
+                self._restore(path)
             except DamagedCheckpoint as error:
                 self.display.warn(f"{error}: passed over")
                 continue
-            self._check_progress(done)
-            self.trainer.iteration = done
-            self.display.note(f"resuming after iteration {done}, from {path}")
             return
         raise UserError(
             f"{self.output}: none of its {len(checkpoints)} checkpoints is whole, so there is nothing to go on from; "
             "restore one, or start anew with --overwrite"
         )
 
-    def finish(self) -> Path:
-        """Write the adapter, the final evaluation and the report."""
-        self.policy.save_adapter(self.output)
-        if "test" in self.datasets:
-            self.display.note("evaluating before and after on the test data ...")
-            folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
-            parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
-            self.display.comparison(write_evaluation(self.config, *parts, folder, pairs))
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        return write_report(self.output)
+    def _go_back(self, path: Path) -> None:
+        """Go on from the checkpoint `path` and no other: what the run has after it is made again."""
+        self._restore(path)
+        logged = max((row["iteration"] for row in _read_log(self.output / LOGS[0])), default=0)
+        if logged < self.trainer.iteration:
+            raise UserError(
+                f"--resume_from: {path} is of iteration {self.trainer.iteration}, but the log in {self.output} ends at "
+                f"{logged}; name the --output of the run that made it"
+            )
+        if path.resolve().parent != self._checkpoints.resolve():
+            self._saved = None
+            self._checkpoint()  # the run's own, before those after it go: it is never without one
+        for later in list_checkpoints(self._checkpoints):
+            if int(later.name) > self.trainer.iteration:
+                remove_checkpoint(later)
 
-    def _check_progress(self, done: int) -> None:
+    def _restore(self, path: Path) -> None:
+        manifest = load_checkpoint(path, pinned(self.config), self.state)
+        done = manifest.iteration
         if done > self.config.iterations:
             raise UserError(
                 f"iterations: {self.config.iterations} were asked for, but the run in {self.output} has done {done}; "
                 "ask for more, or use a new --output"
             )
+        if others := manifest.other_libraries():
+            self.display.warn(
+                f"{path} was made under other versions ({', '.join(others)}): from here on the run may differ in its "
+                "last bits from one that never stopped"
+            )
+        self.trainer.iteration = self._saved = done
+        self.display.note(f"resuming after iteration {done}, from {path}")
+
+    def finish(self) -> Path:
+        """Write the adapter, that of the averaged weights where there are, the final evaluation and the report."""
+        with writing(self.output):
+            self.policy.save_adapter(self.output)
+        if self.average is not None:
+            with self.average.swapped(), writing(self.output):
+                self.policy.save_adapter(self.output / EMA)
+        if "test" in self.datasets:
+            self.display.note("evaluating before and after on the test data ...")
+            folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
+            parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
+            with self._evaluated_weights():
+                results = write_evaluation(self.config, *parts, folder, pairs)
+            self.display.comparison(results)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        with writing(self.output):
+            return write_report(self.output)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _evaluated_weights(self) -> AbstractContextManager[None]:
+        """Within it the generator has the weights that evaluations are of: the averaged ones where there are, unless
+        the configuration wants the others."""
+        if self.average is None or not self.config.ema.evaluate:
+            return nullcontext()
+        return self.average.swapped()
 
     def _cut_logs(self) -> None:
         """Leave in the logs what the run that never stopped would have there by now.
@@ -185,7 +249,7 @@ class Session:
                     self._gallery(row["iteration"]).unlink(missing_ok=True)
                 elif row["iteration"] <= done:
                     kept.append(json.dumps(row) + "\n")
-            (self.output / name).write_text("".join(kept), encoding="utf-8")
+            write_whole(self.output / name, "".join(kept))
 
     def _gallery(self, iteration: int) -> Path:
         return self.output / "galleries" / f"{iteration:06d}.png"
@@ -199,11 +263,13 @@ class Session:
             self.base_images = self._evaluate(self.config.evaluation.gallery).images
 
     def _validate(self) -> None:
-        evaluation = self._evaluate(self.config.evaluation.pairs)
+        with self._evaluated_weights():
+            evaluation = self._evaluate(self.config.evaluation.pairs)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
         with self.termination.whole():
-            self._log(LOGS[1], row)
+            # The gallery first: with the line in the log, a validation is done.
             self._draw_gallery(evaluation)
+            self._log(LOGS[1], row)
         self.display.validation(row)
 
     def _draw_gallery(self, evaluation: Evaluation) -> None:
@@ -214,7 +280,8 @@ class Session:
         rows = [references, self.base_images[:shown].cpu(), evaluation.images[:shown].cpu()]
         scale = max(1, GALLERY_SIDE // max(size))
         grid = image_grid(torch.cat(rows), columns=shown, scale=scale, padding=GALLERY_PADDING)
-        save_image(grid, self._gallery(self.trainer.iteration))
+        with writing(self.output):
+            save_image(grid, self._gallery(self.trainer.iteration))
 
     def _watch_ratio(self, metrics: Metrics) -> None:
         off = max(abs(metrics["first_ratio/min"] - 1), abs(metrics["first_ratio/max"] - 1))
@@ -226,18 +293,18 @@ class Session:
             )
 
     def _checkpoint(self) -> None:
-        save_checkpoint(
-            self.output / "checkpoints",
-            self.trainer.iteration,
-            _pinned(self.config),
-            self.policy.trainable_parameters(),
-            self.trainer.optimizer,
-            self.config.checkpoint.keep,
-        )
+        """Save the state after the last iteration, unless that was done already: a whole checkpoint is not touched."""
+        iteration, settings = self.trainer.iteration, self.config.checkpoint
+        if self._saved == iteration:
+            return
+        save_checkpoint(self._checkpoints, iteration, pinned(self.config), self.state)
+        self._saved = iteration
+        with writing(self._checkpoints):
+            prune_checkpoints(self._checkpoints, iteration, settings.keep_last, settings.keep_every)
 
     def _log(self, name: str, row: Metrics) -> None:
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with (self.output / name).open("a", encoding="utf-8") as log:
+        with writing(self.output), (self.output / name).open("a", encoding="utf-8") as log:
             log.write(json.dumps(clean) + "\n")
         if self.tensorboard is not None:
             for key, value in row.items():
@@ -253,7 +320,7 @@ def _read_log(path: Path) -> list[Metrics]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _pinned(config: Config) -> dict[str, Any]:
+def pinned(config: Config) -> dict[str, Any]:
     """The fields that decide the result of a run, by dotted name."""
     flat = flatten(config.model_dump(mode="json")) | {"data.path": str(config.data.path.resolve())}
     return {name: value for name, value in flat.items() if not name.startswith(MAY_CHANGE)}
