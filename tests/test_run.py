@@ -184,6 +184,40 @@ def test_a_run_is_evaluated_afterwards_on_any_data(
     assert "before and after" in display.console.file.getvalue()
 
 
+def test_averaged_weights_are_what_is_evaluated(
+    tmp_path: Path, toybox_data: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog,
+    display: Display,
+) -> None:  # fmt: skip
+    """Unless `ema.evaluate` is off; training is the same with and without them."""
+    changes = {"ema.decay": 0.9, "data.test": toybox_data / "test", "optimizer.learning_rate": 1e-2}
+    runs = {"averaged": {}, "trained": {"ema.evaluate": False}}
+    for name, more in runs.items():
+        run_training(make_config(changes | more | {"output": tmp_path / name}))
+    run_training(make_config(changes | {"ema.decay": None, "output": tmp_path / "none"}))
+    assert not (tmp_path / "none" / "ema").exists()
+
+    def tuned(run: str) -> Any:
+        return json.loads((tmp_path / run / "evaluation" / "tuned.json").read_text())["summary"]
+
+    def validated(run: str) -> Any:
+        return read_log(tmp_path / run / "evaluations.jsonl")[-1]
+
+    for run in ("averaged", "trained"):
+        assert (tmp_path / run / ADAPTER).read_bytes() == (tmp_path / "none" / ADAPTER).read_bytes()
+        assert (tmp_path / run / "ema" / ADAPTER).read_bytes() != (tmp_path / run / ADAPTER).read_bytes()
+    assert tuned("trained") == tuned("none") and tuned("averaged") != tuned("none")
+    assert validated("trained") == validated("none") and validated("averaged") != validated("none")
+    assert read_log(tmp_path / "averaged" / "metrics.jsonl") == read_log(tmp_path / "none" / "metrics.jsonl")
+
+    averaged = tuned("averaged")
+    evaluate_run(tmp_path / "averaged", None, None, display)
+    assert tuned("averaged") == tuned("none")
+    evaluate_run(tmp_path / "averaged", None, None, display, ema=True)
+    assert tuned("averaged") == averaged
+    with pytest.raises(UserError, match=r"--ema: .* holds no averaged weights .*ema\.decay"):
+        evaluate_run(tmp_path / "none", None, None, display, ema=True)
+
+
 def test_a_report_is_renewed(four: Path, tmp_path: Path) -> None:
     shutil.copytree(four, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink()
