@@ -45,6 +45,7 @@ SMALL: dict[str, Any] = {
     "evaluation.gallery": 2,
 }
 """What makes a run take seconds, by dotted name."""
+FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -154,6 +155,20 @@ def display() -> Display:
 def run_training(display: Display) -> Callable[..., Path]:
     """`run.train` with a silent display."""
     return lambda config, **flags: train(config, display, **flags)
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the run of four iterations without a stop lies, once one test made it."""
+    return tmp_path_factory.mktemp("straight") / "run"
+
+
+@pytest.fixture
+def four(straight: Path, make_config: Callable[..., Config], run_training: Callable[..., Path]) -> Path:
+    """The run of four iterations, a checkpoint every second."""
+    if not straight.exists():
+        run_training(make_config(FOUR | {"output": straight}))
+    return straight
 
 
 @pytest.fixture

@@ -1,18 +1,28 @@
+import hashlib
 import json
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from customized_grpo import checkpoint
 from customized_grpo.checkpoint import (
     MANIFEST,
     TENSORS,
+    DamagedCheckpoint,
+    State,
     list_checkpoints,
     load_checkpoint,
+    prune_checkpoints,
+    read_manifest,
     save_checkpoint,
 )
+from customized_grpo.ema import Average
 from customized_grpo.errors import UserError
 
 CONFIG = {"seed": 0, "rollout.eta": 0.5}
@@ -21,10 +31,11 @@ CONFIG = {"seed": 0, "rollout.eta": 0.5}
 class Part:
     """A small network with an optimiser, some steps into training."""
 
-    def __init__(self, seed: int, steps: int = 0) -> None:
+    def __init__(self, seed: int, steps: int = 0, average: bool = False) -> None:
         torch.manual_seed(seed)
         self.network = nn.Linear(3, 2)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.1)
+        self.average = Average(self.network.named_parameters(), 0.9) if average else None
         self.train(steps)
 
     def train(self, steps: int) -> None:
@@ -32,15 +43,23 @@ class Part:
             self.optimizer.zero_grad()
             self.network(torch.full((1, 3), float(step + 1))).square().sum().backward()
             self.optimizer.step()
+            if self.average is not None:
+                self.average.update(step + 1)
 
     def weights(self) -> Tensor:
         return torch.cat([p.detach().flatten() for p in self.network.parameters()])
 
-    def save(self, folder: Path, iteration: int, keep: int = 2) -> Path:
-        return save_checkpoint(folder, iteration, CONFIG, self.network.named_parameters(), self.optimizer, keep)
+    @property
+    def state(self) -> State:
+        return State(list(self.network.named_parameters()), self.optimizer, self.average)
+
+    def save(self, folder: Path, iteration: int, keep: int = 2, keep_every: int | None = None) -> Path:
+        path = save_checkpoint(folder, iteration, CONFIG, self.state)
+        prune_checkpoints(folder, iteration, keep, keep_every)
+        return path
 
     def load(self, path: Path, config: dict[str, Any] = CONFIG) -> int:
-        return load_checkpoint(path, config, self.network.named_parameters(), self.optimizer)
+        return load_checkpoint(path, config, self.state).iteration
 
 
 def names(folder: Path) -> list[str]:
@@ -56,6 +75,16 @@ def test_training_goes_on_bitwise_from_a_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(second.weights(), first.weights())
 
 
+def test_the_average_goes_on_bitwise_too(tmp_path: Path) -> None:
+    first, second = Part(0, steps=3, average=True), Part(1, average=True)
+    second.load(first.save(tmp_path, 3))
+    for part in (first, second):
+        part.train(2)
+    assert first.average is not None and second.average is not None
+    assert all(torch.equal(tensor, second.average.tensors[name]) for name, tensor in first.average.tensors.items())
+    assert any(not torch.equal(first.average.tensors[name], p) for name, p in first.network.named_parameters())
+
+
 def test_a_checkpoint_before_the_first_step_holds_no_moments(tmp_path: Path) -> None:
     first, second = Part(0), Part(1)
     second.load(first.save(tmp_path, 0))
@@ -67,6 +96,29 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         Part(0).save(tmp_path, iteration, keep=2)
     assert names(tmp_path) == ["000010", "000012"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000010", "000012"]
+
+
+def test_those_of_every_so_many_iterations_are_kept_for_good(tmp_path: Path) -> None:
+    for iteration in range(2, 18, 2):
+        Part(0).save(tmp_path, iteration, keep=1, keep_every=6)
+    assert names(tmp_path) == ["000006", "000012", "000016"]
+
+
+def test_what_was_passed_over_as_damaged_pushes_out_nothing_whole(tmp_path: Path) -> None:
+    """The run went back from 6, which is damaged, to 2: saving 4 must not remove it as the older of the two."""
+    for iteration in (2, 6):
+        Part(0).save(tmp_path, iteration)
+    (tmp_path / "000006" / TENSORS).write_bytes(b"torn")
+    path = Part(0).save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["000004", "000006"] and Part(1).load(path) == 4
+
+
+def test_checkpoints_are_listed_by_number(tmp_path: Path) -> None:
+    for iteration in (999999, 1000000):
+        Part(0).save(tmp_path, iteration)
+    (tmp_path / "²").mkdir()
+    (tmp_path / "²" / MANIFEST).write_text("{}")
+    assert names(tmp_path) == ["999999", "1000000"]
 
 
 def test_saving_the_same_iteration_again_replaces_it(tmp_path: Path) -> None:
@@ -124,6 +176,88 @@ def test_another_configuration_is_refused_field_by_field(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"new.field: None -> 1"):
         part.load(path, CONFIG | {"new.field": 1})
     assert torch.equal(part.weights(), before)
+
+
+def test_the_manifest_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = Part(0).save(tmp_path, 1)
+    manifest = read_manifest(path)
+    assert set(manifest.libraries) == {"customized-grpo", "torch", "peft", "diffusers"}
+    assert manifest.libraries["torch"] == metadata.version("torch") and manifest.other_libraries() == []
+    now = manifest.libraries | {"torch": "9.9"}
+    monkeypatch.setattr(checkpoint, "library_versions", lambda: now)
+    assert manifest.other_libraries() == [f"torch {manifest.libraries['torch']} -> 9.9"]
+
+
+HUGE = "9" * 5000
+HOSTILE: dict[str, Callable[[dict[str, Any]], str]] = {
+    "no JSON": lambda m: "\x80\x04pickle",
+    "another thing": lambda m: "[]",
+    "nested deep": lambda m: "[" * 100_000,
+    "no iteration": lambda m: json.dumps({k: v for k, v in m.items() if k != "iteration"}),
+    "no hashes": lambda m: json.dumps({k: v for k, v in m.items() if k != "sha256"}),
+    "no config": lambda m: json.dumps({k: v for k, v in m.items() if k != "config"}),
+    "more": lambda m: json.dumps(m | {"code": "import os"}),
+    "a text for a number": lambda m: json.dumps(m | {"iteration": "1"}),
+    "a number with a point": lambda m: json.dumps(m | {"iteration": 1.5}),
+    "a truth for a number": lambda m: json.dumps(m | {"iteration": True}),
+    "below zero": lambda m: json.dumps(m | {"iteration": -1}),
+    "another iteration": lambda m: json.dumps(m | {"iteration": 2}),
+    "a large number": lambda m: json.dumps(m | {"iteration": 10**30}),
+    "a number of 5000 digits": lambda m: json.dumps(m | {"iteration": 7}).replace(
+        '"iteration": 7', f'"iteration": {HUGE}'
+    ),
+    "infinity": lambda m: json.dumps(m | {"iteration": float("inf")}),
+    "a huge setting": lambda m: json.dumps(m | {"config": {"seed": 7}}).replace(": 7}", f": {HUGE}}}"),
+    "settings that are a list": lambda m: json.dumps(m | {"config": [1]}),
+    "other settings": lambda m: json.dumps(m | {"config": {"seed": 1}}),
+    "libraries that are numbers": lambda m: json.dumps(m | {"libraries": {"torch": 2}}),
+    "hashes that are a text": lambda m: json.dumps(m | {"sha256": "0" * 64}),
+    "a hash of a path outside": lambda m: json.dumps(m | {"sha256": m["sha256"] | {"../../secret": "0" * 64}}),
+    "a hash that is a path": lambda m: json.dumps(m | {"sha256": m["sha256"] | {"tensors": "/etc/passwd"}}),
+    "another hash": lambda m: json.dumps(m | {"sha256": m["sha256"] | {"tensors": "0" * 64}}),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_manifests_are_damage(kind: str, tmp_path: Path) -> None:
+    path, part = Part(0, steps=1).save(tmp_path, 1), Part(1)
+    before = part.weights()
+    text = HOSTILE[kind](json.loads((path / MANIFEST).read_text()))
+    (path / MANIFEST).write_bytes(text.encode("latin-1"))
+    with pytest.raises(DamagedCheckpoint, match=r"damaged") as caught:
+        part.load(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 500
+    assert torch.equal(part.weights(), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"parameter/weight": None}, "it lacks parameter/weight"),
+        ({"parameter/more": torch.ones(1)}, "it has parameter/more"),
+        ({"parameter/weight": torch.ones(2, 2)}, r"parameter/weight is \[2, 2\], expected \[2, 3\]"),
+        ({"optimizer/weight/exp_avg": torch.ones(5)}, r"optimizer/weight/exp_avg is \[5\]"),
+        ({"optimizer/other/exp_avg": torch.ones(2, 3)}, "it has optimizer/other/exp_avg"),
+        ({"average/weight": torch.ones(2, 3)}, "it has average/weight"),
+    ],
+)
+def test_tensors_of_another_run_are_damage(change: dict[str, Tensor | None], said: str, tmp_path: Path) -> None:
+    """Their hash is right: the whole folder was made by somebody else."""
+    path, part = Part(0, steps=1).save(tmp_path, 1), Part(1)
+    tensors = {name: tensor for name, tensor in (load_file(path / TENSORS) | change).items() if tensor is not None}
+    save_file(tensors, path / TENSORS)
+    rehash(path)
+    before = part.weights()
+    with pytest.raises(DamagedCheckpoint, match=said):
+        part.load(path)
+    assert torch.equal(part.weights(), before)
+
+
+def rehash(path: Path) -> None:
+    """Make the manifest's hash that of the tensors as they are now."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["sha256"]["tensors"] = hashlib.sha256((path / TENSORS).read_bytes()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:

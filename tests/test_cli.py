@@ -15,7 +15,7 @@ from PIL import Image
 from customized_grpo import __version__, cli
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.config import Config
-from customized_grpo.run import LOGS
+from customized_grpo.session import LOGS
 from customized_grpo.toybox.language import VOCABULARY
 from customized_grpo.trainer import Trainer, TrainingError
 
@@ -115,7 +115,7 @@ def test_a_wrong_setting_in_the_file_is_named(
         (["--rollout.group_size", "1"], ["group_size", "2"]),
         (["--rollout.steps", "window", "--rollout.window_start", "9"], ["window", "does not fit"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
-        (["--resume", "--overwrite"], ["--resume continues a run and --overwrite deletes it"]),
+        (["--resume", "--overwrite"], ["--resume and --resume_from continue a run and --overwrite deletes it"]),
     ],
 )
 def test_a_wrong_option_is_named(refused: Refused, arguments: list[str], messages: list[str]) -> None:

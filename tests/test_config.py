@@ -185,6 +185,8 @@ def test_a_configuration_is_fixed() -> None:
         ({"advantages": {"tdw": {"start": 23}}}, "start=23.0 comes after end=22.0"),
         ({"advantages": {"shape": "sarz"}}, "sars"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "less than 1"),
+        ({"checkpoint": {"every": 4, "keep_every": 6}}, "keep_every=6 is not a multiple of every=4"),
+        ({"checkpoint": {"keep": 2}}, "keep"),
         ({"optimizer": {"learning_rate": 0}}, "greater than 0"),
     ],
 )

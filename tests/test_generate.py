@@ -8,6 +8,7 @@ from PIL import Image, ImageChops
 
 from customized_grpo import build
 from customized_grpo.config import Config
+from customized_grpo.ema import Average
 from customized_grpo.errors import UserError
 from customized_grpo.generate import generate
 
@@ -69,6 +70,27 @@ def test_the_base_needs_no_adapter(draw: Callable[..., Image.Image], run: Path) 
     draw(base=True)
     with pytest.raises(UserError, match=r"no adapter there"):
         draw()
+
+
+def test_averaged_weights_draw_otherwise(
+    draw: Callable[..., Image.Image], run: Path, make_config: Callable[..., Config]
+) -> None:
+    config = make_config()
+    policy = build.build_policy(config.policy, config.seed)
+    policy.load_adapter(run)
+    average = Average(policy.trainable_parameters(), 0.9)
+    for tensor in average.tensors.values():
+        tensor += 0.05
+    with average.swapped():
+        policy.save_adapter(run / "ema")
+    assert differs(draw(ema=True), draw())
+
+
+def test_a_run_without_averaged_weights(draw: Callable[..., Image.Image]) -> None:
+    with pytest.raises(UserError, match=r"--ema: .* holds no averaged weights .*ema\.decay"):
+        draw(ema=True)
+    with pytest.raises(UserError, match="--base .* and --ema .*; pass one of them"):
+        draw(ema=True, base=True)
 
 
 @pytest.mark.parametrize(

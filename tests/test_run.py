@@ -1,4 +1,3 @@
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -6,16 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
-from rich.console import Console
 
 from customized_grpo.config import Config
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.report import write_report
-from customized_grpo.run import evaluate_run, load_run_config, train
-from customized_grpo.trainer import Metrics, Trainer, TrainingError
+from customized_grpo.run import evaluate_run, load_run_config
+from customized_grpo.trainer import Metrics, Trainer
 
 MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
@@ -26,27 +23,6 @@ FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration
 
 def listing(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the run of four iterations without a stop lies, once one test made it."""
-    return tmp_path_factory.mktemp("straight") / "run"
-
-
-@pytest.fixture
-def four(straight: Path, make_config: MakeConfig, run_training: RunTraining) -> Path:
-    if not straight.exists():
-        run_training(make_config(FOUR | {"output": straight}))
-    return straight
-
-
-def same_run(first: Path, second: Path, read_log: ReadLog) -> None:
-    assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        assert read_log(first / name) == read_log(second / name)
-    for name in ("weights.json", "galleries/000004.png"):
-        assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
 # what a run leaves
@@ -131,116 +107,6 @@ def test_a_run_needs_no_judge(
     }  # fmt: skip
 
 
-# resuming
-
-
-def test_a_run_resumed_in_a_new_process_is_the_run_that_never_stopped(
-    four: Path, tmp_path: Path, make_config: MakeConfig, make_settings: Callable[..., dict[str, Any]],
-    run_training: RunTraining, command: Callable[..., Any], read_log: ReadLog,
-) -> None:  # fmt: skip
-    run_training(make_config(FOUR | {"iterations": 2}))
-    settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump(make_settings(FOUR)))
-    done = command("train", "--config", settings, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "resuming after iteration 2" in done.stdout
-    same_run(tmp_path / "run", four, read_log)
-
-
-def test_what_was_logged_after_the_checkpoint_is_cut_off(
-    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
-) -> None:
-    """The run was killed in its fourth iteration: two lines more than the checkpoint knows, the last of them torn."""
-    run = tmp_path / "run"
-    run_training(make_config(FOUR | {"iterations": 2}))
-    with (run / "metrics.jsonl").open("a") as log:
-        log.write((four / "metrics.jsonl").read_text().splitlines()[2] + '\n{"iteration": 4, "ste')
-    (run / "checkpoints" / ".000004.partial").mkdir()
-    run_training(make_config(FOUR), resume=True)
-    same_run(run, four, read_log)
-
-
-def test_a_finished_run_resumed_stays_as_it_is(
-    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
-) -> None:
-    shutil.copytree(four, tmp_path / "run")
-    run_training(make_config(FOUR), resume=True)
-    same_run(tmp_path / "run", four, read_log)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("rollout.eta", 0.25), ("seed", 3), ("policy.adapter", "full"), ("advantages.tdw.early", 0.6)]
-)
-def test_a_run_is_not_resumed_as_another(
-    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, field: str, value: object
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(four, run)
-    before = listing(run)
-    with pytest.raises(UserError, match=f"another configuration.*{field}: .* -> {value}"):
-        run_training(make_config(FOUR | {field: value}), resume=True)
-    assert listing(run) == before
-
-
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The run goes on from the one before it, and comes to the same end."""
-    run = tmp_path / "run"
-    shutil.copytree(four, run)
-    newest = run / "checkpoints" / "000004" / "state.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
-    display = Display(Console(width=200, file=(said := io.StringIO())))
-    train(make_config(FOUR), display, resume=True)
-    assert "state.safetensors: damaged" in said.getvalue() and "resuming after iteration 2" in said.getvalue()
-    assert (run / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
-
-
-@pytest.mark.parametrize("error", [UserError, TrainingError])
-def test_a_reward_that_fails_costs_no_iteration(
-    error: type[Exception], four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A checkpoint of the iterations that are whole is left, and from it the run comes to its end."""
-    score = Trainer.score
-
-    def fail(self: Trainer[Any], *arguments: Any) -> Any:
-        if self.iteration == 3:
-            raise error("the server refused")
-        return score(self, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "score", fail)
-        with pytest.raises(error, match="the server refused"):
-            run_training(make_config(FOUR))
-    assert (tmp_path / "run" / "checkpoints" / "000003").is_dir()
-    run_training(make_config(FOUR), resume=True)
-    assert (tmp_path / "run" / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
-
-
-def test_a_run_without_a_whole_checkpoint_is_not_begun_again(
-    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
-) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(four, run)
-    for folder in (run / "checkpoints").iterdir():
-        (folder / "manifest.json").write_text("{}")
-    before = listing(run)
-    with pytest.raises(UserError, match=r"none of its \d checkpoints is whole, .* start anew with --overwrite"):
-        run_training(make_config(FOUR), resume=True)
-    assert listing(run) == before
-
-
-def test_resuming_before_the_first_checkpoint_starts_at_the_beginning(
-    make_config: MakeConfig, run_training: RunTraining, tmp_path: Path, display: Display, read_log: ReadLog
-) -> None:
-    run_training(make_config({"iterations": 1}))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    run_training(make_config({"iterations": 1}), resume=True)
-    assert "no checkpoint yet" in display.console.file.getvalue()
-    assert [row["iteration"] for row in read_log(tmp_path / "run" / "metrics.jsonl")] == [1]
-
-
 # the output folder
 
 
@@ -264,7 +130,7 @@ def test_a_file_is_no_folder(tmp_path: Path, make_config: MakeConfig, run_traini
 
 
 def test_going_on_and_starting_anew_exclude_each_other(make_config: MakeConfig, run_training: RunTraining) -> None:
-    with pytest.raises(UserError, match="--resume continues a run and --overwrite deletes it"):
+    with pytest.raises(UserError, match="--resume and --resume_from continue a run and --overwrite deletes it"):
         run_training(make_config(), resume=True, overwrite=True)
 
 
@@ -318,6 +184,40 @@ def test_a_run_is_evaluated_afterwards_on_any_data(
     assert "before and after" in display.console.file.getvalue()
 
 
+def test_averaged_weights_are_what_is_evaluated(
+    tmp_path: Path, toybox_data: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog,
+    display: Display,
+) -> None:  # fmt: skip
+    """Unless `ema.evaluate` is off; training is the same with and without them."""
+    changes = {"ema.decay": 0.9, "data.test": toybox_data / "test", "optimizer.learning_rate": 1e-2}
+    runs = {"averaged": {}, "trained": {"ema.evaluate": False}}
+    for name, more in runs.items():
+        run_training(make_config(changes | more | {"output": tmp_path / name}))
+    run_training(make_config(changes | {"ema.decay": None, "output": tmp_path / "none"}))
+    assert not (tmp_path / "none" / "ema").exists()
+
+    def tuned(run: str) -> Any:
+        return json.loads((tmp_path / run / "evaluation" / "tuned.json").read_text())["summary"]
+
+    def validated(run: str) -> Any:
+        return read_log(tmp_path / run / "evaluations.jsonl")[-1]
+
+    for run in ("averaged", "trained"):
+        assert (tmp_path / run / ADAPTER).read_bytes() == (tmp_path / "none" / ADAPTER).read_bytes()
+        assert (tmp_path / run / "ema" / ADAPTER).read_bytes() != (tmp_path / run / ADAPTER).read_bytes()
+    assert tuned("trained") == tuned("none") and tuned("averaged") != tuned("none")
+    assert validated("trained") == validated("none") and validated("averaged") != validated("none")
+    assert read_log(tmp_path / "averaged" / "metrics.jsonl") == read_log(tmp_path / "none" / "metrics.jsonl")
+
+    averaged = tuned("averaged")
+    evaluate_run(tmp_path / "averaged", None, None, display)
+    assert tuned("averaged") == tuned("none")
+    evaluate_run(tmp_path / "averaged", None, None, display, ema=True)
+    assert tuned("averaged") == averaged
+    with pytest.raises(UserError, match=r"--ema: .* holds no averaged weights .*ema\.decay"):
+        evaluate_run(tmp_path / "none", None, None, display, ema=True)
+
+
 def test_a_report_is_renewed(four: Path, tmp_path: Path) -> None:
     shutil.copytree(four, tmp_path / "run")
     (tmp_path / "run" / "report.html").unlink()
@@ -334,24 +234,6 @@ def test_a_damaged_configuration_of_a_run_is_named(tmp_path: Path, text: str) ->
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(UserError, match=r"config.yaml"):
         load_run_config(tmp_path)
-
-
-def test_a_run_stopped_between_validations_resumes_to_the_same_log(
-    tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
-) -> None:
-    run_training(make_config({"iterations": 1}))
-    assert [row["iteration"] for row in read_log(tmp_path / "run" / "evaluations.jsonl")] == [0, 1]
-    run_training(make_config({"iterations": 2}), resume=True)
-    assert [row["iteration"] for row in read_log(tmp_path / "run" / "evaluations.jsonl")] == [0, 2]
-    assert not (tmp_path / "run" / "galleries" / "000001.png").exists()
-
-
-def test_resuming_to_fewer_iterations_is_refused(
-    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
-) -> None:
-    shutil.copytree(four, tmp_path / "run")
-    with pytest.raises(UserError, match="has done 4"):
-        run_training(make_config(FOUR | {"iterations": 3}), resume=True)
 
 
 def test_masks_on_some_samples_only_do_not_matter_to_a_whole_reference(
@@ -372,19 +254,3 @@ def test_an_output_below_a_file_is_refused_before_any_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file is a file"):
         run_training(make_config({"output": tmp_path / "file" / "run"}))
-
-
-def test_a_run_stopped_between_validations_may_be_killed_and_resumed_again(
-    tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
-) -> None:
-    """The second resumption goes back to the checkpoint of a log that the first has shortened."""
-    run_training(make_config({"iterations": 1}))
-    checkpoint = shutil.copytree(tmp_path / "run" / "checkpoints", tmp_path / "kept")
-    run_training(make_config({"iterations": 2}), resume=True)
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    shutil.copytree(checkpoint, tmp_path / "run" / "checkpoints")
-    log = tmp_path / "run" / "evaluations.jsonl"
-    log.write_text(log.read_text().splitlines(keepends=True)[0])
-    run_training(make_config({"iterations": 2}), resume=True)
-    assert [row["iteration"] for row in read_log(log)] == [0, 2]
-    assert [row["iteration"] for row in read_log(tmp_path / "run" / "metrics.jsonl")] == [1, 2]

@@ -20,10 +20,11 @@ MakeSettings = Callable[..., dict[str, Any]]
 ADAPTER = "adapter_model.safetensors"
 SIX = {
     "iterations": 6, "checkpoint.every": 1, "evaluation.every": 2, "optimizer.updates_per_iteration": 2,
+    "ema.decay": 0.9,
 }  # fmt: skip
 PROGRAM = """
 import os, signal, sys
-from customized_grpo import run
+from customized_grpo import session
 from customized_grpo.trainer import Trainer
 from customized_grpo.cli import main
 
@@ -53,9 +54,11 @@ elif place == "between updates":
         return due(trainer) and len(steps) % 2 == 0
     strike(Trainer, "_optimizer_step", second)
 elif place == "validation":
-    strike(run._Session, "_validate", lambda session: due(session.trainer))
+    strike(session.Session, "_validate", lambda run: due(run.trainer))
+elif place == "averaged weights":
+    strike(session.Session, "_evaluate", lambda run: due(run.trainer))
 elif place == "saving":
-    strike(run._Session, "_checkpoint", lambda session: due(session.trainer))
+    strike(session.Session, "_checkpoint", lambda run: due(run.trainer))
 main()
 """
 """Trains as the command does, and sends itself SIGTERM at a place of an iteration."""
@@ -104,7 +107,8 @@ def rows(run: Path, name: str) -> list[dict[str, Any]]:
 
 
 def same(first: Path, second: Path) -> None:
-    assert (first / ADAPTER).read_bytes() == (second / ADAPTER).read_bytes()
+    for name in (ADAPTER, f"ema/{ADAPTER}"):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         assert rows(first, name) == rows(second, name)
     galleries = [sorted(path.name for path in (run / "galleries").iterdir()) for run in (first, second)]
@@ -115,7 +119,7 @@ def same(first: Path, second: Path) -> None:
     ("where", "iteration", "kept"),
     [
         ("sampling", 2, 2), ("scoring", 3, 3), ("update", 2, 3), ("between updates", 4, 5), ("validation", 4, 4),
-        ("saving", 3, 3), ("sampling", 0, None), ("validation", 0, None),
+        ("averaged weights", 4, 4), ("saving", 3, 3), ("sampling", 0, None), ("validation", 0, None),
     ],
 )  # fmt: skip
 def test_sigterm_leaves_a_checkpoint_of_the_last_whole_iteration(

@@ -1,115 +1,225 @@
-"""Resumable checkpoints: trained tensors, optimiser state and the iteration, in safetensors and JSON.
+"""Resumable checkpoints: trained tensors, optimiser state, their average and the iteration, in safetensors and JSON.
 
 A checkpoint is a folder named after its iteration. It is written under another name, flushed to disk and renamed, so
-a folder of that name is complete. Nothing random is stored: every draw is a function of the seed and the iteration.
+a folder of that name is complete. Nothing random is stored, and no position in the data, the window or the schedule:
+all of them are functions of the seed and the iteration.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from customized_grpo.errors import UserError
+from customized_grpo.ema import Average
+from customized_grpo.environment import library_versions
+from customized_grpo.errors import UserError, first_line
+from customized_grpo.storage import writing
 
 TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
-PARAMETER, MOMENT = "parameter/", "optimizer/"
+PARAMETER, MOMENT, AVERAGE = "parameter/", "optimizer/", "average/"
+PARTIAL = ".partial"
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is not what was written: torn, changed, or with a part missing."""
 
 
-def save_checkpoint(
-    folder: Path,
-    iteration: int,
-    config: dict[str, Any],
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
-    keep: int,
-) -> Path:
-    """Write `folder/<iteration>` and remove all but the newest `keep`. `config` is what must be equal on resuming."""
+class Hashes(BaseModel):
+    """What the contents hash to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    config: Sha256
+    tensors: Sha256
+
+
+class Manifest(BaseModel):
+    """What is said of a checkpoint: iterations done, the settings that pin the result, library versions, hashes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    iteration: int = Field(ge=0)
+    config: dict[str, Any]
+    libraries: dict[str, str]
+    sha256: Hashes
+
+    def other_libraries(self) -> list[str]:
+        """The libraries whose versions are others now, as 'name found -> now'."""
+        now = library_versions()
+        names = sorted({*self.libraries, *now})
+        pairs = [(name, self.libraries.get(name, "none"), now.get(name, "none")) for name in names]
+        return [f"{name} {before} -> {after}" for name, before, after in pairs if before != after]
+
+
+@dataclass(frozen=True)
+class State:
+    """What training changes: trained parameters by name, their optimiser, and their average where one is kept."""
+
+    parameters: Sequence[tuple[str, nn.Parameter]]
+    optimizer: torch.optim.Optimizer
+    average: Average | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        found: dict[str, Tensor] = {PARAMETER + name: parameter.detach() for name, parameter in self.parameters}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            name = self.parameters[index][0]
+            found |= {f"{MOMENT}{name}/{key}": torch.as_tensor(value) for key, value in state.items()}
+        if self.average is not None:
+            found |= {AVERAGE + name: tensor for name, tensor in self.average.tensors.items()}
+        return found
+
+    def misfit(self, tensors: dict[str, Tensor]) -> str:
+        """Why `tensors` are not of this state, empty where they are."""
+        shapes = {PARAMETER + name: parameter.shape for name, parameter in self.parameters}
+        if self.average is not None:
+            shapes |= {AVERAGE + name: parameter.shape for name, parameter in self.parameters}
+        fixed = {name for name in tensors if not name.startswith(MOMENT)}
+        odd = sorted(shapes.keys() ^ fixed)
+        if odd:
+            return f"it {'lacks' if odd[0] in shapes else 'has'} {odd[0]}"
+        for name, tensor in tensors.items():
+            owner = PARAMETER + name.removeprefix(MOMENT).rpartition("/")[0] if name.startswith(MOMENT) else name
+            if owner not in shapes:
+                return f"it has {name}"
+            if tensor.shape != shapes[owner] and (owner == name or tensor.dim() > 0):
+                return f"{name} is {list(tensor.shape)}, expected {list(shapes[owner])}"
+        return ""
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` of another such state gave."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for index, (name, parameter) in enumerate(self.parameters):
+            parameter.copy_(tensors[PARAMETER + name])
+            prefix = f"{MOMENT}{name}/"
+            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if state:
+                moments[index] = state
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for name, tensor in (self.average.tensors if self.average is not None else {}).items():
+            tensor.copy_(tensors[AVERAGE + name])
+
+
+def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], state: State) -> Path:
+    """Write `folder/<iteration>`, whole or not at all. `config` is what must be equal on resuming.
+
+    Raises `StorageError` where the disk does not take it; the checkpoints before it stay as they are.
+    """
     target = folder / f"{iteration:06d}"
-    temporary = folder / f".{target.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    named = list(parameters)
-    tensors: dict[str, Tensor] = {PARAMETER + name: parameter.detach() for name, parameter in named}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"{MOMENT}{named[index][0]}/{key}": torch.as_tensor(value) for key, value in state.items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary / TENSORS)
-    manifest = {
-        "iteration": iteration,
-        "config": config,
-        "sha256": {TENSORS: _sha256(temporary / TENSORS)},
-    }
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*temporary.iterdir(), temporary):
-        _flush(path)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    _flush(folder)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    temporary = folder / f".{target.name}{PARTIAL}"
+    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
+    try:
+        with writing(folder, sum(tensor.nbytes for tensor in tensors.values())):
+            for left in folder.glob(f".*{PARTIAL}"):
+                shutil.rmtree(left)
+            temporary.mkdir(parents=True)
+            save_file(tensors, temporary / TENSORS)
+            hashes = Hashes(config=_config_sha256(config), tensors=_sha256(temporary / TENSORS))
+            manifest = Manifest(iteration=iteration, config=config, libraries=library_versions(), sha256=hashes)
+            (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+            for path in (*temporary.iterdir(), temporary):
+                _flush(path)
+            remove_checkpoint(target)
+            temporary.rename(target)
+            _flush(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def prune_checkpoints(folder: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
+    """Remove checkpoints but for the last `keep_last` up to iteration `newest`, which is whole, and all of every
+    `keep_every`-th iteration.
+
+    What comes after `newest` is not counted: it was passed over as damaged, and must not push out what is whole.
+    """
+    known = [path for path in list_checkpoints(folder) if int(path.name) <= newest]
+    for path in known[:-keep_last]:
+        if keep_every is None or int(path.name) % keep_every != 0:
+            remove_checkpoint(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.name.isdigit() and (path / MANIFEST).is_file())
+    numbered = (path for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
+    return sorted((path for path in numbered if (path / MANIFEST).is_file()), key=lambda path: int(path.name))
 
 
-def load_checkpoint(
-    path: Path,
-    config: dict[str, Any],
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    optimizer: torch.optim.Optimizer,
-) -> int:
-    """Bring `parameters` and `optimizer` back to where `path` left them; returns the iterations done.
+def load_checkpoint(path: Path, config: dict[str, Any], state: State) -> Manifest:
+    """Bring `state` back to where `path` left it; returns what is said of the checkpoint.
 
     Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when `config` is not the one the checkpoint was
-    made with, naming the fields.
+    made with, naming the fields. `state` is then as it was.
     """
-    manifest = _read_manifest(path)
-    changed = sorted(key for key in {*config, *manifest["config"]} if config.get(key) != manifest["config"].get(key))
+    manifest = read_manifest(path)
+    changed = sorted(key for key in {*config, *manifest.config} if config.get(key) != manifest.config.get(key))
     if changed:
-        fields = "; ".join(f"{key}: {manifest['config'].get(key)} -> {config.get(key)}" for key in changed)
+        fields = "; ".join(f"{key}: {manifest.config.get(key)} -> {config.get(key)}" for key in changed)
         raise UserError(
             f"{path}: cannot resume with another configuration ({fields}). Restore it, or use a new --output"
         )
-    if not (path / TENSORS).is_file() or _sha256(path / TENSORS) != manifest["sha256"][TENSORS]:
-        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not what the manifest's hash is of) or missing")
-    tensors = load_file(path / TENSORS)
-    moments: dict[int, dict[str, Tensor]] = {}
-    with torch.no_grad():
-        for index, (name, parameter) in enumerate(parameters):
-            parameter.copy_(tensors[PARAMETER + name])
-            prefix = f"{MOMENT}{name}/"
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                moments[index] = state
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    iteration: int = manifest["iteration"]
-    return iteration
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged ({error})") from error
-    if not isinstance(manifest, dict) or not {"iteration", "config", "sha256"} <= manifest.keys():
-        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged (parts are missing)")
+    tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
+    if misfit := state.misfit(tensors):
+        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
+    state.restore(tensors)
     return manifest
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint in the folder `path`. Raises `DamagedCheckpoint` where it is none, or no more."""
+    place = path / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(place.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DamagedCheckpoint(f"{place}: damaged ({where}: {first['msg']})") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{place}: damaged or missing ({error.strerror})") from error
+    if _config_sha256(manifest.config) != manifest.sha256.config:
+        raise DamagedCheckpoint(f"{place}: damaged (config is not what its hash is of)")
+    named = path.name if path.name.isascii() and path.name.isdecimal() else None
+    if named is not None and int(named) != manifest.iteration:
+        raise DamagedCheckpoint(f"{place}: damaged (iteration is {manifest.iteration} in the folder {named})")
+    return manifest
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        if _sha256(path) != sha256:
+            raise DamagedCheckpoint(f"{path}: damaged (not what the manifest's hash is of)")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{path}: damaged or missing ({first_line(error)})") from error
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove the checkpoint `path`, where there is one. A kill leaves no half of it: it first takes a name of no
+    checkpoint."""
+    if path.exists():
+        rubbish = path.with_name(f".{path.name}.old{PARTIAL}")
+        shutil.rmtree(rubbish, ignore_errors=True)
+        path.rename(rubbish)
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def _config_sha256(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -66,7 +66,8 @@ def _run(options: Namespace) -> None:
     elif command == "generate":
         from customized_grpo.generate import generate
 
-        print(generate(chosen.run, chosen.reference, chosen.prompt, chosen.out, chosen.base, chosen.seed, chosen.count))
+        asked = (chosen.run, chosen.reference, chosen.prompt, chosen.out, chosen.base, chosen.seed, chosen.count)
+        print(generate(*asked, ema=chosen.ema))
     elif command == "report":
         from customized_grpo.report import write_report
 
@@ -129,11 +130,11 @@ def _evaluate(options: Namespace) -> None:
     from customized_grpo.display import Display
 
     if options.run is not None:
-        if given := _differing(config.model_copy(update={"data": None})):
+        if given := _differing(config.model_copy(update={"data": None, "ema": False})):
             raise UserError(f"evaluate: --run compares a run with its base; {given} belongs to --benchmark")
         from customized_grpo.run import evaluate_run
 
-        print(f"report: {evaluate_run(options.run, config.data, options.pairs, Display())}")
+        print(f"report: {evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema)}")
         return
     if config.benchmark is None and config.images is None:
         raise UserError(
@@ -167,7 +168,7 @@ def _figures(options: Namespace) -> None:
 
 
 def _train(options: Namespace) -> None:
-    config = _settings(Config, options, "resume", "overwrite", "dry_run")
+    config = _settings(Config, options, "resume", "resume_from", "overwrite", "dry_run")
     from customized_grpo.display import Display
 
     if options.dry_run:
@@ -179,7 +180,8 @@ def _train(options: Namespace) -> None:
     from customized_grpo.trainer import TrainingError
 
     try:
-        report = train(config, Display(), resume=options.resume, overwrite=options.overwrite)
+        how = {name: options[name] for name in ("resume", "resume_from", "overwrite")}
+        report = train(config, Display(), **how)
     except TrainingError as error:
         _fail(str(error), FAILURE)
     print(f"report: {report}")
@@ -267,6 +269,7 @@ def _parser() -> ArgumentParser:
         "--out", type=Path, default=Path("out.png"), help="PNG file to write; %(default)s if left out"
     )
     generate.add_argument("--base", action="store_true", help="use the generator as it was before training")
+    generate.add_argument("--ema", action="store_true", help="use the averaged weights, of a run with ema.decay")
     generate.add_argument("--seed", type=int, default=0, help="seed of the noise")
     generate.add_argument("--count", type=int, default=1, help="pictures, side by side")
     commands.add_subcommand("generate", generate, help="draw pictures with a tuned generator")
@@ -297,11 +300,15 @@ def _parser() -> ArgumentParser:
 
 def _train_parser() -> ArgumentParser:
     train = _Parser(
-        usage="customized-grpo train --config FILE [--resume | --overwrite] [--output DIR] [--any.field VALUE ...]",
+        usage="customized-grpo train --config FILE [--resume | --resume_from DIR | --overwrite] "
+        "[--output DIR] [--any.field VALUE ...]",
         description="Tune a subject-driven generator with GRPO, SARS and TDW.",
     )
     train.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    train.add_argument(
+        "--resume_from", type=Path | None, help="go on from this checkpoint (RUN/checkpoints/000020) and no other"
+    )
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
     train.add_argument(
         "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
@@ -321,10 +328,10 @@ def _evaluate_parser() -> ArgumentParser:
     evaluate.add_argument(
         "--pairs", type=int | None, help="with --run: number of pairs, from the first; default: the run's test_pairs"
     )
-    evaluate.add_class_arguments(BenchmarkConfig, skip={"hpsv3_as_published"})
-    evaluate.add_argument(
-        "--hpsv3_as_published", action="store_true", help=BenchmarkConfig.model_fields["hpsv3_as_published"].description
-    )
+    flags = ("ema", "hpsv3_as_published")
+    evaluate.add_class_arguments(BenchmarkConfig, skip=set(flags))
+    for name in flags:
+        evaluate.add_argument(f"--{name}", action="store_true", help=BenchmarkConfig.model_fields[name].description)
     return evaluate
 
 

@@ -226,8 +226,34 @@ class CheckpointConfig(Section):
 
     every: int = Field(20, ge=1)
     """Iterations between checkpoints; the last iteration always leaves one."""
-    keep: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1)
     """Newest checkpoints that are kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many iterations are kept for good, a multiple of every; unset: none is."""
+
+    @model_validator(mode="after")
+    def _made_at_all(self) -> "CheckpointConfig":
+        if self.keep_every is not None and self.keep_every % self.every != 0:
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of every={self.every}: there would be no such "
+                "checkpoint to keep"
+            )
+        return self
+
+
+class EmaConfig(Section):
+    """An exponential moving average (EMA) of the trained weights, beside them."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Share of the average that an iteration keeps, at most (1 + i) / (10 + i) after iteration i; unset: no average."""
+    evaluate: bool = True
+    """Validate and evaluate the averaged weights instead of the trained ones."""
+
+    @model_validator(mode="after")
+    def _with_an_average(self) -> "EmaConfig":
+        if self.decay is None and self.evaluate != EmaConfig.model_fields["evaluate"].default:
+            raise ValueError("evaluate: there is no average without a decay; set decay, or leave it out")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -277,6 +303,8 @@ class Config(Section):
     """What is minimised."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """How it is minimised."""
+    ema: EmaConfig = EmaConfig()
+    """Average of the trained weights."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Resumable checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -124,7 +124,7 @@ class Display:
         self.note(f"validation at iteration {row['iteration']} ({row['pairs']} pairs): {figures}")
 
     def comparison(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """The before-and-after table of `run.write_evaluation`, with chance level and ceiling where there are."""
+        """The table of `before_after.write_evaluation`, with chance level and ceiling where there are."""
         base, tuned = results["base"], results["tuned"]
         table = Table(title="before and after, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
         for column in ("", "base", "tuned", "chance", "ceiling"):

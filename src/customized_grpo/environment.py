@@ -2,6 +2,7 @@
 
 import os
 import platform
+from functools import cache
 from importlib import metadata
 
 import torch
@@ -9,6 +10,8 @@ import torch
 from customized_grpo import __version__
 
 PACKAGES = ("torch", "peft", "safetensors", "pydantic", "jsonargparse", "numpy", "pillow")
+DECISIVE = ("torch", "peft", "diffusers")
+"""Libraries that decide the result of a run to the bit."""
 
 
 def describe() -> dict[str, str]:
@@ -23,3 +26,9 @@ def describe() -> dict[str, str]:
     }
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return facts | {"accelerators": ", ".join(accelerators) or "none"}
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Versions of the package and of the libraries that decide the result of a run."""
+    return {"customized-grpo": __version__, **{name: metadata.version(name) for name in DECISIVE}}

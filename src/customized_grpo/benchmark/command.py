@@ -23,7 +23,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.policies import EncodesAhead, Policy
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
-from customized_grpo.run import load_run_config
+from customized_grpo.run import adapter_folder, load_run_config
 from customized_grpo.runtime import configure
 from customized_grpo.statistics import bootstrap_interval
 from customized_grpo.toybox.copying import layout
@@ -124,21 +124,26 @@ def _settings(config: BenchmarkConfig, policy: PolicyConfig) -> dict[str, Any]:
     """All that the pictures depend on."""
     if config.images is not None:
         return {"images": str(config.images.resolve()), "data": str((config.data or Path()).resolve())}
+    adapter = _adapter(config)
     drawn = config.model_dump(mode="json", include={"num_steps", "shift", "seed"})
     generator = policy.model_dump(mode="json", exclude={"device", "offload", "cache", "gradient_checkpointing"})
     return {
         "data": str((config.data or Path()).resolve()),
-        "adapter": None if config.adapter is None else str(config.adapter.resolve()),
-        "adapter_sha256": None if config.adapter is None else _adapter_hash(config.adapter),
+        "adapter": None if adapter is None else str(adapter.resolve()),
+        "adapter_sha256": None if adapter is None else _adapter_hash(adapter),
         **drawn,
         **{f"policy.{name}": value for name, value in generator.items()},
     }
 
 
-def _adapter_hash(run: Path) -> str:
+def _adapter(config: BenchmarkConfig) -> Path | None:
+    return None if config.adapter is None else adapter_folder(config.adapter, ema=config.ema)
+
+
+def _adapter_hash(folder: Path) -> str:
     """Of the adapter's bytes: a run that was trained on draws other pictures."""
     digest = hashlib.sha256()
-    for path in sorted(run.glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -190,8 +195,9 @@ def _draw(
     if problems:
         more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
         raise UserError(f"data: {len(problems)} prompts cannot be drawn:\n  " + "\n  ".join(problems[:LISTED]) + more)
-    if config.adapter is not None:
-        policy.load_adapter(config.adapter)
+    adapter = _adapter(config)
+    if adapter is not None:
+        policy.load_adapter(adapter)
 
     def references(item: Item) -> list[Tensor]:
         return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]

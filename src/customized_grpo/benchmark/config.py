@@ -56,6 +56,8 @@ class BenchmarkConfig(Section):
     """Folder of pictures made elsewhere, SUBJECT-NN.png or N_0.png in the benchmark's order: measured, none drawn."""
     adapter: Path | None = None
     """Folder of a run: its generator, as tuned. Unset: the generator that policy names, untuned."""
+    ema: bool = False
+    """Of a run the averaged weights (ema.decay), not those that training ended with."""
     policy: PolicyConfig = PolicyConfig()
     """The generator; with an adapter it is the run's, and this is left out."""
     identity_to: Literal["reference", "all"] = "reference"
@@ -83,6 +85,8 @@ class BenchmarkConfig(Section):
             raise ValueError("images: they are drawn already; leave adapter and policy out")
         if self.adapter is not None and given:
             raise ValueError("policy: with an adapter it is the run's own; leave it out")
+        if self.ema and (self.images is not None or given):
+            raise ValueError("ema: only of a run; name it with adapter")
         if self.policy.guidance is not None:
             raise ValueError("policy.guidance: a benchmark's is the field guidance; leave this out")
         if self.hpsv3_as_published and "hpsv3" not in self.metrics.names:

@@ -1,0 +1,67 @@
+"""The evaluation before and after training, as files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from customized_grpo.config import Config
+from customized_grpo.data import SubjectDataset, save_image
+from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
+from customized_grpo.policies import Policy
+from customized_grpo.rewards import Reward
+from customized_grpo.storage import write_whole, writing
+from customized_grpo.toybox.judge import Judge
+
+REPORTED_IMAGES = 24
+
+
+def write_evaluation(
+    config: Config,
+    policy: Policy[Any],
+    dataset: SubjectDataset,
+    rewards: Sequence[Reward],
+    judge: Judge | None,
+    folder: Path,
+    pairs: int,
+) -> dict[str, dict[str, Any]]:
+    """Evaluate the untuned ("base") and the tuned generator on equal pairs and noise; write and return both results."""
+    with policy.untuned():
+        base = evaluate_pairs(config, policy, dataset, rewards, judge, pairs)
+    tuned = evaluate_pairs(config, policy, dataset, rewards, judge, pairs)
+    results = {}
+    for name, evaluation in (("base", base), ("tuned", tuned)):
+        results[name] = {
+            "split": dataset.folder.name,
+            "pairs": len(evaluation.samples),
+            "seed": config.seed,
+            "chance": chance_levels(evaluation, judge) if judge else {},
+            "ceiling": judge.ceiling if judge else {},
+            "records": evaluation.records(),
+            "summary": evaluation.summary(),
+        }
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, evaluation in (("base", base), ("tuned", tuned)):
+            write_whole(folder / f"{name}.json", json.dumps(results[name], indent=1))
+            for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
+                save_image(image, folder / "images" / f"{sample.id}_{name}.png")
+        for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
+            save_image(reference[0], folder / "images" / f"{sample.id}_reference.png")
+    return results
+
+
+def evaluate_pairs(
+    config: Config,
+    policy: Policy[Any],
+    dataset: SubjectDataset,
+    rewards: Sequence[Reward],
+    judge: Judge | None,
+    pairs: int,
+) -> Evaluation:
+    """`evaluation.evaluate` with the settings of a run."""
+    return evaluate(
+        policy, dataset, rewards, judge, pairs=pairs, num_steps=config.rollout.num_steps, shift=config.rollout.shift,
+        seed=config.seed, micro_batch=config.rollout.micro_batch,
+        masks=config.rewards.identity_reference == "segmented",
+    )  # fmt: skip

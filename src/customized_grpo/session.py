@@ -1,0 +1,326 @@
+"""A training run under way: its loop, the files that it fills, and how it goes on from a checkpoint."""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from customized_grpo.before_after import evaluate_pairs, write_evaluation
+from customized_grpo.checkpoint import (
+    DamagedCheckpoint,
+    State,
+    list_checkpoints,
+    load_checkpoint,
+    prune_checkpoints,
+    remove_checkpoint,
+    save_checkpoint,
+)
+from customized_grpo.config import Config, flatten
+from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
+from customized_grpo.display import Display, Training
+from customized_grpo.ema import Average
+from customized_grpo.errors import UserError
+from customized_grpo.evaluation import Evaluation
+from customized_grpo.policies import Policy
+from customized_grpo.report import write_report
+from customized_grpo.storage import StorageError, write_whole, writing
+from customized_grpo.termination import Terminated, Termination
+from customized_grpo.toybox.judge import Judge
+from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer, TrainingError
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl")
+EMA = "ema"
+"""Folder, in that of a run, of the averaged weights."""
+GALLERY_SIDE, GALLERY_PADDING = 128, 4
+"""Smaller pictures are shown enlarged by a whole factor; both in pixels."""
+MAY_CHANGE = (
+    "output", "iterations", "threads", "policy.device", "policy.offload", "policy.gradient_checkpointing",
+    "policy.cache", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share", "rewards.device",
+    "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate",
+    "evaluation.", "log.",
+)  # fmt: skip
+"""Fields in which a resumed run may differ from the one it resumes."""
+
+
+class Session:
+    """The files of a run and the loop that fills them."""
+
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trainer[Any],
+        datasets: dict[str, SubjectDataset],
+        display: Display,
+        judge: Judge | None,
+        writer: Any,
+        termination: Termination,
+    ) -> None:
+        """`writer`: TensorBoard's class, None where it is not wanted."""
+        self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
+        self.policy: Policy[Any] = trainer.policy
+        self.output = config.output
+        self.judge = judge
+        self.termination = termination
+        decay = config.ema.decay
+        self.average = None if decay is None else Average(self.policy.trainable_parameters(), decay)
+        self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
+        self._updating = False
+        self._saved: int | None = None
+        self.base_images: torch.Tensor | None = None
+        self.tensorboard: Any = None
+        self._writer = writer
+
+    def start(self, *, resume: bool, resume_from: Path | None = None) -> None:
+        """Make the folder, or go back to the newest checkpoint in it, or to the checkpoint `resume_from`."""
+        with writing(self.output):
+            self.output.mkdir(parents=True, exist_ok=True)
+        if resume_from is not None:
+            self._go_back(resume_from)
+        elif resume:
+            self._resume(list_checkpoints(self._checkpoints))
+        config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
+        with writing(self.output):
+            # First of all files, and whole or not at all: a folder without it is not taken for a run's.
+            write_whole(self.output / "config.yaml", config)
+            self._cut_logs()
+            write_whole(self.output / "weights.json", json.dumps(weights))
+        if self._writer is not None:
+            self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
+
+    def loop(self) -> None:
+        """Train to the last iteration, with validations and checkpoints on the way. On SIGTERM a checkpoint of the last
+        whole iteration is left, and `Terminated` raised; and so where rewards fail, before the error goes on."""
+        try:
+            self._loop()
+        except StorageError:
+            if any(list_checkpoints(self._checkpoints)):
+                self.display.note("what was saved before is as it was; `train --resume` goes on from it")
+            raise
+        except (UserError, TrainingError):
+            if self.trainer.iteration > 0 and not self._updating:
+                self._checkpoint()
+            raise
+        except Terminated:
+            if self.average is not None:
+                self.average.put_back()
+            if self.trainer.iteration > 0:
+                self._checkpoint()
+            self.display.note(
+                f"stopped by SIGTERM after iteration {self.trainer.iteration}; `train --resume` goes on from there"
+            )
+            raise
+
+    def _loop(self) -> None:
+        last = self.config.iterations
+        self._remember_base()
+        with self.display.training(last, self.trainer.iteration) as show:
+            if self._validation_is_due():
+                self._validate()
+            while self.trainer.iteration < last:
+                self._iterate(show)
+                iteration = self.trainer.iteration
+                if self._validation_is_due() or iteration == last:
+                    self._validate()
+                if iteration % self.config.checkpoint.every == 0 or iteration == last:
+                    with self.termination.whole():
+                        self._checkpoint()
+
+    def _iterate(self, show: Training) -> None:
+        """One iteration: its update and its lines in the logs are whole, or not there."""
+        with ExitStack() as stack:
+
+            def on_phase(phase: str, share: float) -> None:
+                if phase == "update" and share == 0.0:
+                    stack.enter_context(self.termination.whole())
+                    self._updating = True
+                show.phase(phase, share)
+
+            metrics = self.trainer.train_step(on_phase)
+            if self.average is not None:
+                self.average.update(self.trainer.iteration)
+            self._log(LOGS[0], metrics)
+            self._watch_ratio(metrics)
+            show.iteration(metrics)
+            self._updating = False
+
+    def _validation_is_due(self) -> bool:
+        """A run that was stopped may have been so between an iteration and its validation."""
+        iteration = self.trainer.iteration
+        if iteration % self.config.evaluation.every != 0:
+            return False
+        return all(row["iteration"] != iteration for row in _read_log(self.output / LOGS[1]))
+
+    def _resume(self, checkpoints: Sequence[Path]) -> None:
+        """Go back to the newest of the `checkpoints` that is whole; damaged ones are passed over with a warning."""
+        if not checkpoints:
+            self.display.note(f"{self.output} has no checkpoint yet: starting from the first iteration")
+            return
+        for path in reversed(checkpoints):
+            try:
+                self._restore(path)
+            except DamagedCheckpoint as error:
+                self.display.warn(f"{error}: passed over")
+                continue
+            return
+        raise UserError(
+            f"{self.output}: none of its {len(checkpoints)} checkpoints is whole, so there is nothing to go on from; "
+            "restore one, or start anew with --overwrite"
+        )
+
+    def _go_back(self, path: Path) -> None:
+        """Go on from the checkpoint `path` and no other: what the run has after it is made again."""
+        self._restore(path)
+        logged = max((row["iteration"] for row in _read_log(self.output / LOGS[0])), default=0)
+        if logged < self.trainer.iteration:
+            raise UserError(
+                f"--resume_from: {path} is of iteration {self.trainer.iteration}, but the log in {self.output} ends at "
+                f"{logged}; name the --output of the run that made it"
+            )
+        if path.resolve().parent != self._checkpoints.resolve():
+            self._saved = None
+            self._checkpoint()  # the run's own, before those after it go: it is never without one
+        for later in list_checkpoints(self._checkpoints):
+            if int(later.name) > self.trainer.iteration:
+                remove_checkpoint(later)
+
+    def _restore(self, path: Path) -> None:
+        manifest = load_checkpoint(path, pinned(self.config), self.state)
+        done = manifest.iteration
+        if done > self.config.iterations:
+            raise UserError(
+                f"iterations: {self.config.iterations} were asked for, but the run in {self.output} has done {done}; "
+                "ask for more, or use a new --output"
+            )
+        if others := manifest.other_libraries():
+            self.display.warn(
+                f"{path} was made under other versions ({', '.join(others)}): from here on the run may differ in its "
+                "last bits from one that never stopped"
+            )
+        self.trainer.iteration = self._saved = done
+        self.display.note(f"resuming after iteration {done}, from {path}")
+
+    def finish(self) -> Path:
+        """Write the adapter, that of the averaged weights where there are, the final evaluation and the report."""
+        with writing(self.output):
+            self.policy.save_adapter(self.output)
+        if self.average is not None:
+            with self.average.swapped(), writing(self.output):
+                self.policy.save_adapter(self.output / EMA)
+        if "test" in self.datasets:
+            self.display.note("evaluating before and after on the test data ...")
+            folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
+            parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
+            with self._evaluated_weights():
+                results = write_evaluation(self.config, *parts, folder, pairs)
+            self.display.comparison(results)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        with writing(self.output):
+            return write_report(self.output)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.output / "checkpoints"
+
+    def _evaluated_weights(self) -> AbstractContextManager[None]:
+        """Within it the generator has the weights that evaluations are of: the averaged ones where there are, unless
+        the configuration wants the others."""
+        if self.average is None or not self.config.ema.evaluate:
+            return nullcontext()
+        return self.average.swapped()
+
+    def _cut_logs(self) -> None:
+        """Leave in the logs what the run that never stopped would have there by now.
+
+        What came after the checkpoint goes, and so do validations made only because a shorter run ended there.
+        """
+        done, every = self.trainer.iteration, self.config.evaluation.every
+        for name in LOGS:
+            kept = []
+            for row in _read_log(self.output / name) if done else []:
+                interim = name == LOGS[1] and row["iteration"] % every != 0 and done < self.config.iterations
+                if interim:
+                    self._gallery(row["iteration"]).unlink(missing_ok=True)
+                elif row["iteration"] <= done:
+                    kept.append(json.dumps(row) + "\n")
+            write_whole(self.output / name, "".join(kept))
+
+    def _gallery(self, iteration: int) -> Path:
+        return self.output / "galleries" / f"{iteration:06d}.png"
+
+    def _evaluate(self, pairs: int) -> Evaluation:
+        dataset = self.datasets.get("validation", self.datasets["path"])
+        return evaluate_pairs(self.config, self.policy, dataset, self.trainer.rewards, self.judge, pairs)
+
+    def _remember_base(self) -> None:
+        with self.policy.untuned():
+            self.base_images = self._evaluate(self.config.evaluation.gallery).images
+
+    def _validate(self) -> None:
+        with self._evaluated_weights():
+            evaluation = self._evaluate(self.config.evaluation.pairs)
+        row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
+        with self.termination.whole():
+            # The gallery first: with the line in the log, a validation is done.
+            self._draw_gallery(evaluation)
+            self._log(LOGS[1], row)
+        self.display.validation(row)
+
+    def _draw_gallery(self, evaluation: Evaluation) -> None:
+        shown = min(self.config.evaluation.gallery, len(evaluation.images))
+        assert self.base_images is not None
+        size = self.policy.size
+        references = torch.stack([fit(row[0], size) for row in evaluation.references[:shown]])
+        rows = [references, self.base_images[:shown].cpu(), evaluation.images[:shown].cpu()]
+        scale = max(1, GALLERY_SIDE // max(size))
+        grid = image_grid(torch.cat(rows), columns=shown, scale=scale, padding=GALLERY_PADDING)
+        with writing(self.output):
+            save_image(grid, self._gallery(self.trainer.iteration))
+
+    def _watch_ratio(self, metrics: Metrics) -> None:
+        off = max(abs(metrics["first_ratio/min"] - 1), abs(metrics["first_ratio/max"] - 1))
+        if off > RATIO_TOLERANCE:
+            self.display.warn(
+                f"iteration {metrics['iteration']}: the first-pass ratio is {off:.1e} away from 1 (more than "
+                f"{RATIO_TOLERANCE:.0e}): rollout and update do not compute the same thing. Use policy.precision=fp32, "
+                "or equal rollout.micro_batch and optimizer.micro_batch"
+            )
+
+    def _checkpoint(self) -> None:
+        """Save the state after the last iteration, unless that was done already: a whole checkpoint is not touched."""
+        iteration, settings = self.trainer.iteration, self.config.checkpoint
+        if self._saved == iteration:
+            return
+        save_checkpoint(self._checkpoints, iteration, pinned(self.config), self.state)
+        self._saved = iteration
+        with writing(self._checkpoints):
+            prune_checkpoints(self._checkpoints, iteration, settings.keep_last, settings.keep_every)
+
+    def _log(self, name: str, row: Metrics) -> None:
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with writing(self.output), (self.output / name).open("a", encoding="utf-8") as log:
+            log.write(json.dumps(clean) + "\n")
+        if self.tensorboard is not None:
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "iteration":
+                    self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
+
+
+def _read_log(path: Path) -> list[Metrics]:
+    """The rows of a log; a last line torn by a killed run is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def pinned(config: Config) -> dict[str, Any]:
+    """The fields that decide the result of a run, by dotted name."""
+    flat = flatten(config.model_dump(mode="json")) | {"data.path": str(config.data.path.resolve())}
+    return {name: value for name, value in flat.items() if not name.startswith(MAY_CHANGE)}
