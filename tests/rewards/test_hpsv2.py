@@ -193,7 +193,7 @@ def test_other_tensors_are_refused(
 @pytest.mark.parametrize(
     ("model", "said"),
     [
-        ("HPS_v2.1_compressed.pt", r"is a pickle, which is never read; three lines of python make a safetensors file"),
+        ("HPS_v2.1_compressed.pt", r"is a pickle, which is never read; a few lines of python make a safetensors file"),
         ("nowhere.safetensors", r"nowhere\.safetensors is neither a file nor owner/name/file\.safetensors"),
         ("damaged.safetensors", r"is damaged, or no safetensors file"),
         ("nobody/nothing", r"nobody/nothing could not be loaded"),

@@ -58,7 +58,7 @@ class Checkpoint:
         self._name = name or MODELS[kind]
         if kind == "hpsv2" and self._name.endswith(PICKLES):
             raise UserError(
-                f"{field}: {self._name} is a pickle, which is never read; three lines of python make a safetensors "
+                f"{field}: {self._name} is a pickle, which is never read; a few lines of python make a safetensors "
                 "file of it: docs/rewards.md, HPSv2"
             )
         complete = (Path(self._name) / "preprocessor_config.json").is_file()
