@@ -191,7 +191,7 @@ def _prepare(options: Namespace) -> None:
     from customized_grpo.data.prepare import Options, prepare
     from customized_grpo.display import Display
 
-    settings = Options(options.format, options.references, options.max_side, options.segment, options.max_bad)
+    settings = Options(**{name: options[name] for name in Options.__dataclass_fields__})
     if (options.out is None) != options.check:
         raise UserError("prepare: name the folder to write after SRC, or pass --check to write nothing")
     display = Display()
@@ -353,14 +353,13 @@ def _diagnose_parser() -> ArgumentParser:
 
 def _prepare_parser() -> ArgumentParser:
     prepare = _Parser(
-        description="Make a data folder of subject folders with a prompts.txt, of DreamBench, SynCD or UNO's lists. "
-        "Pictures are turned upright, laid on white where transparent, and scaled down where large.",
+        description="Make a data folder of subject folders with a prompts.txt, of DreamBench, SynCD, UNO's lists, or a "
+        "Hugging Face dataset on disk. Pictures are turned upright, laid on white, and scaled down where large.",
     )
+    formats = ("auto", "folders", "dreambench", "manifest", "syncd", "huggingface")
     prepare.add_argument("src", type=Path, help="folder to read")
     prepare.add_argument("out", type=Path | None, nargs="?", help="data folder to write; new or empty")
-    prepare.add_argument(
-        "--format", choices=("auto", "folders", "dreambench", "manifest", "syncd"), default="auto", help="layout of SRC"
-    )
+    prepare.add_argument("--format", choices=formats, default="auto", help="layout of SRC")
     prepare.add_argument(
         "--references", choices=("first", "all"), default="first", help="pictures of a subject that become references"
     )
@@ -368,6 +367,10 @@ def _prepare_parser() -> ArgumentParser:
     prepare.add_argument("--segment", action="store_true", help="make the masks that are missing (needs rembg)")
     prepare.add_argument("--check", action="store_true", help="list every problem, and write nothing")
     prepare.add_argument("--max_bad", type=int, default=0, help="leave out up to so many unusable entries")
+    for name in ("prompt", "reference"):
+        help_ = f"huggingface: the column with the {name}, where it has another name than the usual ones"
+        prepare.add_argument(f"--{name}_column", type=str | None, help=help_)
+    prepare.add_argument("--split", type=str | None, help="huggingface: the split to read; default: all")
     return prepare
 
 

@@ -201,7 +201,14 @@ def test_subjects_without_what_they_need(tmp_path: Path) -> None:
 def test_dreambench_with_missing_subjects(tmp_path: Path) -> None:
     (tmp_path / "prompts_and_classes.txt").write_text(TEMPLATES)
     picture(tmp_path / "dog6" / "00.jpg")
-    assert "rc_car: prompts_and_classes.txt names it, but there is no such folder" in problems_of(tmp_path)
+    said = problems_of(tmp_path)
+    assert "1 of 2 entries cannot be used" in said
+    assert "prompts_and_classes.txt: 1 of 2 subjects are missing: rc_car; put a folder with the pictures of" in said
+    assert prepare(tmp_path, None, Options(max_bad=1)).samples == 1
+    (tmp_path / "dog6").rename(tmp_path / "cat")
+    said = problems_of(tmp_path, max_bad=1)
+    assert "2 of 2 entries cannot be used, more than --max_bad=1 allows" in said
+    assert "2 of 2 subjects are missing: rc_car, dog6;" in said
     (tmp_path / "prompts_and_classes.txt").write_text("Classes\n\nsubject_name,class\n")
     assert "expected subjects with their classes and two lists of prompts" in problems_of(tmp_path)
 
@@ -228,7 +235,7 @@ def test_layouts_that_are_not_known(content: str | None, tmp_path: Path) -> None
     with pytest.raises(UserError, match="broken JSON" if content == "{" else "not a layout that is known"):
         recognise(tmp_path)
     with pytest.raises(UserError, match="is no folder"):
-        recognise(tmp_path / "nowhere")
+        prepare(tmp_path / "nowhere", None, Options())
 
 
 def test_masks_are_made_where_they_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

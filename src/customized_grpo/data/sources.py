@@ -6,38 +6,19 @@ Nothing here opens a picture. Paths may not leave the source folder, links follo
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from customized_grpo.data.entries import Entry, Found, Problem, inside
+from customized_grpo.data.hugging_face import is_saved, parquet_files
 from customized_grpo.errors import UserError
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PROMPTS, CLASSES = "prompts.txt", "prompts_and_classes.txt"
 PLACE = "{}"
 """Where a template of prompts.txt has the subject's name."""
+LISTED = 30
 
-
-@dataclass(frozen=True)
-class Entry:
-    """A prompt about a subject. `place` says where it was read, for messages; `masks` is empty or as `references`."""
-
-    place: str
-    prompt: str
-    references: tuple[Path, ...]
-    masks: tuple[Path, ...] = ()
-    subject: str | None = None
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong with an entry, and where."""
-
-    place: str
-    text: str
-
-
-Found = Entry | Problem
 Reader = Callable[[Path], Iterator[Found]]
 
 
@@ -52,14 +33,29 @@ def read_folders(source: Path) -> Iterator[Found]:
             yield Problem(folder.name, f"no {PROMPTS}; write one prompt a line")
             continue
         name = re.sub(r"[_\W\d]+", " ", folder.name).strip() or folder.name
-        lines = [line.strip() for line in prompts.read_text(encoding="utf-8-sig").splitlines()]
+        try:
+            text = inside(source, prompts).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            yield Problem(
+                folder.name, f"{PROMPTS} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+            )
+            continue
+        except ValueError as error:
+            yield Problem(folder.name, str(error))
+            continue
+        lines = [line.strip() for line in text.splitlines()]
         yield from _of_subject(source, folder, [line.replace(PLACE, name) for line in lines if line])
 
 
 def read_dreambench(source: Path) -> Iterator[Found]:
     """DreamBench's folder: one of pictures for each subject, and prompts_and_classes.txt with the subjects' classes and
     25 templates for objects and for living things."""
-    text = (source / CLASSES).read_text(encoding="utf-8")
+    try:
+        text = (source / CLASSES).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{source / CLASSES}: cannot be read ({error}); expected DreamBench's file of that name"
+        ) from error
     classes = dict(re.findall(r"^(\w+),([\w ]+)$", text, re.MULTILINE))
     classes.pop("subject_name", None)
     lists = [re.findall(r"^'(.*)'\.format\(", part, re.MULTILINE) for part in text.split("prompt_list = [")[1:]]
@@ -69,14 +65,18 @@ def read_dreambench(source: Path) -> Iterator[Found]:
             f"living things; found {len(classes)} subjects and {len(lists)} lists"
         )
     objects, living = lists
+    missing = [name for name in classes if not (source / name).is_dir()]
+    if missing:
+        text = f"{len(missing)} of {len(classes)} subjects are missing: {', '.join(missing[:LISTED])}"
+        more = f" and {len(missing) - LISTED} more" if len(missing) > LISTED else ""
+        yield Problem(CLASSES, f"{text}{more}; put a folder with the pictures of each beside it", len(missing))
     for name, kind in classes.items():
         folder = source / name
-        if not folder.is_dir():
-            yield Problem(name, f"{CLASSES} names it, but there is no such folder")
+        if name in missing:
             continue
         templates = living if kind in ("dog", "cat") else objects
         # The first place is DreamBooth's rare token, which a reference takes the place of.
-        prompts = [" ".join(template.format("", kind).split()) for template in templates]
+        prompts = [" ".join(template.replace("{0}", "").replace("{1}", kind).split()) for template in templates]
         yield from _of_subject(source, folder, prompts)
 
 
@@ -108,6 +108,7 @@ def read_syncd(source: Path) -> Iterator[Found]:
             yield _entry(path.parent, source, f"{place}.{index}", prompt, name, mask)
 
 
+HUGGING_FACE = "huggingface"
 READERS: dict[str, Reader] = {
     "folders": read_folders,
     "dreambench": read_dreambench,
@@ -117,9 +118,9 @@ READERS: dict[str, Reader] = {
 
 
 def recognise(source: Path) -> str:
-    """The name of the reader for the folder `source`. Raises `UserError` where none fits."""
-    if not source.is_dir():
-        raise UserError(f"{source} is no folder")
+    """The reader for the folder `source`, of `READERS` or `HUGGING_FACE`. Raises `UserError` where none fits."""
+    if is_saved(source):
+        return HUGGING_FACE
     if (source / CLASSES).is_file():
         return "dreambench"
     if any(source.glob(f"*/{PROMPTS}")):
@@ -128,9 +129,11 @@ def recognise(source: Path) -> str:
         first = next(iter(_load(path)), None)
         if isinstance(first, dict):
             return "syncd" if "ref_img" in first or "filenames" in first else "manifest"
+    if parquet_files(source):
+        return HUGGING_FACE
     raise UserError(
-        f"{source}: not a layout that is known: expected subject folders with a {PROMPTS}, DreamBench's {CLASSES}, or "
-        "a JSON list as UNO or SynCD have it"
+        f"{source}: not a layout that is known: expected subject folders with a {PROMPTS}, DreamBench's {CLASSES}, "
+        "a JSON list as UNO or SynCD have it, or a Hugging Face dataset, saved to disk or as parquet files"
     )
 
 
@@ -142,12 +145,12 @@ def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[
     masks = [folder / f"{picture.stem}_mask.png" for picture in pictures]
     for number, prompt in enumerate(prompts):
         try:
-            inside = tuple(_inside(source, picture) for picture in pictures)
-            cut = tuple(_inside(source, mask) for mask in masks) if all(mask.is_file() for mask in masks) else ()
+            references = tuple(inside(source, picture) for picture in pictures)
+            cut = tuple(inside(source, mask) for mask in masks) if all(mask.is_file() for mask in masks) else ()
         except ValueError as error:
             yield Problem(folder.name, str(error))
             return
-        yield Entry(f"{folder.name}-{number}", prompt, inside, cut, folder.name)
+        yield Entry(f"{folder.name}-{number}", prompt, references, cut, folder.name)
 
 
 def _entry(
@@ -159,8 +162,8 @@ def _entry(
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         return Problem(place, f"the pictures are {names!r:.80}, expected paths")
     try:
-        references = tuple(_inside(root, base / name) for name in names)
-        masks = (_inside(root, base / mask),) if mask else ()
+        references = tuple(inside(root, base / name) for name in names)
+        masks = (inside(root, base / mask),) if mask else ()
     except ValueError as error:
         return Problem(place, str(error))
     return Entry(place, prompt.strip(), references, masks, subject if isinstance(subject, str) and subject else None)
@@ -175,14 +178,7 @@ def _records(source: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
 
 def _load(path: Path) -> list[Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: broken JSON ({error}); expected a list of objects") from error
     return found if isinstance(found, list) else []
-
-
-def _inside(root: Path, path: Path) -> Path:
-    real, top = path.resolve(), root.resolve()
-    if not real.is_relative_to(top):
-        raise ValueError(f"{path.name} leads out of {root} to {real}; move the file into it")
-    return real
