@@ -1,4 +1,4 @@
-"""The benchmark of a full-size FLUX.1 runs on a tiny one too."""
+"""Benchmarks run: that of a full-size FLUX.1 on a tiny one, that of a save on one iteration."""
 
 import json
 import math
@@ -20,3 +20,13 @@ def test_gpu_step_on_a_tiny_transformer() -> None:
     numbers = [value for value in figures.values() if isinstance(value, float)]
     assert len(numbers) > 10 and all(math.isfinite(value) and value >= 0 for value in numbers)
     assert figures["seconds: total"] > 0 and figures["operations an iteration, none counted twice, PFLOP"] > 0
+
+
+def test_checkpoint_cost_of_one_iteration(tmp_path: Path) -> None:
+    options = ["--folder", str(tmp_path), "--iterations", "1", "--threads", "1", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint_cost.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert len(figures) == 6 and all(value > 0 for value in figures.values())
+    assert list(tmp_path.iterdir()) == []

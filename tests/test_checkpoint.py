@@ -1,5 +1,7 @@
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -137,6 +139,41 @@ def test_what_a_killed_save_left_behind_is_no_checkpoint(tmp_path: Path) -> None
     assert names(tmp_path) == ["000002"]
     Part(0).save(tmp_path, 4)
     assert names(tmp_path) == ["000002", "000004"] and not left.exists()
+
+
+def die_at(operation: int) -> None:
+    """End this process, as SIGKILL does, when so many operations on files are behind it."""
+    operations: list[str] = []
+
+    def count(event: str, arguments: object) -> None:
+        if event == "open" or event.startswith(("os.", "shutil.")):
+            operations.append(event)
+            if len(operations) > operation:
+                os._exit(9)
+
+    sys.addaudithook(count)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_killed_at_any_file_operation_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A child saves, keeps one, and dies at its n-th operation on files; n grows until nothing is left to die at."""
+    done, deaths = False, 0
+    while not done:
+        folder = tmp_path / str(deaths)
+        Part(0, steps=1).save(folder, 1)
+        child = os.fork()
+        if child == 0:
+            die_at(deaths)
+            Part(0, steps=2).save(folder, 2, keep=1)
+            os._exit(0)
+        done = os.waitpid(child, 0)[1] == 0
+        newest, part = list_checkpoints(folder)[-1], Part(1)
+        iteration = part.load(newest)
+        assert torch.equal(part.weights(), Part(0, steps=iteration).weights())
+        Part(0, steps=3).save(folder, 3, keep=1)
+        assert [path.name for path in folder.iterdir()] == ["000003"]
+        deaths += 1
+    assert deaths > 15 and iteration == 2
 
 
 def test_no_folder_holds_no_checkpoints(tmp_path: Path) -> None:

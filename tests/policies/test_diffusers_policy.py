@@ -18,6 +18,7 @@ from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
 from customized_grpo.diagnosis.gradients import measure_conflict
 from customized_grpo.diagnosis.sensitivity import measure
+from customized_grpo.ema import Average
 from customized_grpo.errors import UserError
 from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
@@ -218,6 +219,31 @@ def test_a_plain_pipeline_takes_the_adapter(
     fresh.load_adapter(tmp_path / "theirs")
     with torch.no_grad():
         assert torch.allclose(fresh.velocity(latents, sigma, condition), tuned, atol=1e-5)
+
+
+def test_a_plain_pipeline_takes_averaged_weights(
+    load: Load, tiny_models: dict[str, Path], tmp_path: Path, picture: Picture, perturb: Callable[..., None]
+) -> None:
+    """What a run leaves in its folder `ema` is an adapter as the one beside it."""
+    policy, family = load("flux1-kontext"), FAMILIES["flux1-kontext"]
+    average = Average(policy.trainable_parameters(), 0.5)
+    perturb(policy)
+    average.update(10)
+    condition = policy.encode(["a cat"], [[policy.prepare_reference(picture(64, 64), 1)]])
+    latents, sigma = torch.randn(1, *policy.latent_shape), torch.tensor([0.6])
+    with torch.no_grad(), average.swapped():
+        policy.save_adapter(tmp_path / "ema")
+        averaged = policy.velocity(latents, sigma, condition)
+    plain = family.pipeline.from_pretrained(tiny_models["flux1-kontext"])
+    plain.load_lora_weights(tmp_path / "ema")
+    fresh = load("flux1-kontext", seed=5)
+    fresh.load_adapter(tmp_path / "ema")
+    (batch,) = condition.batches(torch.device("cpu"))
+    with torch.no_grad():
+        theirs = family.velocity(plain.transformer, latents, sigma, batch, policy.size, family.guidance)
+        assert torch.allclose(theirs, averaged, atol=1e-5)
+        assert torch.allclose(fresh.velocity(latents, sigma, condition), averaged, atol=1e-5)
+        assert (policy.velocity(latents, sigma, condition) - averaged).abs().max() > 1e-3
 
 
 def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_path: Path) -> None:

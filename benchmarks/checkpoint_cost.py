@@ -1,0 +1,93 @@
+"""What saving a checkpoint in each iteration costs, with the settings of configs/toybox.yaml, in one run.
+
+    python benchmarks/checkpoint_cost.py [--folder DIR] [--iterations N] [--threads N] [--json]
+
+An iteration and the save after it are measured in turn, so that a slow spell of the machine falls on both. A save is
+what a run does: tensors, hash, manifest, fsync, rename, and the removal of the oldest.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import yaml
+
+from customized_grpo import build
+from customized_grpo.checkpoint import State, prune_checkpoints, save_checkpoint
+from customized_grpo.config import Config
+from customized_grpo.ema import Average
+from customized_grpo.runtime import configure
+from customized_grpo.session import pinned
+from customized_grpo.toybox.export import export
+from customized_grpo.trainer import Trainer
+
+SETTINGS = Path(__file__).parents[1] / "configs" / "toybox.yaml"
+PAIRS = 24
+"""Pairs in the benchmark's data folder."""
+DECAY = 0.9
+GOAL = 0.05
+
+
+def main() -> None:
+    """Measure, and print the figures."""
+    options = _options()
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        figures = measure(Path(folder), options.iterations, options.threads)
+    if options.json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:<32} {value:.4g}")
+    print(f"goal: a save in each iteration costs less than {GOAL:.0%} of it")
+
+
+def measure(folder: Path, iterations: int, threads: int | None) -> dict[str, float]:
+    """Medians over `iterations`, a first one left out; the averaged weights are saved too."""
+    data = folder / "train"
+    export(data, "train", PAIRS)
+    settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8")) | {"checkpoint": {"every": 1}}
+    config = Config.model_validate(settings | {"data": {"path": data}, "threads": threads})
+    configure(config.threads)
+    policy = build.build_policy(config.policy, config.seed)
+    trainer = Trainer(config, policy, build.build_rewards(config), build.open_dataset(data, config, policy))
+    average = Average(policy.trainable_parameters(), DECAY)
+    state = State(list(policy.trainable_parameters()), trainer.optimizer, average)
+    trained, saved = [], []
+    for _ in range(iterations + 1):
+        start = time.perf_counter()
+        trainer.train_step()
+        average.update(trainer.iteration)
+        middle = time.perf_counter()
+        save_checkpoint(folder / "checkpoints", trainer.iteration, pinned(config), state)
+        prune_checkpoints(folder / "checkpoints", trainer.iteration, config.checkpoint.keep_last, None)
+        trained.append(middle - start)
+        saved.append(time.perf_counter() - middle)
+    seconds, save = statistics.median(trained[1:]), statistics.median(saved[1:])
+    return {
+        "threads": torch.get_num_threads(),
+        "size of a checkpoint, MB": sum(tensor.nbytes for tensor in state.tensors().values()) / 1e6,
+        "seconds of an iteration": seconds,
+        "seconds of a save": save,
+        "seconds of the slowest save": max(saved[1:]),
+        "save / iteration, %": 100 * save / seconds,
+    }
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure what a checkpoint in each iteration costs.")
+    parser.add_argument("--folder", type=Path, help="where to save; default: the system's temporary folder")
+    parser.add_argument("--iterations", type=int, default=10, help="iterations measured (default: %(default)s)")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args()
+    if options.iterations < 1:
+        parser.error(f"--iterations must be 1 or more, not {options.iterations}")
+    return options
+
+
+if __name__ == "__main__":
+    main()
