@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from customized_grpo.data import SubjectDataset
-from customized_grpo.data.sources import READERS, Entry, Problem, recognise
+from customized_grpo.data.entries import Entry, Problem
+from customized_grpo.data.sources import READERS, recognise
 from customized_grpo.errors import UserError
 
 LISTED = 20
@@ -47,13 +48,9 @@ def read_items(benchmark: str, folder: Path) -> list[Item]:
     entries = [each for each in found if isinstance(each, Entry)]
     files = dict.fromkeys(path for entry in entries for path in entry.references)
     missing = [f"{path.relative_to(folder.resolve())}: no such file" for path in files if not path.is_file()]
-    if problems and layout == "dreambench":
-        subjects = len(problems) + len({entry.subject for entry in entries})
-        listed = _shortened([f"{each.place}: {each.text}" for each in problems])
-        raise UserError(f"data: {folder} lacks {len(problems)} of {subjects} subjects:\n  {listed}")
     missing = [f"{each.place}: {each.text}" for each in problems] + missing
     if missing or not entries:
-        raise UserError(f"data: {folder} lacks {len(missing) or 'all'} entries or pictures:\n  " + _shortened(missing))
+        raise UserError(f"data: {folder} is not whole:\n  " + _shortened(missing or ["it has no prompt"]))
     # A folder names all pictures of a subject, the first of which is drawn from; a list names what is drawn from.
     one = layout == "dreambench"
     return _items([(_subject(entry, folder), entry.prompt, entry.references, None) for entry in entries], one=one)
