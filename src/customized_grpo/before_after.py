@@ -1,12 +1,13 @@
 """The evaluation before and after training, as files."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from customized_grpo.config import Config
 from customized_grpo.data import SubjectDataset, save_image
+from customized_grpo.distributed import Ranks
 from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
 from customized_grpo.policies import Policy
 from customized_grpo.rewards import Reward
@@ -14,6 +15,7 @@ from customized_grpo.storage import write_whole, writing
 from customized_grpo.toybox.judge import Judge
 
 REPORTED_IMAGES = 24
+OnProgress = Callable[[float], None]
 
 
 def write_evaluation(
@@ -24,11 +26,14 @@ def write_evaluation(
     judge: Judge | None,
     folder: Path,
     pairs: int,
+    ranks: Ranks,
+    on_progress: OnProgress = lambda share: None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the untuned ("base") and the tuned generator on equal pairs and noise; write and return both results."""
+    """Evaluate the untuned ("base") and the tuned generator on equal pairs and noise; return both results, which the
+    first of the `ranks` writes."""
     with policy.untuned():
-        base = evaluate_pairs(config, policy, dataset, rewards, judge, pairs)
-    tuned = evaluate_pairs(config, policy, dataset, rewards, judge, pairs)
+        base = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
+    tuned = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
     results = {}
     for name, evaluation in (("base", base), ("tuned", tuned)):
         results[name] = {
@@ -40,6 +45,8 @@ def write_evaluation(
             "records": evaluation.records(),
             "summary": evaluation.summary(),
         }
+    if not ranks.first:
+        return results
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, evaluation in (("base", base), ("tuned", tuned)):
@@ -58,10 +65,12 @@ def evaluate_pairs(
     rewards: Sequence[Reward],
     judge: Judge | None,
     pairs: int,
+    ranks: Ranks,
+    on_progress: OnProgress,
 ) -> Evaluation:
     """`evaluation.evaluate` with the settings of a run."""
     return evaluate(
         policy, dataset, rewards, judge, pairs=pairs, num_steps=config.rollout.num_steps, shift=config.rollout.shift,
         seed=config.seed, micro_batch=config.rollout.micro_batch,
-        masks=config.rewards.identity_reference == "segmented",
+        masks=config.rewards.identity_reference == "segmented", ranks=ranks, on_progress=on_progress,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from customized_grpo.libraries import quiet
 from customized_grpo.policies import EncodesAhead, Policy, ReadsPrompts
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.catalogue import load_rewards
-from customized_grpo.runtime import check_precision, resolve_device, resolve_precision
+from customized_grpo.runtime import check_precision, local_rank, local_world, resolve_device, resolve_precision
 from customized_grpo.toybox.judge import Judge
 from customized_grpo.toybox.policy import ToyBoxPolicy
 
@@ -164,6 +164,8 @@ def encode_ahead(policy: Policy[Any], datasets: Mapping[SubjectDataset, int | No
     if not isinstance(policy, EncodesAhead):
         return
     wanted = [(dataset, sample) for dataset, count in datasets.items() for sample in dataset.samples[:count]]
+    # The processes of a machine share what they encode; its disk need not be that of other machines.
+    wanted = wanted[local_rank() :: local_world()]
     policy.encode_ahead(
         [sample.prompt for _, sample in wanted],
         lambda index: wanted[index][0].references([wanted[index][1]], policy.prepare_reference)[0],

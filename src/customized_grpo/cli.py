@@ -12,7 +12,8 @@ from customized_grpo import __version__
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config import Config, flatten
-from customized_grpo.errors import UserError
+from customized_grpo.errors import TrainingError, UserError
+from customized_grpo.launch import is_launched, launch
 from customized_grpo.messages import explain, worded
 from customized_grpo.section import Section
 
@@ -37,11 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments:
         arguments = ["--help"]
     try:
-        _run(_parser().parse_args([_underscored(argument) for argument in arguments]))
+        arguments = [_underscored(argument) for argument in arguments]
+        options = _parser().parse_args(arguments)
+        count = options[options.subcommand].get("num_processes", 1)
+        if not is_launched(count):
+            raise SystemExit(launch(arguments, count))
+        _run(options)
     except _BadArguments as error:
         _fail(explain(str(error), arguments, SETTINGS.get(arguments[0], Config)))
     except UserError as error:
         _fail(str(error))
+    except TrainingError as error:
+        _fail(str(error), FAILURE)
     except OSError as error:
         _fail(f"{error.filename or 'input'}: {error.strerror or error}")
     except UnicodeDecodeError as error:
@@ -115,18 +123,14 @@ def _diagnose(options: Namespace) -> None:
         raise UserError(f"diagnose: a run is measured with its own settings; leave out {given_too}, or give --config")
     from customized_grpo.diagnosis.command import diagnose
     from customized_grpo.display import Display
-    from customized_grpo.trainer import TrainingError
 
     out = options.out or (options.run / "diagnosis" if options.run else Path("diagnosis"))
-    try:
-        record = diagnose(None if options.run else config, out, Display(), run=options.run, **given)
-    except TrainingError as error:
-        _fail(str(error), FAILURE)
+    record = diagnose(None if options.run else config, out, Display(), run=options.run, **given)
     print(f"diagnosis: {record}")
 
 
 def _evaluate(options: Namespace) -> None:
-    config = _settings(BenchmarkConfig, options, "run", "pairs")
+    config = _settings(BenchmarkConfig, options, "run", "pairs", "num_processes")
     from customized_grpo.display import Display
 
     if options.run is not None:
@@ -134,7 +138,7 @@ def _evaluate(options: Namespace) -> None:
             raise UserError(f"evaluate: --run compares a run with its base; {given} belongs to --benchmark")
         from customized_grpo.run import evaluate_run
 
-        print(f"report: {evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema)}")
+        _tell("report", evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema))
         return
     if config.benchmark is None and config.images is None:
         raise UserError(
@@ -145,7 +149,13 @@ def _evaluate(options: Namespace) -> None:
         raise UserError("--pairs: only with --run; a benchmark is taken whole")
     from customized_grpo.benchmark.command import run_benchmark
 
-    print(f"benchmark: {run_benchmark(config, Display())}")
+    _tell("benchmark", run_benchmark(config, Display()))
+
+
+def _tell(what: str, path: Path | None) -> None:
+    """What was written; of several processes only the first writes."""
+    if path is not None:
+        print(f"{what}: {path}")
 
 
 def _differing(config: Section) -> str:
@@ -168,7 +178,7 @@ def _figures(options: Namespace) -> None:
 
 
 def _train(options: Namespace) -> None:
-    config = _settings(Config, options, "resume", "resume_from", "overwrite", "dry_run")
+    config = _settings(Config, options, "resume", "resume_from", "overwrite", "dry_run", "num_processes")
     from customized_grpo.display import Display
 
     if options.dry_run:
@@ -177,14 +187,9 @@ def _train(options: Namespace) -> None:
         Display().table("one iteration, and what it needs", build.dry_run(config).rows())
         return
     from customized_grpo.run import train
-    from customized_grpo.trainer import TrainingError
 
-    try:
-        how = {name: options[name] for name in ("resume", "resume_from", "overwrite")}
-        report = train(config, Display(), **how)
-    except TrainingError as error:
-        _fail(str(error), FAILURE)
-    print(f"report: {report}")
+    how = {name: options[name] for name in ("resume", "resume_from", "overwrite")}
+    _tell("report", train(config, Display(), **how))
 
 
 def _prepare(options: Namespace) -> None:
@@ -313,6 +318,7 @@ def _train_parser() -> ArgumentParser:
     train.add_argument(
         "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
     )
+    train.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
     train.add_class_arguments(Config)
     return train
 
@@ -328,6 +334,7 @@ def _evaluate_parser() -> ArgumentParser:
     evaluate.add_argument(
         "--pairs", type=int | None, help="with --run: number of pairs, from the first; default: the run's test_pairs"
     )
+    evaluate.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
     flags = ("ema", "hpsv3_as_published")
     evaluate.add_class_arguments(BenchmarkConfig, skip=set(flags))
     for name in flags:

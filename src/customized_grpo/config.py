@@ -271,6 +271,15 @@ class EvaluationConfig(Section):
     """Who says whether the prompt is satisfied and identity kept: the ToyBox judge, or nobody. Only for toybox."""
 
 
+class RanksConfig(Section):
+    """Several processes, started by torchrun, accelerate launch or --num_processes."""
+
+    check_every: int = Field(10, ge=1)
+    """Iterations between comparisons of the weights: they are equal in all processes, or the run stops."""
+    silence: float = Field(30.0, gt=2)
+    """Seconds without a sign of life after which a process is taken for gone, and the others stop."""
+
+
 class LogConfig(Section):
     """Where measurements go besides metrics.jsonl."""
 
@@ -309,6 +318,8 @@ class Config(Section):
     """Resumable checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation and test."""
+    ranks: RanksConfig = RanksConfig()
+    """Several processes."""
     log: LogConfig = LogConfig()
     """Loggers."""
 

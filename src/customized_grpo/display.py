@@ -75,6 +75,11 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
 
+    @classmethod
+    def silent(cls) -> "Display":
+        """Says nothing."""
+        return cls(Console(quiet=True))
+
     def note(self, text: str) -> None:
         """A line of information."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -8,6 +8,11 @@ class UserError(Exception):
     """
 
 
+class TrainingError(Exception):
+    """Training cannot go on: a number is not finite, the rewards failed, or a process is gone. Says at which iteration,
+    and what to do."""
+
+
 def first_line(error: Exception) -> str:
     """What an error says first, short enough for a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

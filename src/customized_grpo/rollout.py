@@ -70,16 +70,16 @@ def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int)
 @torch.no_grad()
 def sample_groups(
     policy: Policy[ConditionT], condition: ConditionT, num_prompts: int, plan: Plan, config: RolloutConfig, *,
-    seed: int,
-    iteration: int, on_progress: Callable[[float], None] = lambda share: None,
+    seed: int, iteration: int, first: int = 0, on_progress: Callable[[float], None] = lambda share: None,
 ) -> Rollout[ConditionT]:  # fmt: skip
-    """Draw a group of images for each of the `num_prompts` rows of `condition`.
+    """Draw a group of images for each of the `num_prompts` rows of `condition`, which are the iteration's prompts from
+    `first` on.
 
     Noise is a function of (seed, iteration, prompt, sample, step), so micro-batches change nothing. With a shared
     initial noise the steps before the first stochastic one are walked once per group. `on_progress` hears the share
     done.
     """
-    walk = _Walk(policy, condition, plan, config, seed, iteration)
+    walk = _Walk(policy, condition, plan, config, seed, iteration, first)
     prefix = plan.shared_steps if config.initial_noise == "shared" else 0
     trunk = None
     if prefix:
@@ -106,8 +106,9 @@ def sample_groups(
 
 @torch.no_grad()
 def sample_ode(
-    policy: Policy[ConditionT], condition: ConditionT, noise: Tensor, sigmas: Tensor, micro_batch: int
-) -> Tensor:
+    policy: Policy[ConditionT], condition: ConditionT, noise: Tensor, sigmas: Tensor, micro_batch: int,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Tensor:  # fmt: skip
     """Deterministic images [B, 3, H, W], one for each row of `condition`, from `noise` [B, *] down `sigmas` [T + 1]."""
     images = []
     for rows in torch.arange(len(noise)).split(micro_batch):
@@ -116,6 +117,7 @@ def sample_ode(
             velocity = policy.velocity(latents, sigma.expand(len(rows)), part)
             latents = ode_step(latents, velocity, sigma, sigma_next)
         images.append(policy.decode(latents))
+        on_progress((int(rows[-1]) + 1) / len(noise))
     return torch.cat(images)
 
 
@@ -129,6 +131,7 @@ class _Walk(Generic[ConditionT]):
     config: RolloutConfig
     seed: int
     iteration: int
+    first: int
 
     def run(
         self, prompts: Tensor, samples: Tensor, latents: Tensor | None, steps: range
@@ -159,5 +162,6 @@ class _Walk(Generic[ConditionT]):
 
     def _noise(self, prompts: Tensor, samples: Tensor, purpose: str) -> Tensor:
         shape = self.policy.latent_shape
-        noise = batched_normal(self.seed, self.iteration, prompts.tolist(), samples.tolist(), purpose, shape)
+        numbers = (prompts + self.first).tolist()
+        noise = batched_normal(self.seed, self.iteration, numbers, samples.tolist(), purpose, shape)
         return noise.to(self.policy.device)

@@ -12,6 +12,7 @@ from customized_grpo.before_after import write_evaluation
 from customized_grpo.checkpoint import read_manifest
 from customized_grpo.config import Config
 from customized_grpo.display import Display
+from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError
 from customized_grpo.report import write_report
 from customized_grpo.runtime import configure
@@ -45,32 +46,44 @@ def train(
     resume: bool = False,
     resume_from: Path | None = None,
     overwrite: bool = False,
-) -> Path:
-    """Train as `config` says; returns the path of the report. `resume_from`: go on from this checkpoint and no other.
+) -> Path | None:
+    """Train as `config` says; returns the path of the report, None in processes other than the first. `resume_from`: go
+    on from this checkpoint and no other.
 
     Raises `UserError` on bad input, before any work.
     """
     configure(config.threads)
     config = build.resolved(config)
-    output = config.output
-    _check_output(output, resume=resume or resume_from is not None, overwrite=overwrite)
-    if resume_from is not None:
-        read_manifest(resume_from)
     termination = Termination()
     with termination.listening():
         try:
-            session = _session(config, display, termination)
-            if overwrite:
-                _delete_run(output)
-            session.start(resume=resume, resume_from=resume_from)
-            session.loop()
-            return session.finish()
+            with started(termination, config.ranks.silence) as ranks:
+                display = display if ranks.first else Display.silent()
+                with ranks.together():
+                    _check_output(config.output, resume=resume or resume_from is not None, overwrite=overwrite)
+                    if resume_from is not None:
+                        read_manifest(resume_from)
+                    session = _session(config, display, termination, ranks)
+                with ranks.together():
+                    if overwrite and ranks.first:
+                        _delete_run(config.output)
+                session.start(resume=resume, resume_from=resume_from)
+                session.loop()
+                return session.finish()
         except Terminated:
             raise SystemExit(STATUS) from None
 
 
-def _session(config: Config, display: Display, termination: Termination) -> Session:
+def _session(config: Config, display: Display, termination: Termination, ranks: Ranks) -> Session:
     """All parts of a run, built and checked; nothing is written yet."""
+    prompts = config.rollout.prompts_per_iteration
+    if prompts < ranks.world:
+        raise UserError(
+            f"rollout.prompts_per_iteration: {prompts} groups cannot be shared among {ranks.world} processes, each of "
+            "which takes whole groups; ask for more, or start fewer processes"
+        )
+    if ranks.world > 1:
+        display.note(f"{ranks.world} processes share {prompts} groups an iteration")
     # Cheapest first: what is wrong is told before the next part is paid for.
     writer = _summary_writer() if config.log.tensorboard else None
     datasets = {
@@ -92,31 +105,37 @@ def _session(config: Config, display: Display, termination: Termination) -> Sess
     build.tell_long_prompts(config, policy, rewards, used, display)
     with display.stages() as stages:
         build.encode_ahead(policy, used, stages)
-    trainer = Trainer(config, policy, rewards, datasets["path"])
+    trainer = Trainer(config, policy, rewards, datasets["path"], ranks)
     return Session(config, trainer, datasets, display, judge, writer, termination)
 
 
-def evaluate_run(run: Path, data: Path | None, pairs: int | None, display: Display, *, ema: bool = False) -> Path:
+def evaluate_run(
+    run: Path, data: Path | None, pairs: int | None, display: Display, *, ema: bool = False
+) -> Path | None:
     """Evaluate a finished run's base and tuned generator on `data` (default: the run's test, validation or training
     data), write `evaluation/` and the report; with `ema`, the averaged weights are the tuned ones. Returns the report's
-    path."""
+    path, None in processes other than the first."""
     if pairs is not None and pairs < 1:
         raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
     config = load_run_config(run)
     adapter = adapter_folder(run, ema=ema)
     configure(config.threads)
-    policy = build.build_policy(config.policy, config.seed)
     path = data or config.data.test or config.data.validation or config.data.path
-    dataset = build.open_dataset(path, config, policy)
-    policy.load_adapter(adapter)
     pairs = pairs or config.evaluation.test_pairs
-    rewards, judge = build.build_rewards(config), build.build_judge(config)
-    build.tell_long_prompts(config, policy, rewards, {dataset: pairs}, display)
-    with display.stages() as stages:
-        build.encode_ahead(policy, {dataset: pairs}, stages)
-    display.comparison(write_evaluation(config, policy, dataset, rewards, judge, run / "evaluation", pairs))
-    with writing(run):
-        return write_report(run)
+    with started(Termination(), config.ranks.silence) as ranks:
+        display = display if ranks.first else Display.silent()
+        with ranks.together():
+            policy = build.build_policy(config.policy, config.seed)
+            dataset = build.open_dataset(path, config, policy)
+            policy.load_adapter(adapter)
+            rewards, judge = build.build_rewards(config), build.build_judge(config)
+            build.tell_long_prompts(config, policy, rewards, {dataset: pairs}, display)
+            with display.stages() as stages:
+                build.encode_ahead(policy, {dataset: pairs}, stages)
+        parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
+        with ranks.together(), writing(run):
+            display.comparison(write_evaluation(*parts))
+            return write_report(run) if ranks.first else None
 
 
 def adapter_folder(run: Path, *, ema: bool) -> Path:

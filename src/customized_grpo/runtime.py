@@ -20,7 +20,9 @@ def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
     """The device named, or for "auto" the first CUDA device, the CPU without one. Raises `UserError` where it is none,
     or not here; `prefix` and "device" make the name of the field."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_world() > 1:
+        name = f"cuda:{local_rank()}"  # a device for each process
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -53,14 +55,25 @@ def check_precision(precision: str, device: torch.device, prefix: str = "policy.
         )
 
 
+def local_world() -> int:
+    """How many processes of this run are on this machine, by what launched them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Which of them this process is."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def configure(threads: int | None) -> None:
-    """Use `threads` CPU threads (all cores if None), and keep freed memory in the process.
+    """Use `threads` CPU threads (if None all cores, shared among the processes of a run), and keep freed memory in the
+    process.
 
     glibc hands large blocks back to the system on every free, so the pages of each tensor are faulted in anew; on a
     small model that can take as long as the arithmetic.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(threads or cores or 1)
+    torch.set_num_threads(threads or max(1, (cores or 1) // local_world()))
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:

@@ -24,14 +24,14 @@ from customized_grpo.config import Config, flatten
 from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
 from customized_grpo.display import Display, Training
 from customized_grpo.ema import Average
-from customized_grpo.errors import UserError
+from customized_grpo.errors import TrainingError, UserError
 from customized_grpo.evaluation import Evaluation
 from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
 from customized_grpo.storage import StorageError, write_whole, writing
 from customized_grpo.termination import Terminated, Termination
 from customized_grpo.toybox.judge import Judge
-from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer, TrainingError
+from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 EMA = "ema"
@@ -42,7 +42,7 @@ MAY_CHANGE = (
     "output", "iterations", "threads", "policy.device", "policy.offload", "policy.gradient_checkpointing",
     "policy.cache", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share", "rewards.device",
     "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate",
-    "evaluation.", "log.",
+    "evaluation.", "ranks.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes."""
 
@@ -66,6 +66,7 @@ class Session:
         self.output = config.output
         self.judge = judge
         self.termination = termination
+        self.ranks = trainer.ranks
         decay = config.ema.decay
         self.average = None if decay is None else Average(self.policy.trainable_parameters(), decay)
         self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
@@ -77,12 +78,22 @@ class Session:
 
     def start(self, *, resume: bool, resume_from: Path | None = None) -> None:
         """Make the folder, or go back to the newest checkpoint in it, or to the checkpoint `resume_from`."""
+        with self.ranks.together():
+            if resume_from is not None:
+                self._restore(resume_from)
+            elif resume:
+                self._resume(list_checkpoints(self._checkpoints))
+        with self.ranks.together():
+            self._check_equal("--resume: the output folder must be on a disk that all processes share")
+            if self.ranks.first:
+                self._begin(resume_from)
+
+    def _begin(self, resume_from: Path | None) -> None:
+        """Write what a run's folder has before the first iteration, and cut what comes after the present one."""
         with writing(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
         if resume_from is not None:
-            self._go_back(resume_from)
-        elif resume:
-            self._resume(list_checkpoints(self._checkpoints))
+            self._forget_after(resume_from)
         config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
         with writing(self.output):
@@ -103,13 +114,13 @@ class Session:
                 self.display.note("what was saved before is as it was; `train --resume` goes on from it")
             raise
         except (UserError, TrainingError):
-            if self.trainer.iteration > 0 and not self._updating:
+            if self.ranks.first and self.trainer.iteration > 0 and not self._updating:
                 self._checkpoint()
             raise
         except Terminated:
             if self.average is not None:
                 self.average.put_back()
-            if self.trainer.iteration > 0:
+            if self.ranks.first and self.trainer.iteration > 0:
                 self._checkpoint()
             self.display.note(
                 f"stopped by SIGTERM after iteration {self.trainer.iteration}; `train --resume` goes on from there"
@@ -127,16 +138,31 @@ class Session:
                 iteration = self.trainer.iteration
                 if self._validation_is_due() or iteration == last:
                     self._validate()
+                if iteration % self.config.ranks.check_every == 0 or iteration == last:
+                    with self.ranks.together():
+                        self._check_equal(f"after iteration {iteration}: start again with --resume")
                 if iteration % self.config.checkpoint.every == 0 or iteration == last:
-                    with self.termination.whole():
-                        self._checkpoint()
+                    with self.ranks.together(), self.termination.whole():
+                        if self.ranks.first:
+                            self._checkpoint()
+
+    def _check_equal(self, remedy: str) -> None:
+        """Raise `TrainingError` where the processes differ in weights or iterations."""
+        if self.ranks.world == 1:
+            return
+        sums = [_checksum(parameter.detach()) for _, parameter in self.state.parameters]
+        unlike = self.ranks.unlike(torch.tensor([self.trainer.iteration, *sums]))
+        if unlike:
+            raise TrainingError(f"the weights of process {unlike[0]} are not those of process 0; {remedy}")
 
     def _iterate(self, show: Training) -> None:
         """One iteration: its update and its lines in the logs are whole, or not there."""
         with ExitStack() as stack:
 
             def on_phase(phase: str, share: float) -> None:
-                if phase == "update" and share == 0.0:
+                if phase == "rollout":
+                    self.termination.poll()
+                elif phase == "update" and share == 0.0:
                     stack.enter_context(self.termination.whole())
                     self._updating = True
                 show.phase(phase, share)
@@ -144,7 +170,8 @@ class Session:
             metrics = self.trainer.train_step(on_phase)
             if self.average is not None:
                 self.average.update(self.trainer.iteration)
-            self._log(LOGS[0], metrics)
+            with self.ranks.together():
+                self._log(LOGS[0], metrics)
             self._watch_ratio(metrics)
             show.iteration(metrics)
             self._updating = False
@@ -173,9 +200,8 @@ class Session:
             "restore one, or start anew with --overwrite"
         )
 
-    def _go_back(self, path: Path) -> None:
-        """Go on from the checkpoint `path` and no other: what the run has after it is made again."""
-        self._restore(path)
+    def _forget_after(self, path: Path) -> None:
+        """What the run has after the checkpoint `path`, from which it goes on, is made again."""
         logged = max((row["iteration"] for row in _read_log(self.output / LOGS[0])), default=0)
         if logged < self.trainer.iteration:
             raise UserError(
@@ -205,24 +231,35 @@ class Session:
         self.trainer.iteration = self._saved = done
         self.display.note(f"resuming after iteration {done}, from {path}")
 
-    def finish(self) -> Path:
-        """Write the adapter, that of the averaged weights where there are, the final evaluation and the report."""
+    def finish(self) -> Path | None:
+        """Write the adapter, that of the averaged weights where there are, the final evaluation and the report.
+
+        Returns the report's path; None in processes other than the first.
+        """
+        with self.ranks.together():
+            if self.ranks.first:
+                self._save_adapters()
+        if "test" in self.datasets:
+            self.display.note("evaluating before and after on the test data ...")
+            folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
+            parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
+            with self._evaluated_weights(), self.ranks.together():
+                results = write_evaluation(self.config, *parts, folder, pairs, self.ranks, self._poll)
+            self.display.comparison(results)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        with self.ranks.together(), writing(self.output):
+            return write_report(self.output) if self.ranks.first else None
+
+    def _save_adapters(self) -> None:
         with writing(self.output):
             self.policy.save_adapter(self.output)
         if self.average is not None:
             with self.average.swapped(), writing(self.output):
                 self.policy.save_adapter(self.output / EMA)
-        if "test" in self.datasets:
-            self.display.note("evaluating before and after on the test data ...")
-            folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
-            parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
-            with self._evaluated_weights():
-                results = write_evaluation(self.config, *parts, folder, pairs)
-            self.display.comparison(results)
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        with writing(self.output):
-            return write_report(self.output)
+
+    def _poll(self, share: float) -> None:
+        self.termination.poll()
 
     @property
     def _checkpoints(self) -> Path:
@@ -256,7 +293,8 @@ class Session:
 
     def _evaluate(self, pairs: int) -> Evaluation:
         dataset = self.datasets.get("validation", self.datasets["path"])
-        return evaluate_pairs(self.config, self.policy, dataset, self.trainer.rewards, self.judge, pairs)
+        parts = (self.policy, dataset, self.trainer.rewards, self.judge)
+        return evaluate_pairs(self.config, *parts, pairs, self.ranks, self._poll)
 
     def _remember_base(self) -> None:
         with self.policy.untuned():
@@ -266,9 +304,10 @@ class Session:
         with self._evaluated_weights():
             evaluation = self._evaluate(self.config.evaluation.pairs)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
-        with self.termination.whole():
+        with self.ranks.together(), self.termination.whole():
             # The gallery first: with the line in the log, a validation is done.
-            self._draw_gallery(evaluation)
+            if self.ranks.first:
+                self._draw_gallery(evaluation)
             self._log(LOGS[1], row)
         self.display.validation(row)
 
@@ -303,6 +342,8 @@ class Session:
             prune_checkpoints(self._checkpoints, iteration, settings.keep_last, settings.keep_every)
 
     def _log(self, name: str, row: Metrics) -> None:
+        if not self.ranks.first:
+            return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with writing(self.output), (self.output / name).open("a", encoding="utf-8") as log:
             log.write(json.dumps(clean) + "\n")
@@ -310,6 +351,12 @@ class Session:
             for key, value in row.items():
                 if isinstance(value, int | float) and key != "iteration":
                     self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of the bits of an fp32 tensor, by place: integers wrap around, and are summed alike in any order."""
+    bits = tensor.contiguous().view(torch.int32).flatten().long()
+    return int((bits * torch.arange(1, len(bits) + 1, device=bits.device)).sum())
 
 
 def _read_log(path: Path) -> list[Metrics]:

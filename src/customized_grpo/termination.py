@@ -19,7 +19,20 @@ class Termination:
 
     def __init__(self) -> None:
         self._whole = 0
-        self._asked = False
+        self._asked = self._deferred = False
+
+    @property
+    def asked(self) -> bool:
+        """Whether SIGTERM came, to this process or to another of the run."""
+        return self._asked
+
+    def ask(self) -> None:
+        """As if SIGTERM came."""
+        self._asked = True
+
+    def defer(self) -> None:
+        """From now on `Terminated` is only raised by `poll`: where processes wait for each other, none leaves alone."""
+        self._deferred = True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -44,6 +57,11 @@ class Termination:
         self.check()
 
     def check(self) -> None:
+        """Raise `Terminated` if SIGTERM came and nothing has to be whole now, unless that is deferred."""
+        if not self._deferred:
+            self.poll()
+
+    def poll(self) -> None:
         """Raise `Terminated` if SIGTERM came and nothing has to be whole now."""
         if self._asked and not self._whole:
             raise Terminated

@@ -3,7 +3,11 @@
 Where we depart from a textbook GRPO: a weight for each reward *and denoising step* (TDW), a bonus for agreeing
 rewards (SARS), the first-pass ratio is watched, and a sample whose reward failed drops out instead of scoring 0.
 
-Shape legend: P prompts, G samples of a group, B = P * G samples, R = 2 rewards (prompt, identity), S trained steps.
+With several processes each has whole groups, neighbours among the iteration's prompts; rewards, gradients and metrics
+are those of all. What one process would do, they do, up to the order of sums.
+
+Shape legend: P prompts, G samples of a group, B = P * G samples, R = 2 rewards (prompt, identity), S trained steps;
+p <= P and b = p * G are those of this process.
 """
 
 import math
@@ -31,6 +35,8 @@ from customized_grpo.algorithm import (
 )
 from customized_grpo.config import AdvantagesConfig, Config
 from customized_grpo.data import SubjectDataset, batch_indices
+from customized_grpo.distributed import Ranks
+from customized_grpo.errors import TrainingError
 from customized_grpo.policies import ConditionT, Policy
 from customized_grpo.randomness import generator
 from customized_grpo.rewards import Reward, Task
@@ -43,10 +49,6 @@ RATIO_TOLERANCE = 1e-5
 Metrics = dict[str, Any]
 OnPhase = Callable[[str, float], None]
 """Called as (phase, share of it done)."""
-
-
-class TrainingError(Exception):
-    """Training cannot go on: a number is not finite, or the rewards failed. Says at which iteration, and what to do."""
 
 
 def step_weights(config: AdvantagesConfig, num_steps: int) -> Tensor:
@@ -66,6 +68,7 @@ class Trainer(Generic[ConditionT]):
     policy: Policy[ConditionT]
     rewards: Sequence[Reward]
     dataset: SubjectDataset
+    ranks: Ranks = field(default_factory=Ranks)
     iteration: int = 0
     optimizer: torch.optim.AdamW = field(init=False)
 
@@ -87,21 +90,26 @@ class Trainer(Generic[ConditionT]):
         config, iteration = self.config, self.iteration
         clock = _Clock(on_phase, self.policy.device)
 
-        clock.start("rollout")
-        task = self.task(iteration)
-        condition = self.policy.encode(task.prompts, task.references)
+        mine = self.ranks.share(config.rollout.prompts_per_iteration)
         plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
-        rollout = sample_groups(
-            self.policy, condition, len(task.prompts), plan, config.rollout,
-            seed=config.seed, iteration=iteration, on_progress=clock.share,
-        )  # fmt: skip
+        with self.ranks.together():
+            clock.start("rollout")
+            task = self.task(iteration, mine)
+            condition = self.policy.encode(task.prompts, task.references)
+            rollout = sample_groups(
+                self.policy, condition, len(task.prompts), plan, config.rollout,
+                seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
+            )  # fmt: skip
+            clock.start("score")
+            rewards, valid = self._scores(rollout.images, task)
 
-        clock.start("score")
-        rewards, valid = self.score(rollout.images, task)
+        rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
+        with self.ranks.together():
+            self._check_valid(valid)
         advantages = self._advantages(rewards, valid, plan)
 
         clock.start("update")
-        update = self._update(rollout, plan, advantages, clock.share)
+        update = self._update(rollout, plan, advantages, mine, clock.share)
 
         self.iteration += 1
         seconds = clock.stop()
@@ -112,15 +120,15 @@ class Trainer(Generic[ConditionT]):
             **update,
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "samples_per_second": valid[..., 0].numel() / seconds["total"],
-            "forwards": rollout.forwards,
+            "forwards": int(self.ranks.rows(torch.tensor([rollout.forwards])).sum()),
         }
 
-    def task(self, iteration: int) -> Task:
-        """What `iteration` (0 is the first) is to draw: its prompts, references and masks."""
+    def task(self, iteration: int, prompts: range | None = None) -> Task:
+        """What `iteration` (0 is the first) is to draw: its `prompts` (all if None), their references and masks."""
         wanted = batch_indices(
             len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
         )
-        samples = [self.dataset[index] for index in wanted]
+        samples = [self.dataset[wanted[place]] for place in prompts or range(len(wanted))]
         prepare = self.policy.prepare_reference
         return Task(
             [sample.prompt for sample in samples],
@@ -130,16 +138,23 @@ class Trainer(Generic[ConditionT]):
 
     def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid. Raises `TrainingError` when too many failed."""
+        rewards, valid = self._scores(images, task)
+        self._check_valid(valid)
+        return rewards, valid
+
+    def _scores(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         scores = [reward.score(images, task) for reward in self.rewards]
         rewards = torch.stack([score.values.float().cpu() for score in scores], dim=-1)
-        valid = torch.stack([score.valid.cpu() for score in scores], dim=-1)
+        return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1)
+
+    def _check_valid(self, valid: Tensor) -> None:
+        """Raise `TrainingError` when too many rewards failed."""
         failed, limit = 1 - float(valid.float().mean()), self.config.rewards.max_invalid_share
         if failed > limit:
             raise TrainingError(
                 f"after iteration {self.iteration}: {failed:.0%} of the rewards could not be computed, more than "
                 f"rewards.max_invalid_share={limit:.0%}. Mend the reward; a run goes on with train --resume"
             )
-        return rewards, valid
 
     def _advantages(self, rewards: Tensor, valid: Tensor, plan: Plan) -> Tensor:
         """Advantages [P, G, S]: weights are looked up by the true step, whatever the order of training.
@@ -167,25 +182,32 @@ class Trainer(Generic[ConditionT]):
         )
 
     def _update(
-        self, rollout: Rollout[ConditionT], plan: Plan, advantages: Tensor, on_progress: Callable[[float], None]
+        self,
+        rollout: Rollout[ConditionT],
+        plan: Plan,
+        advantages: Tensor,
+        mine: range,
+        on_progress: Callable[[float], None],
     ) -> Metrics:
-        """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples."""
+        """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples, of which this
+        process has those of the prompts `mine`."""
         num_samples, num_steps = advantages[..., 0].numel(), len(plan.trained)
+        low, high = (place * self.config.rollout.group_size for place in (mine.start, mine.stop))
         shuffled = torch.randperm(num_samples, generator=generator(self.config.seed, self.iteration, "update order"))
         updates = min(self.config.optimizer.updates_per_iteration, num_samples)
-        flat = advantages.flatten(0, 1).T.contiguous().to(self.policy.device)
+        flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
         parts: list[_Part] = []
         norms, losses = [], []
-        done, total = 0, num_samples * num_steps
+        done, total = 0, (high - low) * num_steps
         for number, share in enumerate(shuffled.tensor_split(updates)):
             # In the rollout's order: a micro-batch then holds one prompt and one step where it can, as there, and the
             # same kernels round alike.
-            rows = share.sort().values
+            rows = share[(share >= low) & (share < high)].sort().values - low
             items = torch.cartesian_prod(torch.arange(num_steps), rows)
             loss = 0.0
-            for chunk in items.split(self.config.optimizer.micro_batch):
+            for chunk in items.split(self.config.optimizer.micro_batch) if len(items) else ():
                 result, kl = self._objective(rollout, plan, flat, chunk)
-                part = result.loss * (len(chunk) / len(items))
+                part = result.loss * (len(chunk) / (len(share) * num_steps))
                 part.backward()
                 loss += part.item()
                 # With its graph, every micro-batch would stay in memory until the update ends.
@@ -193,9 +215,11 @@ class Trainer(Generic[ConditionT]):
                 parts.append(_Part(number, len(chunk), detached, kl))
                 done += len(chunk)
                 on_progress(done / total)
+            with self.ranks.together():
+                loss, norm = self._optimizer_step(loss)
             losses.append(loss)
-            norms.append(self._optimizer_step(loss))
-        return _update_metrics(parts, losses, norms)
+            norms.append(norm)
+        return _update_metrics(self.ranks.rows(_columns(parts)), losses, norms)
 
     def _objective(
         self, rollout: Rollout[ConditionT], plan: Plan, advantages: Tensor, items: Tensor
@@ -230,18 +254,29 @@ class Trainer(Generic[ConditionT]):
         next_states = rollout.next_states[steps, rows]
         return sde_step(states, velocity, sigma, sigma_next, kind=settings.sde, eta=settings.eta, next_x=next_states)
 
-    def _optimizer_step(self, loss: float) -> float:
-        """Clip the gradient, check it, step. Returns the norm before clipping."""
+    def _optimizer_step(self, loss: float) -> tuple[float, float]:
+        """Sum the gradient over processes, clip it, check it, step. Returns the sum of their losses, and the gradient's
+        norm before clipping."""
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
+        for parameter in parameters:
+            if parameter.grad is None:  # no sample of this update is here
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        own = torch.tensor([[loss, float(torch.nn.utils.get_total_norm(gradients))]], dtype=torch.float64)
+        each = self.ranks.rows(own)
+        self.ranks.sum_(gradients)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
+        loss = float(each[:, 0].sum())
         if not (math.isfinite(loss) and math.isfinite(norm)):
+            bad = [str(rank) for rank, finite in enumerate(each.isfinite().all(1).tolist()) if not finite]
+            where = f" (process {', '.join(bad)} of {self.ranks.world})" if self.ranks.world > 1 else ""
             raise TrainingError(
-                f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}; this update was "
-                "not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta"
+                f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}{where}; this "
+                "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return loss, norm
 
 
 @dataclass(frozen=True)
@@ -297,21 +332,36 @@ def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:
     return metrics
 
 
-def _update_metrics(parts: Sequence[_Part], losses: Sequence[float], norms: Sequence[float]) -> Metrics:
-    total = sum(part.size for part in parts)
-    first = [part.result for part in parts if part.update == 0]
+PART = ("update", "size", "ratio/mean", "ratio/min", "ratio/max", "clip_fraction", "kl")
+"""Columns of what is known of a micro-batch."""
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(value * part.size for value, part in zip(values, parts, strict=True)) / total
+
+def _columns(parts: Sequence[_Part]) -> Tensor:
+    """The micro-batches as rows [n, PART], float64."""
+    results = [part.result for part in parts]
+    rows = [
+        (part.update, part.size, result.ratio_mean, result.ratio_min, result.ratio_max, result.clip_fraction, part.kl)
+        for part, result in zip(parts, results, strict=True)
+    ]
+    return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64).view(-1, len(PART))
+
+
+def _update_metrics(parts: Tensor, losses: Sequence[float], norms: Sequence[float]) -> Metrics:
+    """`parts` [n, PART], those of all processes."""
+    column = dict(zip(PART, parts.unbind(1), strict=True))
+    first = column["update"] == 0
+
+    def mean(name: str) -> float:
+        return float((column[name] * column["size"]).sum() / column["size"].sum())
 
     return {
-        "ratio/mean": mean([float(part.result.ratio_mean) for part in parts]),
-        "ratio/min": min(float(part.result.ratio_min) for part in parts),
-        "ratio/max": max(float(part.result.ratio_max) for part in parts),
-        "first_ratio/min": min(float(result.ratio_min) for result in first),
-        "first_ratio/max": max(float(result.ratio_max) for result in first),
-        "clip_fraction": mean([float(part.result.clip_fraction) for part in parts]),
+        "ratio/mean": mean("ratio/mean"),
+        "ratio/min": float(column["ratio/min"].min()),
+        "ratio/max": float(column["ratio/max"].max()),
+        "first_ratio/min": float(column["ratio/min"][first].min()),
+        "first_ratio/max": float(column["ratio/max"][first].max()),
+        "clip_fraction": mean("clip_fraction"),
         "loss": sum(losses) / len(losses),
-        "kl": mean([part.kl for part in parts]),
+        "kl": mean("kl"),
         "grad_norm": max(norms),
     }

@@ -1,7 +1,8 @@
 """Hugging Face datasets on disk as entries: what `save_to_disk` writes, or parquet files as the hub has them.
 
-Rows are read one by one. Pictures that lie in a table are not opened here: their bytes go as they are to a
-scratch folder. No code that comes with a dataset is run, and nothing is downloaded.
+Rows are read a few at a time; of a parquet file about a row group is held. Pictures that lie in a table are not
+opened here: their bytes go as they are to a scratch folder. No code that comes with a dataset is run, and nothing
+is downloaded.
 """
 
 import hashlib
@@ -99,11 +100,10 @@ def read_hugging_face(source: Path, tables: Sequence[Table], named: Named = Name
                 number = rows.get(table.split, 0)
                 rows[table.split] = number + 1
                 place = f"row {number}" if table.split is None else f"{table.split} row {number}"
-                yield (
-                    Problem(place, row)
-                    if isinstance(row, str)
-                    else _entry(source, Path(scratch), table, place, roles, row)
-                )
+                if isinstance(row, str):
+                    yield Problem(place, row)
+                else:
+                    yield _entry(source, Path(scratch), table, place, roles, row)
                 for path in Path(scratch).iterdir():
                     path.unlink()
 
@@ -239,8 +239,8 @@ def _parquet_tables(source: Path) -> Iterator[Table]:
             classes = _classes(datasets.Features.from_arrow_schema(file.schema_arrow))
 
         def batches(chosen: Sequence[str], real: Path = real) -> Iterator[Any]:
-            # With a buffer, a column's part of a row group is read bit by bit, not whole.
-            with ParquetFile(real, buffer_size=2**20) as file:
+            # Page by page, not the row group ahead. Still, a page of pictures can be as large as its row group.
+            with ParquetFile(real, buffer_size=2**20, pre_buffer=False) as file:
                 yield from file.iter_batches(_BATCH, columns=list(chosen))
 
         yield Table(path, _split_of(source, path), rows, columns, classes, batches)

@@ -1,7 +1,7 @@
 """Evaluation: deterministic samples of fixed pairs, scored by the rewards and by a judge that no policy is trained
 against."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.data import Sample, SubjectDataset
+from customized_grpo.distributed import Ranks
 from customized_grpo.policies import ConditionT, Policy, References
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards import Reward, Task
@@ -56,29 +57,46 @@ class Evaluation:
 def evaluate(
     policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Sequence[Reward], judge: Judge | None, *, pairs: int,
     num_steps: int, shift: float | None, seed: int, micro_batch: int, masks: bool = False,
+    ranks: Ranks | None = None, on_progress: Callable[[float], None] = lambda share: None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise.
 
-    `masks`: the rewards want the references' masks.
+    `masks`: the rewards want the references' masks. `ranks` share the pairs out, and each gets the whole evaluation.
     """
+    ranks = ranks or Ranks()
     samples = list(dataset)[:pairs]
     references = dataset.references(samples, policy.prepare_reference)
-    prompts = [sample.prompt for sample in samples]
-    condition = policy.encode(prompts, references)
-    rows = range(len(samples))
-    noise = batched_normal(seed, 0, rows, [0] * len(samples), PURPOSE, policy.latent_shape).to(policy.device)
-    with torch.no_grad():
-        images = sample_ode(policy, condition, noise, policy.sigmas(num_steps, shift), micro_batch)
-    task = Task(prompts, references, dataset.masks(samples, policy.prepare_reference) if masks else None)
+    mine = ranks.share(len(samples))
+    with ranks.together():
+        own = samples[mine.start : mine.stop]
+        task = Task(
+            [sample.prompt for sample in own],
+            references[mine.start : mine.stop],
+            dataset.masks(own, policy.prepare_reference) if masks and own else None,
+        )
+        images, metrics = torch.zeros(0, 3, *policy.size), None
+        if own:
+            noise = batched_normal(seed, 0, mine, [0] * len(own), PURPOSE, policy.latent_shape).to(policy.device)
+            condition = policy.encode(task.prompts, task.references)
+            sigmas = policy.sigmas(num_steps, shift)
+            images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
+            metrics = _measured(images, task, rewards, judge)
+    names = (*(JUDGE_METRICS if judge else ()), *((COPY_SCORE,) if judge else ()), *REWARD_METRICS)
+    table = ranks.rows(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))
+    return Evaluation(samples, references, ranks.rows(images), dict(zip(names, table.unbind(1), strict=True)))
+
+
+def _measured(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge | None) -> dict[str, Tensor]:
+    """Each metric [N] of `images` [N, 3, H, W], one for each prompt of the task."""
     scores = [reward.score(images.unsqueeze(1), task) for reward in rewards]
     metrics = {
         name: torch.where(score.valid, score.values, torch.nan).squeeze(1).float().cpu()
         for name, score in zip(REWARD_METRICS, scores, strict=True)
     }
     if judge is not None:
-        verdict = judge.judge(images, prompts, first_references(references))
+        verdict = judge.judge(images, task.prompts, first_references(task.references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
-    return Evaluation(samples, references, images, metrics)
+    return metrics
 
 
 def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:

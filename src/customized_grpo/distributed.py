@@ -1,0 +1,273 @@
+"""Several processes that train as one: who this process is, what each does of the work, and what all must agree on.
+
+They are started by `torchrun`, `accelerate launch` or `--num_processes` and read who they are from the environment that
+those set (RANK, WORLD_SIZE, ...). Everything they exchange are tensors; nothing is pickled.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from customized_grpo.errors import TrainingError, UserError
+from customized_grpo.termination import Terminated, Termination
+
+BEAT = 1.0
+"""Seconds between two signs of life."""
+GRACE = 5.0
+"""Seconds that a process has to stop by itself once another is known to be gone."""
+BUCKET = 1 << 26
+"""Numbers that are summed at once: bounds the memory of the copy."""
+TEXT = 2000
+"""Bytes of an error that other processes are told."""
+_FINE, _USER_ERROR, _TRAINING_ERROR, _TERMINATED = range(4)
+
+
+class Ranks:
+    """The processes of a run; as it stands, the only one."""
+
+    def __init__(self, rank: int = 0, world: int = 1, watch: "Watch | None" = None) -> None:
+        self.rank, self.world, self._watch = rank, world, watch
+        self.ending = False
+        """Whether all processes have agreed to end."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and shows what happens."""
+        return self.rank == 0
+
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of `count` things in order are those of `rank` (of this one if None): a run of neighbours."""
+        rank = self.rank if rank is None else rank
+        return range(rank * count // self.world, (rank + 1) * count // self.world)
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each of `tensors`, of one type and device, by its sum over the processes."""
+        if self.world == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            with self._talking():
+                dist.all_reduce(flat)
+            for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+                tensor.copy_(summed.view_as(tensor))
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The rows [n, ...] of all processes [N, ...] in the order of ranks, on the CPU; n may differ, the rest not."""
+        if self.world == 1:
+            return tensor
+        kind = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
+        own = tensor.detach().cpu().to(kind)
+        counts = [int(count) for count in torch.cat(self._gathered(torch.tensor([len(own)])))]
+        padded = own.new_zeros(max(counts), *own.shape[1:])
+        padded[: len(own)] = own
+        parts = self._gathered(padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(tensor.dtype)
+
+    def unlike(self, value: Tensor) -> list[int]:
+        """The ranks whose `value` [n] is not that of rank 0."""
+        values = [value] if self.world == 1 else self._gathered(value.cpu())
+        return [rank for rank, each in enumerate(values) if not torch.equal(each, values[0])]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is within succeeds in every process, or fails in every one.
+
+        An error in one is raised in the first, under the other's name; the rest end quietly. A SIGTERM that any of them
+        heard is `Terminated` in all.
+        """
+        if self.world == 1:
+            yield
+            return
+        failure: BaseException | None = None
+        try:
+            yield
+        except (UserError, TrainingError, Terminated) as error:
+            if self.ending:
+                raise
+            failure = error
+        codes = {UserError: _USER_ERROR, TrainingError: _TRAINING_ERROR, Terminated: _TERMINATED}
+        code = next((code for kind, code in codes.items() if isinstance(failure, kind)), _FINE)
+        if code == _FINE and self._watch is not None and self._watch.termination.asked:
+            code = _TERMINATED
+        statuses = self._gathered(_encoded(code, str(failure or "")))
+        failed = [(rank, *_decoded(status)) for rank, status in enumerate(statuses) if status[0] != _FINE]
+        self.ending = bool(failed)
+        errors = [each for each in failed if each[1] != _TERMINATED]
+        if errors:
+            self._raise(*errors[0], failure)
+        if failed:
+            raise Terminated
+
+    def _raise(self, rank: int, code: int, text: str, own: BaseException | None) -> NoReturn:
+        if not self.first:
+            raise SystemExit(1)
+        if rank == 0 and own is not None:
+            raise own
+        kind = UserError if code == _USER_ERROR else TrainingError
+        raise kind(f"process {rank} of {self.world}: {text}")
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        with self._talking():
+            dist.all_gather(parts, tensor.contiguous())
+        return parts
+
+    @contextmanager
+    def _talking(self) -> Iterator[None]:
+        """What torch.distributed says of a process that is gone, with its name."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._watch is None:
+                raise
+            raise TrainingError(self._watch.who_is_gone()) from error
+
+
+class Watch(threading.Thread):
+    """Signs of life of every process, and what one says to all: that it was told to end.
+
+    A process that is silent for `silence` seconds is gone. Whoever waits for it then stops, by itself or by force: some
+    ways to wait never end.
+    """
+
+    def __init__(self, store: Any, rank: int, world: int, termination: Termination, silence: float) -> None:
+        super().__init__(daemon=True, name="watch")
+        self.termination = termination
+        self._store, self._rank, self._world, self._silence = store, rank, world, silence
+        self._done, self._found = threading.Event(), threading.Event()
+        self._names = [""] * world
+        self._gone: int | None = None
+
+    def introduce(self) -> None:
+        """Exchange names, for messages; waits for all."""
+        self._store.set(f"name/{self._rank}", f"host {socket.gethostname()}, process {os.getpid()}")
+        self._store.set(f"beat/{self._rank}", "0")
+        self._names = [self._store.get(f"name/{rank}").decode() for rank in range(self._world)]
+
+    def run(self) -> None:
+        others = [rank for rank in range(self._world) if rank != self._rank]
+        heard = dict.fromkeys(others, (b"", time.monotonic()))
+        beat = 0
+        while not self._done.wait(BEAT):
+            beat += 1
+            try:
+                self._store.set(f"beat/{self._rank}", str(beat))
+                if self.termination.asked:
+                    self._store.set("terminate", "1")
+                elif self._store.check(["terminate"]):
+                    self.termination.ask()
+                for other in others:
+                    value = self._store.get(f"beat/{other}")
+                    if value != heard[other][0]:
+                        heard[other] = value, time.monotonic()
+                silent = max(others, key=lambda rank: time.monotonic() - heard[rank][1])
+                gone = time.monotonic() - heard[silent][1] > self._silence
+            except RuntimeError:
+                silent, gone = 0, True  # it holds the store
+            if gone and not self._done.is_set():
+                self._stop_for(silent)
+                return
+
+    def who_is_gone(self) -> str:
+        """What to say once talking has failed: known when the silence of one has lasted."""
+        self._silence = min(self._silence, GRACE)
+        self._found.wait(self._silence + GRACE)
+        return self._told()
+
+    def close(self) -> None:
+        """No more signs are given or waited for."""
+        self._done.set()
+        self.join()
+
+    def _stop_for(self, rank: int) -> None:
+        self._gone = rank
+        self._found.set()
+        if not self._done.wait(2 * GRACE):
+            print(f"customized-grpo: error: {self._told()}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    def _told(self) -> str:
+        who = "another process" if self._gone is None else f"process {self._gone} ({self._names[self._gone]})"
+        return (
+            f"process {self._rank} of {self._world} stops: {who} is gone. What it said last is in its output; the run "
+            "goes on from its last checkpoint with train --resume"
+        )
+
+
+@contextmanager
+def started(termination: Termination, silence: float) -> Iterator[Ranks]:
+    """The processes of this run, connected; the only one where none were launched together.
+
+    Raises `UserError` where they cannot be connected. `silence`: seconds after which a process without a sign of life
+    is gone.
+    """
+    world = world_size()
+    if world == 1:
+        yield Ranks()
+        return
+    rank = int(os.environ["RANK"])
+    try:
+        store = next(rendezvous("env://", timeout=timedelta(seconds=300)))[0]
+        watch = Watch(store.clone(), rank, world, termination, silence)
+        watch.introduce()
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        # Scoring by a slow server is no failure: who is gone is known from the signs of life.
+        dist.init_process_group(
+            backend, store=PrefixStore("talk", store), rank=rank, world_size=world, timeout=timedelta(days=7)
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"process {rank} of {world} could not reach the others at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); check the address, the port and firewalls"
+        ) from error
+    watch.start()
+    termination.defer()
+    ranks = Ranks(rank, world, watch)
+    try:
+        yield ranks
+        ranks.ending = True
+    finally:
+        if ranks.ending:
+            # The first may have a checkpoint to write. Whoever launched the processes ends all when one ends.
+            with suppress(RuntimeError):
+                dist.barrier()
+                dist.destroy_process_group()
+        watch.close()
+
+
+def world_size() -> int:
+    """How many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(each.numel() for each in bucket) + tensor.numel() > BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _encoded(code: int, text: str) -> Tensor:
+    data = bytes([code]) + text.encode()[:TEXT]
+    return torch.frombuffer(bytearray(data.ljust(1 + TEXT, b"\0")), dtype=torch.uint8)
+
+
+def _decoded(status: Tensor) -> tuple[int, str]:
+    data = bytes(status.tolist())
+    return data[0], data[1:].rstrip(b"\0").decode(errors="replace")

@@ -1,0 +1,91 @@
+"""`--num_processes N`: the same command in N processes of this machine, ended together.
+
+`torchrun` and `accelerate launch` do the same for one machine or several; what this adds are the words, and the status of
+the run itself.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+
+from customized_grpo.errors import UserError
+
+PATIENCE = 60.0
+"""Seconds that the others have to end by themselves when one has failed."""
+
+
+def is_launched(count: int) -> bool:
+    """Whether this process is one of `count` already. Raises `UserError` where it is one of another number."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if count < 1:
+        raise UserError(f"--num_processes: {count} processes cannot be started; give 1 or more")
+    if world > 1 and count not in (1, world):
+        raise UserError(f"--num_processes: {count} are asked for within {world} that were launched; leave it out")
+    return count == 1 or world > 1
+
+
+def launch(arguments: Sequence[str], count: int) -> int:
+    """Run `customized-grpo` with `arguments` in `count` processes; returns the status of the run.
+
+    SIGTERM goes to all of them. When one fails the others stop by themselves, or after a while by force.
+    """
+    command = [sys.executable, "-m", "customized_grpo", *arguments]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    processes = []
+    for rank in range(count):
+        environment = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        processes.append(subprocess.Popen(command, env=os.environ | environment))
+    try:
+        with _forwarding(processes):
+            _wait(processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    statuses = [process.wait() for process in processes]
+    for rank, status in enumerate(statuses):
+        if status < 0:
+            name = signal.Signals(-status).name
+            print(f"customized-grpo: process {rank} of {count} was ended by {name}", file=sys.stderr)
+    # The first tells what happened; a signal's number is not a status.
+    return next((status if status > 0 else 1 for status in statuses if status), 0)
+
+
+def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    failed: float | None = None
+    while any(process.poll() is None for process in processes):
+        if failed is None and any(process.poll() for process in processes):
+            failed = time.monotonic()
+        if failed is not None and time.monotonic() - failed > PATIENCE:
+            return
+        time.sleep(0.1)
+
+
+@contextmanager
+def _forwarding(processes: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
+    """SIGTERM goes on to the processes; SIGINT, which a terminal sends to all, is theirs to answer."""
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
