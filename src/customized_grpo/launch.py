@@ -1,7 +1,7 @@
 """`--num_processes N`: the same command in N processes of this machine, ended together.
 
-`torchrun` and `accelerate launch` do the same for one machine or several; what this adds are the words, and the status of
-the run itself.
+`torchrun` and `accelerate launch` do the same for one machine or several; what this adds are the words, and the status
+of the run itself.
 """
 
 import os
@@ -16,7 +16,7 @@ from types import FrameType
 
 from customized_grpo.errors import UserError
 
-PATIENCE = 60.0
+PATIENCE = 20.0
 """Seconds that the others have to end by themselves when one has failed."""
 
 
@@ -37,10 +37,12 @@ def launch(arguments: Sequence[str], count: int) -> int:
     """
     command = [sys.executable, "-m", "customized_grpo", *arguments]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    # What torch says of a lost connection is long, and says less than we do.
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     processes = []
     for rank in range(count):
         environment = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(subprocess.Popen(command, env=os.environ | environment))
+        processes.append(subprocess.Popen(command, env=os.environ | quiet | environment))
     try:
         with _forwarding(processes):
             _wait(processes)

@@ -16,9 +16,10 @@ from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
 from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
 from customized_grpo.benchmark.metrics import Group, Measure, load_measures, toybox_measure
 from customized_grpo.benchmark.page import write_page
-from customized_grpo.config import Config, PolicyConfig, RewardsConfig
+from customized_grpo.config import Config, PolicyConfig, RanksConfig, RewardsConfig
 from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display, Stages
+from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError
 from customized_grpo.policies import EncodesAhead, Policy
 from customized_grpo.randomness import batched_normal
@@ -26,6 +27,8 @@ from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
 from customized_grpo.runtime import configure
 from customized_grpo.statistics import bootstrap_interval
+from customized_grpo.storage import write_whole, writing
+from customized_grpo.termination import Termination
 from customized_grpo.toybox.copying import layout
 
 PURPOSE = "benchmark"
@@ -33,41 +36,75 @@ SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 LISTED = 10
 
 
-def run_benchmark(config: BenchmarkConfig, display: Display) -> Path:
-    """Draw what is not drawn yet, measure all, write benchmark.json and the page; returns the page's path.
+def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
+    """Draw what is not drawn yet, measure all, write benchmark.json and the page; returns the page's path, None in
+    processes other than the first.
 
-    Raises `UserError` before anything is drawn where the data, the generator or a metric cannot be had.
+    Several processes share out the drawing; the first measures. Raises `UserError` before anything is drawn where the
+    data, the generator or a metric cannot be had.
     """
     if config.data is None:
         raise UserError("data: name the benchmark's folder with --data DIR")
-    items = read_items(config.benchmark or "dreambench", config.data)
     run = None if config.adapter is None else load_run_config(config.adapter)
-    policy_config = _policy_config(config, run)
     configure(run.threads if run else None)
+    with started(Termination(), RanksConfig().silence) as ranks:
+        display = display if ranks.first else Display.silent()
+        with ranks.together(), display.stages() as stages:
+            work = _prepared(config, run, ranks, stages)
+            # Before anyone draws: all see the same pictures missing.
+            left = [number for number, path in enumerate(work.paths) if not path.is_file()]
+        with ranks.together(), display.stages() as stages:
+            _draw(config, work, left[ranks.rank :: ranks.world], stages)
+        with ranks.together(), display.stages() as stages:
+            return _measure_and_tell(config, work, display, stages) if ranks.first else None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is to be drawn and measured: the items, their pictures' `paths`, the generator's settings, and in the first
+    process what measures."""
+
+    items: Sequence[Item]
+    paths: Sequence[Path]
+    policy: PolicyConfig
+    pictures: "_Pictures | None"
+    measures: Sequence[Measure]
+
+
+def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages: Stages) -> _Work:
+    """All that can be wrong is found here."""
+    assert config.data is not None
+    items = read_items(config.benchmark or "dreambench", config.data)
+    policy = _policy_config(config, run)
     if config.images is not None:
         paths = pictures_made_elsewhere(config.images, items)
     else:
         paths = [config.output / PICTURES / f"{item.id}.png" for item in items]
-        _go_on(config.output, _settings(config, policy_config), paths)
-    with display.stages() as stages:
-        pictures = _Pictures(items, stages)
-        measures = _measures(config, policy_config, run, pictures)
-        if config.images is None:
-            _draw(config, policy_config, items, paths, stages)
-        records = _measured(config, items, paths, pictures, measures, stages)
-    means = summary(records)
+    if not ranks.first:
+        return _Work(items, paths, policy, None, [])
+    if config.images is None:
+        _go_on(config.output, _settings(config, policy))
+    pictures = _Pictures(items, stages)
+    return _Work(items, paths, policy, pictures, _measures(config, policy, run, pictures))
+
+
+def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, stages: Stages) -> Path:
+    records = _measured(config, work, stages)
+    means, subjects = summary(records), len({item.subject for item in work.items})
     results = {
         "benchmark": config.benchmark or "dreambench",
-        "settings": _settings(config, policy_config),
+        "settings": _settings(config, work.policy),
         "measured": config.model_dump(mode="json", include={"identity_to", "hpsv3_as_published", "metrics"}),
-        "subjects": len({item.subject for item in items}),
+        "subjects": subjects,
         "summary": means,
         "records": records,
     }
-    config.output.mkdir(parents=True, exist_ok=True)
-    (config.output / RESULTS).write_text(json.dumps(results, indent=1), encoding="utf-8")
-    display.intervals(f"{len(records)} pictures of {results['subjects']} subjects", means)
-    return write_page(results, items, paths, config.output)
+    with writing(config.output):
+        config.output.mkdir(parents=True, exist_ok=True)
+        write_whole(config.output / RESULTS, json.dumps(results, indent=1))
+        page = write_page(results, work.items, work.paths, config.output)
+    display.intervals(f"{len(records)} pictures of {subjects} subjects", means)
+    return page
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -148,7 +185,7 @@ def _adapter_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _go_on(output: Path, settings: dict[str, Any], paths: Sequence[Path]) -> None:
+def _go_on(output: Path, settings: dict[str, Any]) -> None:
     """Begin in `output`, or go on with what was begun there. Raises `UserError` where that was another benchmark."""
     path = output / SETTINGS
     if path.is_file():
@@ -162,8 +199,9 @@ def _go_on(output: Path, settings: dict[str, Any], paths: Sequence[Path]) -> Non
             raise UserError(f"output: {output} was begun with other settings ({fields}); use another --output")
     elif output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
-    (output / PICTURES).mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    with writing(output):
+        (output / PICTURES).mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(settings, indent=1))
 
 
 def _measures(
@@ -178,14 +216,12 @@ def _measures(
     return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 
-def _draw(
-    config: BenchmarkConfig, policy_config: PolicyConfig, items: Sequence[Item], paths: Sequence[Path], stages: Stages
-) -> None:
-    """Draw the pictures that are not there yet, a micro-batch at a time, each whole or not at all."""
-    left = [number for number, path in enumerate(paths) if not path.is_file()]
+def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], stages: Stages) -> None:
+    """Draw the pictures with the numbers `left`, a micro-batch at a time, each whole or not at all."""
     if not left:
         return
-    policy = build.build_policy(policy_config, 0)
+    items = work.items
+    policy = build.build_policy(work.policy, 0)
     problems = []
     for item in items:
         try:
@@ -214,9 +250,10 @@ def _draw(
         chosen = [items[number] for number in rows]
         images = _drawn(config, policy, chosen, [references(item) for item in chosen], rows, sigmas)
         for number, image in zip(rows, images, strict=True):
-            unfinished = paths[number].with_suffix(".part.png")
-            save_image(image, unfinished)
-            os.replace(unfinished, paths[number])
+            unfinished = work.paths[number].with_suffix(".part.png")
+            with writing(config.output):
+                save_image(image, unfinished)
+                os.replace(unfinished, work.paths[number])
         stages.update("drawing", start + len(rows), len(left))
 
 
@@ -243,15 +280,10 @@ class _Place:
 
 
 @torch.no_grad()
-def _measured(
-    config: BenchmarkConfig,
-    items: Sequence[Item],
-    paths: Sequence[Path],
-    pictures: _Pictures,
-    measures: Sequence[Measure],
-    stages: Stages,
-) -> list[dict[str, Any]]:
+def _measured(config: BenchmarkConfig, work: _Work, stages: Stages) -> list[dict[str, Any]]:
     """A record of each item, in their order."""
+    items, pictures, measures = work.items, work.pictures, work.measures
+    assert pictures is not None
     groups: dict[_Place, list[int]] = {}
     for number, item in enumerate(items):
         groups.setdefault(_Place(item.subject, item.references), []).append(number)
@@ -261,7 +293,7 @@ def _measured(
         loaded = pictures.load(list(dict.fromkeys((*place.references, *first.pictures))))
         references = loaded[: len(place.references)]
         compared = references if config.identity_to == "reference" else pictures.load(first.pictures)
-        for rows in _alike(numbers, paths, config.metrics.micro_batch):
+        for rows in _alike(numbers, work.paths, config.metrics.micro_batch):
             images = torch.stack([image for _, image in rows])
             prompts = [items[number].prompt for number, _ in rows]
             group = Group(place.subject, prompts, images, references, compared)
