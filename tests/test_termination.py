@@ -44,7 +44,7 @@ def due(trainer):
 if place == "sampling":
     strike(Trainer, "task", due)
 elif place == "scoring":
-    strike(Trainer, "score", due)
+    strike(Trainer, "_scores", due)
 elif place == "update":
     strike(Trainer, "_objective", due)
 elif place == "between updates":
