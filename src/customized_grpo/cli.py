@@ -311,9 +311,7 @@ def _train_parser() -> ArgumentParser:
     )
     train.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
-    train.add_argument(
-        "--resume_from", type=Path | None, help="go on from this checkpoint (RUN/checkpoints/000020) and no other"
-    )
+    train.add_argument("--resume_from", type=Path | None, help="go on from this checkpoint: RUN/checkpoints/000020")
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
     train.add_argument(
         "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
