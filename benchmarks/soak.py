@@ -2,9 +2,10 @@
 
     python benchmarks/soak.py [--minutes N] [--folder DIR] [--seed N] [--processes 1 2] [--json]
 
-An episode is a run of ToyBox in one process or two. It is started with `train --resume` until it is done; meanwhile its
-processes get SIGKILL, SIGTERM, or SIGSTOP and later SIGCONT, one of them or all, at random moments. In the end its weights,
-their average and its logs are compared, to the bit, with those of a run with the same settings that nobody touched.
+An episode is a run of ToyBox in one process or two. It is started with `train --resume` until it is done; meanwhile
+its processes get SIGKILL, SIGTERM, or SIGSTOP and later SIGCONT, one of them or all, at random moments. In the end its
+weights, their average and its logs are compared, to the bit, with those of a run with the same settings that nobody
+touched.
 """
 
 import argparse
