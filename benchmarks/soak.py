@@ -39,8 +39,8 @@ SETTINGS: dict[str, Any] = {
 }
 FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP")
 """Drawn from; a process that was stopped goes on after a while."""
-QUIET, FROZEN = (1.0, 30.0), (1.0, 8.0)
-"""Seconds from a start to a fault, and from SIGSTOP to SIGCONT: bounds of what is drawn."""
+QUIET, FROZEN = (1.0, 25.0), (1.0, 8.0)
+"""Seconds from a start, or a fault, to the next fault, and from SIGSTOP to SIGCONT: bounds of what is drawn."""
 COMPARED = ("adapter_model.safetensors", "ema/adapter_model.safetensors", "galleries/000016.png", "weights.json")
 TIMES = ("seconds/", "samples_per_second")
 
@@ -72,7 +72,8 @@ def soak(folder: Path, seconds: float, processes: list[int], draw: random.Random
         episodes, restarts, equal = episodes + 1, restarts + starts - 1, equal + (difference is None)
         minutes = (time.monotonic() - start) / 60
         found = "equal to the bit" if difference is None else f"another {difference}"
-        print(f"{minutes:5.1f} min  episode {episodes}, {count} processes: {starts} starts, {found}", file=sys.stderr)
+        said = f"{minutes:5.1f} min  episode {episodes}, {count} processes: {starts} starts, {found}"
+        print(f"{said}; so far {dict(faults)}", file=sys.stderr)
     return {
         "minutes": round((time.monotonic() - start) / 60, 1),
         "episodes": episodes,
@@ -84,20 +85,19 @@ def soak(folder: Path, seconds: float, processes: list[int], draw: random.Random
 
 
 def disturbed(place: Path, count: int, draw: random.Random, faults: Counter[str]) -> int:
-    """Start the run again until it is done, each time with a fault; returns how often."""
-    starts = 0
+    """Start the run again until it is done, and disturb it all along; returns how often it was started."""
+    starts, process = 0, None
     while True:
-        process = _start(place, "disturbed", count)
-        starts += 1
+        if process is None:
+            process, starts = _start(place, "disturbed", count), starts + 1
         try:
-            status = process.wait(draw.uniform(*QUIET))
+            if process.wait(draw.uniform(*QUIET)) == 0:
+                return starts
+            process = None
         except subprocess.TimeoutExpired:
             fault, whom = draw.choice(FAULTS), draw.randrange(count + 1) if count > 1 else 0
             faults[f"{fault} of {_whom(whom, count)}"] += 1
             _strike(process, fault, whom, draw)
-            status = process.wait()
-        if status == 0:
-            return starts
 
 
 def compare(alone: Path, disturbed: Path) -> str | None:

@@ -116,7 +116,7 @@ def test_a_wrong_setting_in_the_file_is_named(
         (["--rollout.steps", "window", "--rollout.window_start", "9"], ["window", "does not fit"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
         (["--resume", "--overwrite"], ["--resume and --resume_from continue a run and --overwrite deletes it"]),
-        (["--resume_from", "nowhere"], ["nowhere/manifest.json: damaged or missing"]),
+        (["--resume_from", "nowhere", "--output", "no/where"], ["nowhere/manifest.json: damaged or missing"]),
     ],
 )
 def test_a_wrong_option_is_named(refused: Refused, arguments: list[str], messages: list[str]) -> None:

@@ -44,7 +44,7 @@ def due(trainer):
 if place == "sampling":
     strike(Trainer, "task", due)
 elif place == "scoring":
-    strike(Trainer, "_scores", due)
+    strike(Trainer, "score", due)
 elif place == "update":
     strike(Trainer, "_objective", due)
 elif place == "between updates":

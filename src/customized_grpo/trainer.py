@@ -101,11 +101,11 @@ class Trainer(Generic[ConditionT]):
                 seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
             )  # fmt: skip
             clock.start("score")
-            rewards, valid = self._scores(rollout.images, task)
+            rewards, valid = self.score(rollout.images, task)
 
         rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
         with self.ranks.together():
-            self._check_valid(valid)
+            self.check_valid(valid)
         advantages = self._advantages(rewards, valid, plan)
 
         clock.start("update")
@@ -137,17 +137,12 @@ class Trainer(Generic[ConditionT]):
         )
 
     def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-        """Rewards [P, G, R] and which of them are valid. Raises `TrainingError` when too many failed."""
-        rewards, valid = self._scores(images, task)
-        self._check_valid(valid)
-        return rewards, valid
-
-    def _scores(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+        """Rewards [P, G, R] and which of them are valid."""
         scores = [reward.score(images, task) for reward in self.rewards]
         rewards = torch.stack([score.values.float().cpu() for score in scores], dim=-1)
         return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1)
 
-    def _check_valid(self, valid: Tensor) -> None:
+    def check_valid(self, valid: Tensor) -> None:
         """Raise `TrainingError` when too many rewards failed."""
         failed, limit = 1 - float(valid.float().mean()), self.config.rewards.max_invalid_share
         if failed > limit:

@@ -93,6 +93,7 @@ def measure_conflict(
             seed=config.seed, iteration=FRESH_NOISE + batch,
         )  # fmt: skip
         scores, valid = trainer.score(rollout.images, task)
+        trainer.check_valid(valid)
         valid = valid.all(-1, keepdim=True).expand_as(valid)
         advantages = NORMALISERS[config.advantages.normalise](scores, valid).flatten(0, 1).T
         found.append(_batch_gradients(trainer, rollout, plan, advantages, ticks))

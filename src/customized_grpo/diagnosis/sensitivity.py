@@ -120,7 +120,9 @@ def measure(
                 policy, condition, len(task.prompts), Plan(trainer.sigmas, (i,), (i,)), settings,
                 seed=config.seed, iteration=FRESH_NOISE + number,
             )  # fmt: skip
-            branches.append(group_variances(*trainer.score(rollout.images, task)))
+            scores, valid = trainer.score(rollout.images, task)
+            trainer.check_valid(valid)
+            branches.append(group_variances(scores, valid))
             ticks.tick()
         parts.append(np.stack(branches, axis=1))
     return Sensitivity(np.concatenate(parts), config.seed)

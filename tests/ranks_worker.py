@@ -1,0 +1,158 @@
+"""One of several processes in which a check of `tests/test_distributed.py` runs: `python ranks_worker.py CHECK FILE`.
+
+FILE holds the settings of a small run, as JSON.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from customized_grpo import build
+from customized_grpo.config import Config
+from customized_grpo.display import Display
+from customized_grpo.distributed import Ranks, started
+from customized_grpo.errors import TrainingError, UserError
+from customized_grpo.session import Session
+from customized_grpo.termination import Terminated, Termination
+from customized_grpo.trainer import Trainer
+
+
+def exchange(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """Sums, rows of uneven numbers, what differs, and the shares of work."""
+    rank, world = ranks.rank, ranks.world
+    tensors = [torch.full((2, 3), float(rank + 1)), torch.arange(5.0) * (rank + 1)]
+    ranks.sum_(tensors)
+    factor = sum(range(1, world + 1))
+    assert torch.equal(tensors[0], torch.full((2, 3), float(factor)))
+    assert torch.equal(tensors[1], torch.arange(5.0) * factor)
+    rows = ranks.rows(torch.full((rank, 2), rank, dtype=torch.int64))
+    assert rows.tolist() == [[r, r] for r in range(world) for _ in range(r)]
+    assert ranks.rows(torch.tensor([rank == 0])).tolist() == [True] + [False] * (world - 1)
+    assert ranks.rows(torch.zeros(0, 4)).shape == (0, 4)
+    assert ranks.unlike(torch.tensor([7, 7])) == []
+    assert ranks.unlike(torch.tensor([7, rank])) == list(range(1, world))
+    for count in (world, 7, 1, 0):
+        assert [i for r in range(world) for i in ranks.share(count, r)] == list(range(count))
+
+
+def failing(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """An error in the last process is the first's too, under the other's name, and the others end quietly."""
+    try:
+        with ranks.together():
+            if ranks.rank == ranks.world - 1:
+                raise UserError("field: found 3, expected 4")
+    except UserError as error:
+        assert ranks.first and str(error) == f"process {ranks.world - 1} of {ranks.world}: field: found 3, expected 4"
+        raise SystemExit(5) from error
+    except SystemExit as end:
+        assert not ranks.first and end.code == 1
+        raise
+
+
+def told_to_end(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """SIGTERM that one process heard ends all of them at the same place."""
+    if ranks.rank == 1:
+        assert ranks._watch is not None
+        ranks._watch.termination.ask()
+    try:
+        with ranks.together():
+            pass
+    except Terminated:
+        raise SystemExit(143) from None
+
+
+def not_finite(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """A velocity that is not a number, in the update of one process, stops all before the update, which is not made."""
+    trainer = small_trainer(ranks, settings)
+    before = [parameter.detach().clone() for _, parameter in trainer.policy.trainable_parameters()]
+    poison(trainer, ranks, settings["poison"])
+    try:
+        trainer.train_step()
+    except TrainingError as error:
+        assert ranks.first and "iteration 1: the loss is" in str(error), error
+        assert "(process 1 of 2)" in str(error), error
+    except SystemExit:
+        assert not ranks.first
+    else:
+        raise AssertionError("the update was made")
+    after = [parameter for _, parameter in trainer.policy.trainable_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    raise SystemExit(5)
+
+
+def poison(trainer: Trainer[Any], ranks: Ranks, what: str) -> None:
+    velocity = trainer.policy.velocity
+
+    def poisoned(latents: Tensor, sigma: Tensor, condition: Any) -> Tensor:
+        found = velocity(latents, sigma, condition)
+        if ranks.rank != 1 or not torch.is_grad_enabled():
+            return found
+        if what == "loss":
+            return found * float("nan")
+        found.register_hook(lambda gradient: gradient * float("inf"))
+        return found
+
+    trainer.policy.velocity = poisoned  # type: ignore[method-assign]
+
+
+def failed_rewards(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """Rewards that fail in one process count among those of all, and stop all above the share."""
+    trainer = small_trainer(ranks, settings)
+    for reward in trainer.rewards:
+        score = reward.score
+
+        def broken(images: Tensor, task: Any, score: Any = score) -> Any:
+            scores = score(images, task)
+            return type(scores)(scores.values * float("nan"), scores.valid & False) if ranks.rank == 1 else scores
+
+        reward.score = broken  # type: ignore[method-assign]
+    try:
+        trainer.train_step()
+    except TrainingError as error:
+        assert ranks.first and "67% of the rewards could not be computed" in str(error), error
+    except SystemExit:
+        assert not ranks.first
+    raise SystemExit(5)
+
+
+def apart(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """Weights that differ in one bit of one process are found, and stop the run."""
+    trainer = small_trainer(ranks, settings)
+    session = Session(trainer.config, trainer, {}, Display.silent(), None, None, Termination())
+    with ranks.together():
+        session._check_equal("")
+    if ranks.rank == 1:
+        with torch.no_grad():
+            _, parameter = next(iter(trainer.policy.trainable_parameters()))
+            parameter.view(torch.int32)[0, 0] ^= 1
+    try:
+        with ranks.together():
+            session._check_equal("start again")
+    except TrainingError as error:
+        assert str(error) == "the weights of process 1 are not those of process 0; start again"
+        raise SystemExit(5) from error
+
+
+def small_trainer(ranks: Ranks, settings: dict[str, Any]) -> Trainer[Any]:
+    config = Config.model_validate(settings["config"])
+    policy = build.build_policy(config.policy, config.seed)
+    dataset = build.open_dataset(config.data.path, config, policy)
+    return Trainer(config, policy, build.build_rewards(config), dataset, ranks)
+
+
+CHECKS: dict[str, Callable[[Ranks, dict[str, Any]], None]] = {
+    check.__name__: check for check in (exchange, failing, told_to_end, not_finite, failed_rewards, apart)
+}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with started(Termination(), silence=20.0) as group:
+        assert group.world == int(os.environ["WORLD_SIZE"])
+        CHECKS[sys.argv[1]](group, json.loads(Path(sys.argv[2]).read_text()))
