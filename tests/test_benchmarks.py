@@ -1,4 +1,4 @@
-"""Benchmarks run: that of a full-size FLUX.1 on a tiny one, that of a save on one iteration."""
+"""Benchmarks run: that of a full-size FLUX.1 on a tiny one, that of a save on one iteration, a soak of one episode."""
 
 import json
 import math
@@ -29,4 +29,14 @@ def test_checkpoint_cost_of_one_iteration(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert len(figures) == 6 and all(value > 0 for value in figures.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_soak_of_one_episode(tmp_path: Path) -> None:
+    options = ["--folder", str(tmp_path), "--minutes", "0.01", "--processes", "1", "--seed", "1", "--json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["episodes"] == figures["equal to the bit"] == 1
     assert list(tmp_path.iterdir()) == []
