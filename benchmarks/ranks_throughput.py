@@ -3,8 +3,8 @@
     python benchmarks/ranks_throughput.py [--folder DIR] [--iterations N] [--processes N] [--json]
 
 Both train ToyBox on the same groups with one thread a process, in turn, so that a slow spell of the machine falls on
-both. The ideal ratio is the number of processes; what is lost is the exchange of gradients, the longer of uneven shares,
-and what the processes share of a machine: memory bandwidth, caches, turbo.
+both. The ideal ratio is the number of processes; what is lost is the exchange of gradients, waiting for the slower, and
+what the processes share of a machine: memory bandwidth, caches, turbo.
 """
 
 import argparse
