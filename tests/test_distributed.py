@@ -17,9 +17,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from customized_grpo.data import Sample, save_image, write_metadata
 from customized_grpo.distributed import Ranks
 from customized_grpo.errors import UserError
 from customized_grpo.launch import is_launched
+from customized_grpo.policies.tiny import save_tiny
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 MakeSettings = Callable[..., dict[str, Any]]
@@ -87,14 +89,14 @@ def train(command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[
     return train
 
 
-def same(one: Path, other: Path, rows: Callable[..., list[dict[str, Any]]]) -> None:
+def same(one: Path, other: Path, rows: Callable[..., list[dict[str, Any]]], adapter: str = ADAPTER) -> None:
     """Logs, weights and averages of two runs are equal up to the order of sums."""
     for name in ("metrics.jsonl", "evaluations.jsonl"):
         for first, second in zip(rows(one / name), rows(other / name), strict=True):
             assert first.keys() == second.keys()
             for key, value in first.items():
                 assert second[key] == pytest.approx(value, rel=1e-5, abs=1e-6), (name, key)
-    for name in (ADAPTER, f"ema/{ADAPTER}"):
+    for name in (adapter, f"ema/{adapter}"):
         weights, others = load_file(one / name), load_file(other / name)
         assert max(float((weights[key] - others[key]).abs().max()) for key in weights) <= 1e-6
         assert max(float(weights[key].abs().max()) for key in weights if "lora_B" in key) > 1e-5  # they did move
@@ -191,6 +193,56 @@ def test_resumed_in_two_processes_and_in_one_again(
     train(written("parts", iterations=2), "--resume", "--num-processes", 2)
     train(written("parts"), "--resume")
     same(one, tmp_path / "parts", read_log)
+
+
+def test_a_tiny_flux_in_two_processes_is_as_in_one(
+    train: Callable[..., str], read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Three groups whose references differ in size, and so in what goes through the transformer at once."""
+    samples = []
+    for number, size in enumerate([(64, 64), (96, 64), (64, 96)]):
+        draw = torch.Generator().manual_seed(number)
+        save_image(torch.rand(3, *size, generator=draw), tmp_path / "data" / f"{number}.png")
+        samples.append(Sample(f"s{number}", f"a toy, number {number}", (Path(f"{number}.png"),)))
+    write_metadata(tmp_path / "data", samples)
+    (tmp_path / "mine.py").write_text(
+        "def prompt(images, task):\n    return images[:, :, 0].mean((-2, -1))\n"
+        "def identity(images, task):\n    return images[:, :, 1].std((-2, -1))\n"
+    )
+    settings: dict[str, Any] = {
+        "iterations": 2, "threads": 1, "data": {"path": str(tmp_path / "data")},
+        "policy": {
+            "kind": "flux1-kontext", "model": str(save_tiny("flux1-kontext", tmp_path / "model")), "height": 64,
+            "width": 64, "lora_rank": 4, "device": "cpu", "precision": "fp32", "reference_side": 64,
+            "cache": str(tmp_path / "cache"),
+        },
+        "rewards": {"prompt": "python:mine.prompt", "identity": "python:mine.identity"},
+        "rollout": {"prompts_per_iteration": 3, "group_size": 3, "num_steps": 3, "micro_batch": 3},
+        "optimizer": {"micro_batch": 3, "learning_rate": 2e-5},
+        "evaluation": {"judge": "none", "every": 1, "pairs": 3, "gallery": 1},
+        "ranks": {"check_every": 1}, "ema": {"decay": 0.9},
+    }  # fmt: skip
+    for name, count in (("flux-one", 1), ("flux-two", 2)):
+        config = tmp_path / f"{name}.yaml"
+        config.write_text(yaml.safe_dump(settings | {"output": str(tmp_path / name)}))
+        train(config, "--num-processes", count)
+    same(tmp_path / "flux-one", tmp_path / "flux-two", read_log, "pytorch_lora_weights.safetensors")
+
+
+def test_a_benchmark_is_shared_out_and_each_picture_is_drawn_once(
+    command: Callable[..., subprocess.CompletedProcess[str]], toybox_data: Path, tiny_weights: Path, tmp_path: Path
+) -> None:
+    shared = ["evaluate", "--benchmark", "folder", "--data", toybox_data / "test", "--num-steps", 3, "--micro-batch", 1]
+    shared += ["--policy.weights", tiny_weights, "--policy.precision", "fp32"]
+    found = []
+    for count in (1, 2):
+        output = tmp_path / f"benchmark-{count}"
+        done = command(*shared, "--output", output, "--num-processes", count)
+        assert done.returncode == 0 and done.stdout.count("benchmark: ") == 1, done.stderr
+        found.append(json.loads((output / "benchmark.json").read_text()))
+    # One process computes with all cores, two with one each: they round otherwise.
+    alone, shared_out = ([record["metrics"] for record in each["records"]] for each in found)
+    assert len(shared_out) == 4 and shared_out == [pytest.approx(record, abs=1e-4) for record in alone]
 
 
 def test_more_processes_than_groups_are_refused(
