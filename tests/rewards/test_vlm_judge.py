@@ -5,13 +5,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.config import RewardsConfig
+from customized_grpo.config import Config, RewardsConfig
+from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import Task
 from customized_grpo.rewards.catalogue import load_rewards
@@ -215,6 +217,27 @@ def test_the_key_comes_from_the_environment_alone(
         load_rewards(
             config.model_copy(update={"vlm_judge": config.vlm_judge.model_copy(update={"model": "nobody"})}), CPU
         )
+
+
+def test_the_key_is_nowhere_in_what_a_run_leaves_or_says(
+    server: Callable[[Reply], Server], monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config],
+    run_training: Callable[..., Path], display: Display, tmp_path: Path,
+) -> None:  # fmt: skip
+    running = server(lambda question, number: (200, completion(f'{{"subject": {number % 5}, "prompt": {number % 4}}}')))
+    monkeypatch.setenv(KEY, "sk-secret")
+    judged = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": {"url": running.url, "model": "judge-7b"}}
+    run_training(make_config({"rewards": judged, "iterations": 1, "checkpoint.every": 1}))
+    written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(written) > 8 and set(running.keys) == {"Bearer sk-secret"}
+    assert [path for path in written if b"sk-secret" in path.read_bytes()] == []
+    assert "sk-secret" not in display.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_server_that_repeats_the_key_does_not_get_it_into_a_message(server: Callable[[Reply], Server]) -> None:
+    running = server(lambda question, number: (403, {"error": "no such key: sk-secret"}))
+    transport = Transport("rewards.vlm_judge.url", running.url, token="sk-secret")
+    with pytest.raises(UserError, match=r"status 403: .*no such key: \(not shown\)"):
+        transport.post("/chat/completions", {"messages": [{}, {"content": [{"text": "The prompt: x"}]}]})
 
 
 def test_a_judge_that_is_down() -> None:

@@ -76,12 +76,16 @@ class Transport:
         if answer.status_code >= 400:
             raise UserError(
                 f"{self.field_name}: {self.url}{path} refused the request with status {answer.status_code}: "
-                f"{answer.text[:300]}"
+                f"{self._without_token(answer.text)[:300]}"
             )
         try:
             return answer.json()
         except ValueError as error:
             raise _Again("an answer that is not JSON") from error
+
+    def _without_token(self, text: str) -> str:
+        """What a server says may repeat what it was sent, and messages end up in logs."""
+        return text.replace(self.token, "(not shown)") if self.token else text
 
     def _wait(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
