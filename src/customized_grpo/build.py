@@ -1,8 +1,8 @@
 """From a configuration to the parts of a run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -101,19 +101,32 @@ def read_dataset(path: Path, config: Config) -> SubjectDataset:
     dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels)
     if config.rewards.identity_reference == "segmented":
         remedy = "but rewards.identity_reference is 'segmented'; add masks or set it to 'whole'"
-        _raise_listed(path, [f"sample '{each.id}': has no mask, {remedy}" for each in dataset if not each.masks])
+        raise_listed(
+            path, "samples", [f"sample '{each.id}': has no mask, {remedy}" for each in dataset if not each.masks]
+        )
     return dataset
 
 
-def check_prompts(dataset: SubjectDataset, policy: Policy[Any]) -> None:
-    """Refuse, before any work, samples that the policy cannot take. Raises `UserError` listing them."""
+class Asked(Protocol):
+    """What a policy is asked for: a prompt and its references, under a name."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def references(self) -> Sequence[Path]: ...
+
+
+def check_prompts(source: Path, samples: Iterable[Asked], policy: Policy[Any]) -> None:
+    """Refuse, before any work, samples of `source` that the policy cannot take. Raises `UserError` listing them."""
     problems = []
-    for sample in dataset:
+    for sample in samples:
         try:
             policy.check(sample.prompt, len(sample.references))
         except UserError as error:
             problems.append(f"sample '{sample.id}': {error}")
-    _raise_listed(dataset.folder, problems)
+    raise_listed(source, "samples", problems)
 
 
 def tell_long_prompts(
@@ -148,14 +161,15 @@ def tell_long_prompts(
 def open_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:
     """The dataset in the folder `path`, wholly checked."""
     dataset = read_dataset(path, config)
-    check_prompts(dataset, policy)
+    check_prompts(path, dataset, policy)
     return dataset
 
 
-def _raise_listed(source: Path, problems: Sequence[str]) -> None:
+def raise_listed(source: Path, what: str, problems: Sequence[str]) -> None:
+    """Raise `UserError` where there are problems with the things in `source`: the first ten, and how many more."""
     if problems:
         more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{source}: {len(problems)} unusable samples:\n  " + "\n  ".join(problems[:10]) + more)
+        raise UserError(f"{source}: {len(problems)} unusable {what}:\n  " + "\n  ".join(problems[:10]) + more)
 
 
 def encode_ahead(policy: Policy[Any], datasets: Mapping[SubjectDataset, int | None], stages: Stages) -> None:

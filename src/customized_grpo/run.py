@@ -94,7 +94,7 @@ def _session(config: Config, display: Display, termination: Termination, ranks: 
     rewards, judge = build.build_rewards(config), build.build_judge(config)
     policy = build.build_policy(config.policy, config.seed)
     for dataset in datasets.values():
-        build.check_prompts(dataset, policy)
+        build.check_prompts(dataset.folder, dataset, policy)
     evaluation = config.evaluation
     wanted = {
         "path": None,

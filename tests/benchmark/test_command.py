@@ -170,7 +170,7 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
     with pytest.raises(UserError, match="metrics.device: 'tpu' is no device"):
         run_benchmark(settings(metrics=models["metrics"] | {"device": "tpu"}), display)
     (dreambench / "cup" / "01.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="data: 1 unusable pictures:\n .*cup/01.png: not an image"):
+    with pytest.raises(UserError, match="dreambench: 1 unusable pictures:\n .*cup/01.png: not an image"):
         run_benchmark(settings(), display)
     assert not any((tmp_path / "out" / "images").iterdir())
 
@@ -215,7 +215,7 @@ def test_toybox_is_measured_by_its_own_rewards_and_judge(
 
 def test_prompts_that_the_generator_cannot_take_are_listed(dreambench: Path, display: Display, tmp_path: Path) -> None:
     config = BenchmarkConfig(data=dreambench, output=tmp_path / "out", num_steps=2)
-    with pytest.raises(UserError, match="data: 5 prompts cannot be drawn:\n  cup-00: "):
+    with pytest.raises(UserError, match="dreambench: 5 unusable samples:\n  sample 'cup-00': "):
         run_benchmark(config, display)
 
 

@@ -33,7 +33,6 @@ from customized_grpo.toybox.copying import layout
 
 PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
-LISTED = 10
 
 
 def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
@@ -84,7 +83,7 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages:
         return _Work(items, paths, policy, None, [])
     if config.images is None:
         _go_on(config.output, _settings(config, policy))
-    pictures = _Pictures(items, stages)
+    pictures = _Pictures(config.data, items, stages)
     return _Work(items, paths, policy, pictures, _measures(config, policy, run, pictures))
 
 
@@ -124,8 +123,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float |
 class _Pictures:
     """The subjects' pictures, checked and their layouts known; loaded again when they are compared with."""
 
-    def __init__(self, items: Sequence[Item], stages: Stages) -> None:
-        """Raises `UserError` listing the pictures that cannot be read."""
+    def __init__(self, folder: Path, items: Sequence[Item], stages: Stages) -> None:
+        """Raises `UserError` listing the pictures of the benchmark in `folder` that cannot be read."""
         subject_of = {path: item.subject for item in items for path in item.pictures}
         layouts: dict[str, list[Tensor]] = {}
         problems = []
@@ -135,9 +134,7 @@ class _Pictures:
             except UserError as error:
                 problems.append(str(error))
             stages.update("reading the subjects' pictures", done, len(subject_of))
-        if problems:
-            more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-            raise UserError(f"data: {len(problems)} unusable pictures:\n  " + "\n  ".join(problems[:LISTED]) + more)
+        build.raise_listed(folder, "pictures", problems)
         self.layouts = {subject: torch.cat(each) for subject, each in layouts.items()}
         self._last: dict[Path, Tensor] = {}
 
@@ -222,15 +219,8 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], stages: Sta
         return
     items = work.items
     policy = build.build_policy(work.policy, 0)
-    problems = []
-    for item in items:
-        try:
-            policy.check(item.prompt, len(item.references))
-        except UserError as error:
-            problems.append(f"{item.id}: {error}")
-    if problems:
-        more = f"\n  ... and {len(problems) - LISTED} more" if len(problems) > LISTED else ""
-        raise UserError(f"data: {len(problems)} prompts cannot be drawn:\n  " + "\n  ".join(problems[:LISTED]) + more)
+    assert config.data is not None
+    build.check_prompts(config.data, items, policy)
     adapter = _adapter(config)
     if adapter is not None:
         policy.load_adapter(adapter)
