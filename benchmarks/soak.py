@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "rollout": {"prompts_per_iteration": 3, "group_size": 6, "num_steps": 6, "micro_batch": 6},
     "optimizer": {"micro_batch": 6},
     "evaluation": {"every": 4, "pairs": 4, "gallery": 2},
-    "checkpoint": {"every": 1, "keep_last": 2},
+    "checkpoint": {"every": 3, "keep_last": 2},
     "ema": {"decay": 0.9},
     "ranks": {"check_every": 1},
 }
@@ -41,6 +41,8 @@ FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP")
 """Drawn from; a process that was stopped goes on after a while."""
 QUIET, FROZEN = (1.0, 25.0), (1.0, 8.0)
 """Seconds from a start, or a fault, to the next fault, and from SIGSTOP to SIGCONT: bounds of what is drawn."""
+MOST = 200
+"""Starts of an episode after which it is taken to lead nowhere."""
 COMPARED = ("adapter_model.safetensors", "ema/adapter_model.safetensors", "galleries/000016.png", "weights.json")
 TIMES = ("seconds/", "samples_per_second")
 
@@ -94,6 +96,8 @@ def disturbed(place: Path, count: int, draw: random.Random, faults: Counter[str]
             if process.wait(draw.uniform(*QUIET)) == 0:
                 return starts
             process = None
+            if starts == MOST:
+                raise SystemExit(f"started {MOST} times, and not done; see {place}")
         except subprocess.TimeoutExpired:
             fault, whom = draw.choice(FAULTS), draw.randrange(count + 1) if count > 1 else 0
             faults[f"{fault} of {_whom(whom, count)}"] += 1

@@ -118,6 +118,8 @@ def failed_rewards(ranks: Ranks, settings: dict[str, Any]) -> None:
         assert ranks.first and "67% of the rewards could not be computed" in str(error), error
     except SystemExit:
         assert not ranks.first
+    else:
+        raise AssertionError("the rewards were taken")
     raise SystemExit(5)
 
 

@@ -297,7 +297,9 @@ def children(process: "subprocess.Popen[bytes]") -> Sequence[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
-@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+@pytest.mark.parametrize(
+    ("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1), (signal.SIGSTOP, 0)]
+)
 def test_the_others_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
@@ -331,6 +333,43 @@ def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
     for name in (ADAPTER, f"ema/{ADAPTER}"):
         assert (tmp_path / "stopped" / name).read_bytes() == (straight / name).read_bytes()
     assert read_log(tmp_path / "stopped" / "metrics.jsonl") == read_log(straight / "metrics.jsonl")
+
+
+PROGRAM = """
+import os, signal, sys
+from customized_grpo.cli import main
+from customized_grpo.trainer import Trainer
+
+place, calls = sys.argv.pop(1), []
+original = getattr(Trainer, place)
+
+def struck(self, *arguments, **settings):
+    calls.append(1)
+    if self.ranks.rank == 1 and self.iteration == 2 and len(calls) % 2 == 0:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return original(self, *arguments, **settings)
+
+setattr(Trainer, place, struck)
+main()
+"""
+"""Trains as the command does; the second process sends itself SIGTERM in the third iteration, at a call of `place`."""
+
+
+@pytest.mark.parametrize("where", ["_objective", "_optimizer_step"])
+def test_sigterm_in_an_update_tears_none(
+    place: Path, written: Callable[..., Path], train: Callable[..., str], tmp_path: Path, where: str
+) -> None:
+    changes = {"iterations": 5, "checkpoint.every": 100}
+    straight = place.with_name("straight")
+    if not straight.exists():
+        train(written("straight", **changes, output=straight), "--num-processes", 2)
+    config, port = written("torn", **changes), free_port()
+    command = [sys.executable, "-c", PROGRAM, where, "train", "--config", str(config)]
+    processes = [subprocess.Popen(command, env=environment(rank, 2, port), cwd=tmp_path) for rank in range(2)]
+    assert [process.wait(timeout=240) for process in processes] == [143, 143]
+    assert [path.name for path in (tmp_path / "torn" / "checkpoints").iterdir()] == ["000003"]
+    train(config, "--resume", "--num-processes", 2)
+    assert (tmp_path / "torn" / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
 
 
 # two machines

@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from customized_grpo.errors import TrainingError, UserError
+from customized_grpo.errors import TrainingError, UserError, first_line
 from customized_grpo.termination import Terminated, Termination
 
 BEAT = 1.0
 """Seconds between two signs of life."""
 GRACE = 5.0
 """Seconds that a process has to stop by itself once another is known to be gone."""
+STORE = 0
+"""The process that holds the store, unless what launched them does."""
 BUCKET = 1 << 26
 """Numbers that are summed at once: bounds the memory of the copy."""
 TEXT = 2000
@@ -97,9 +99,13 @@ class Ranks:
             if self.ending:
                 raise
             failure = error
+        except OSError as error:
+            if self.ending:
+                raise
+            failure = UserError(f"{error.filename or 'input'}: {error.strerror or error}")
         codes = {UserError: _USER_ERROR, TrainingError: _TRAINING_ERROR, Terminated: _TERMINATED}
         code = next((code for kind, code in codes.items() if isinstance(failure, kind)), _FINE)
-        if code == _FINE and self._watch is not None and self._watch.termination.asked:
+        if code == _FINE and self._watch is not None and self._watch.termination.due:
             code = _TERMINATED
         statuses = self._gathered(_encoded(code, str(failure or "")))
         failed = [(rank, *_decoded(status)) for rank, status in enumerate(statuses) if status[0] != _FINE]
@@ -132,77 +138,85 @@ class Ranks:
         except RuntimeError as error:
             if self._watch is None:
                 raise
-            raise TrainingError(self._watch.who_is_gone()) from error
+            raise TrainingError(self._watch.who_is_gone(error)) from error
 
 
-class Watch(threading.Thread):
+class Watch:
     """Signs of life of every process, and what one says to all: that it was told to end.
 
     A process that is silent for `silence` seconds is gone. Whoever waits for it then stops, by itself or by force: some
-    ways to wait never end.
+    ways to wait never end. One thread talks to the store, which is in one of the processes and may be gone with it;
+    another only looks at the clock.
     """
 
     def __init__(self, store: Any, rank: int, world: int, termination: Termination, silence: float) -> None:
-        super().__init__(daemon=True, name="watch")
         self.termination = termination
         self._store, self._rank, self._world, self._silence = store, rank, world, silence
         self._done, self._found = threading.Event(), threading.Event()
         self._names = [""] * world
+        self._heard: dict[int, float] = {}
+        self._talked = time.monotonic()
         self._gone: int | None = None
 
-    def introduce(self) -> None:
-        """Exchange names, for messages; waits for all."""
+    def start(self) -> None:
+        """Exchange names, for messages, waiting for all; from now on give and expect signs of life."""
         self._store.set(f"name/{self._rank}", f"host {socket.gethostname()}, process {os.getpid()}")
         self._store.set(f"beat/{self._rank}", "0")
         self._names = [self._store.get(f"name/{rank}").decode() for rank in range(self._world)]
+        self._talked = time.monotonic()
+        self._heard = {rank: self._talked for rank in range(self._world) if rank != self._rank}
+        for work in (self._talk, self._look):
+            threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
-    def run(self) -> None:
-        others = [rank for rank in range(self._world) if rank != self._rank]
-        heard = dict.fromkeys(others, (b"", time.monotonic()))
-        beat = 0
-        while not self._done.wait(BEAT):
-            beat += 1
-            try:
-                self._store.set(f"beat/{self._rank}", str(beat))
-                if self.termination.asked:
-                    self._store.set("terminate", "1")
-                elif self._store.check(["terminate"]):
-                    self.termination.ask()
-                for other in others:
-                    value = self._store.get(f"beat/{other}")
-                    if value != heard[other][0]:
-                        heard[other] = value, time.monotonic()
-                silent = max(others, key=lambda rank: time.monotonic() - heard[rank][1])
-                gone = time.monotonic() - heard[silent][1] > self._silence
-            except RuntimeError:
-                silent, gone = 0, True  # it holds the store
-            if gone and not self._done.is_set():
-                self._stop_for(silent)
-                return
-
-    def who_is_gone(self) -> str:
-        """What to say once talking has failed: known when the silence of one has lasted."""
+    def who_is_gone(self, error: RuntimeError) -> str:
+        """What to say once talking has failed with `error`: known when the silence of one has lasted."""
         self._silence = min(self._silence, GRACE)
         self._found.wait(self._silence + GRACE)
-        return self._told()
+        # The caller has heard it, and may have a checkpoint to write before it ends.
+        self.close()
+        return self._told() if self._gone is not None else f"processes could not talk: {first_line(error)}"
 
     def close(self) -> None:
         """No more signs are given or waited for."""
         self._done.set()
-        self.join()
 
-    def _stop_for(self, rank: int) -> None:
-        self._gone = rank
-        self._found.set()
-        if not self._done.wait(2 * GRACE):
-            print(f"customized-grpo: error: {self._told()}", file=sys.stderr, flush=True)
-            os._exit(1)
+    def _talk(self) -> None:
+        beats, last = 0, dict.fromkeys(self._heard, b"")
+        while not self._done.wait(BEAT):
+            beats += 1
+            try:
+                self._store.set(f"beat/{self._rank}", str(beats))
+                if self.termination.asked:
+                    self._store.set("terminate", "1")
+                elif self._store.check(["terminate"]):
+                    self.termination.ask()
+                for other in last:
+                    beat = self._store.get(f"beat/{other}")
+                    if beat != last[other]:
+                        last[other], self._heard[other] = beat, time.monotonic()
+                self._talked = time.monotonic()
+            except RuntimeError:
+                return  # the store is gone, and its silence tells
+
+    def _look(self) -> None:
+        while not self._done.wait(BEAT):
+            late = time.monotonic() - self._silence
+            silent = [rank for rank, heard in self._heard.items() if heard < late]
+            if self._talked < late and self._rank != STORE:
+                silent = [STORE]  # with it all others fall silent
+            if silent:
+                self._gone = silent[0]
+                self._found.set()
+                if not self._done.wait(2 * GRACE):
+                    print(f"customized-grpo: error: {self._told()}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                return
 
     def _told(self) -> str:
-        who = "another process" if self._gone is None else f"process {self._gone} ({self._names[self._gone]})"
+        assert self._gone is not None
         return (
-            f"process {self._rank} of {self._world} stops: {who} is gone. What it said last is in its output; the run "
-            "goes on from its last checkpoint with train --resume"
+            f"process {self._rank} of {self._world} stops: process {self._gone} ({self._names[self._gone]}) is gone. "
+            "What it said last is in its output; the run goes on from its last checkpoint with train --resume"
         )
 
 
@@ -217,11 +231,12 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
     if world == 1:
         yield Ranks()
         return
+    if "RANK" not in os.environ:
+        raise UserError(f"WORLD_SIZE is {world}, but RANK is not set; start processes by torchrun, or unset it")
     rank = int(os.environ["RANK"])
     try:
         store = next(rendezvous("env://", timeout=timedelta(seconds=300)))[0]
         watch = Watch(store.clone(), rank, world, termination, silence)
-        watch.introduce()
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # Scoring by a slow server is no failure: who is gone is known from the signs of life.
         dist.init_process_group(
@@ -230,7 +245,7 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"process {rank} of {world} could not reach the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} ({str(error).splitlines()[0]}); check the address, the port and firewalls"
+            f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); check the address, the port and firewalls"
         ) from error
     watch.start()
     termination.defer()

@@ -13,6 +13,10 @@ class TrainingError(Exception):
     and what to do."""
 
 
+class Diverged(TrainingError):
+    """Processes hold different weights: none of them is worth saving."""
+
+
 def first_line(error: Exception) -> str:
     """What an error says first, short enough for a line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

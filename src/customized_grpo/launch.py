@@ -16,8 +16,8 @@ from types import FrameType
 
 from customized_grpo.errors import UserError
 
-PATIENCE = 20.0
-"""Seconds that the others have to end by themselves when one has failed."""
+PATIENCE = 60.0
+"""Seconds that the others have to end by themselves, and to save what they have, when one has failed."""
 
 
 def is_launched(count: int) -> bool:
@@ -39,12 +39,13 @@ def launch(arguments: Sequence[str], count: int) -> int:
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     # What torch says of a lost connection is long, and says less than we do.
     quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
-    processes = []
-    for rank in range(count):
-        environment = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-        processes.append(subprocess.Popen(command, env=os.environ | quiet | environment))
+    processes: list[subprocess.Popen[bytes]] = []
     try:
         with _forwarding(processes):
+            for rank in range(count):
+                own = shared | {"RANK": rank, "LOCAL_RANK": rank}
+                environment = os.environ | quiet | {name: str(value) for name, value in own.items()}
+                processes.append(subprocess.Popen(command, env=environment))
             _wait(processes)
     finally:
         for process in processes:
@@ -78,7 +79,7 @@ def _forwarding(processes: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None
             process.send_signal(signal.SIGTERM)
 
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
         yield
     finally:

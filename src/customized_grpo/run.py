@@ -133,9 +133,10 @@ def evaluate_run(
             with display.stages() as stages:
                 build.encode_ahead(policy, {dataset: pairs}, stages)
         parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
-        with ranks.together(), writing(run):
+        with ranks.together():
             display.comparison(write_evaluation(*parts))
-            return write_report(run) if ranks.first else None
+            with writing(run):
+                return write_report(run) if ranks.first else None
 
 
 def adapter_folder(run: Path, *, ema: bool) -> Path:

@@ -21,8 +21,9 @@ def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
     or not here; `prefix` and "device" make the name of the field."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_world() > 1:
-        name = f"cuda:{local_rank()}"  # a device for each process
+    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.device_count():
+        # A device for each process; one that sees only its own takes that.
+        name = f"cuda:{local_rank() % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -24,7 +24,7 @@ from customized_grpo.config import Config, flatten
 from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
 from customized_grpo.display import Display, Training
 from customized_grpo.ema import Average
-from customized_grpo.errors import TrainingError, UserError
+from customized_grpo.errors import Diverged, TrainingError, UserError
 from customized_grpo.evaluation import Evaluation
 from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
@@ -113,6 +113,8 @@ class Session:
             if any(list_checkpoints(self._checkpoints)):
                 self.display.note("what was saved before is as it was; `train --resume` goes on from it")
             raise
+        except Diverged:
+            raise
         except (UserError, TrainingError):
             if self.ranks.first and self.trainer.iteration > 0 and not self._updating:
                 self._checkpoint()
@@ -120,7 +122,7 @@ class Session:
         except Terminated:
             if self.average is not None:
                 self.average.put_back()
-            if self.ranks.first and self.trainer.iteration > 0:
+            if self.ranks.first and self.trainer.iteration > 0 and not self._updating:
                 self._checkpoint()
             self.display.note(
                 f"stopped by SIGTERM after iteration {self.trainer.iteration}; `train --resume` goes on from there"
@@ -138,22 +140,23 @@ class Session:
                 iteration = self.trainer.iteration
                 if self._validation_is_due() or iteration == last:
                     self._validate()
-                if iteration % self.config.ranks.check_every == 0 or iteration == last:
+                saving = iteration % self.config.checkpoint.every == 0 or iteration == last
+                if saving or iteration % self.config.ranks.check_every == 0:
                     with self.ranks.together():
-                        self._check_equal(f"after iteration {iteration}: start again with --resume")
-                if iteration % self.config.checkpoint.every == 0 or iteration == last:
+                        self._check_equal(f"after iteration {iteration}; go on from the last checkpoint with --resume")
+                if saving:
                     with self.ranks.together(), self.termination.whole():
                         if self.ranks.first:
                             self._checkpoint()
 
     def _check_equal(self, remedy: str) -> None:
-        """Raise `TrainingError` where the processes differ in weights or iterations."""
+        """Raise `Diverged` where the processes differ in weights or iterations."""
         if self.ranks.world == 1:
             return
         sums = [_checksum(parameter.detach()) for _, parameter in self.state.parameters]
         unlike = self.ranks.unlike(torch.tensor([self.trainer.iteration, *sums]))
         if unlike:
-            raise TrainingError(f"the weights of process {unlike[0]} are not those of process 0; {remedy}")
+            raise Diverged(f"the weights of process {unlike[0]} are not those of process 0; {remedy}")
 
     def _iterate(self, show: Training) -> None:
         """One iteration: its update and its lines in the logs are whole, or not there."""
@@ -181,7 +184,8 @@ class Session:
         iteration = self.trainer.iteration
         if iteration % self.config.evaluation.every != 0:
             return False
-        return all(row["iteration"] != iteration for row in _read_log(self.output / LOGS[1]))
+        due = all(row["iteration"] != iteration for row in _read_log(self.output / LOGS[1]))
+        return bool(self.ranks.rows(torch.tensor([due]))[0])  # the first writes the log, and knows
 
     def _resume(self, checkpoints: Sequence[Path]) -> None:
         """Go back to the newest of the `checkpoints` that is whole; damaged ones are passed over with a warning."""

@@ -128,7 +128,7 @@ class Trainer(Generic[ConditionT]):
         wanted = batch_indices(
             len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
         )
-        samples = [self.dataset[wanted[place]] for place in prompts or range(len(wanted))]
+        samples = [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
         prepare = self.policy.prepare_reference
         return Task(
             [sample.prompt for sample in samples],

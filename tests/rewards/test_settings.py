@@ -18,7 +18,7 @@ from customized_grpo.rewards import hpsv3 as hpsv3_module
 from customized_grpo.rewards.catalogue import load_hpsv3_reward, load_rewards
 from customized_grpo.rewards.serve import _reward
 from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
-from customized_grpo.run import MAY_CHANGE, _pinned
+from customized_grpo.session import MAY_CHANGE, pinned
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 URL = "http://127.0.0.1:9"
@@ -70,8 +70,8 @@ def config(policy: str = "flux1-kontext", **rewards: Any) -> Config:
 
 def test_a_run_may_go_on_elsewhere_but_not_in_another_precision() -> None:
     assert "rewards.device" in MAY_CHANGE
-    pinned = _pinned(config())
-    assert "rewards.device" not in pinned and "rewards.precision" in pinned
+    fields = pinned(config())
+    assert "rewards.device" not in fields and "rewards.precision" in fields
 
 
 @pytest.mark.parametrize(

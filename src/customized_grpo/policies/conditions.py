@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ class ConditionCache:
         """Keep `row`, whole or not at all."""
         path = self.path(prompt, references)
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
+        unfinished = path.with_suffix(f".{uuid.uuid4().hex}.part")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in row.tensors.items()}
         save_file(tensors, unfinished, metadata={"sizes": json.dumps(row.sizes)})
         os.replace(unfinished, path)
