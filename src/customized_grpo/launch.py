@@ -16,7 +16,7 @@ from types import FrameType
 
 from customized_grpo.errors import UserError
 
-PATIENCE = 60.0
+PATIENCE = 30.0
 """Seconds that the others have to end by themselves, and to save what they have, when one has failed."""
 
 
