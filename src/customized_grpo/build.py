@@ -46,6 +46,20 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     return _toybox(config, precision, seed)
 
 
+def check_shard(config: PolicyConfig, world: int) -> None:
+    """Raise `UserError` where `world` processes are asked to spread the generator's weights, and cannot."""
+    if not config.shard:
+        return
+    if world == 1:
+        raise UserError(
+            "policy.shard: a single process has no other to share the frozen weights with; start several "
+            "(--num_processes, torchrun), or leave it out"
+        )
+    device = _device(config)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"policy.shard: weights are gathered on cuda or cpu, and the device is {device}; leave it out")
+
+
 def _toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int) -> ToyBoxPolicy:
     return ToyBoxPolicy.load(
         config.weights,

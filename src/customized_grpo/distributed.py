@@ -75,6 +75,10 @@ class Ranks:
         parts = self._gathered(padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(tensor.dtype)
 
+    def table(self, row: Tensor) -> Tensor:
+        """The `row` [n] of each process, [N, n], on the CPU."""
+        return torch.stack([row] if self.world == 1 else self._gathered(row.cpu()))
+
     def unlike(self, value: Tensor) -> list[int]:
         """The ranks whose `value` [n] is not that of rank 0."""
         values = [value] if self.world == 1 else self._gathered(value.cpu())
@@ -99,7 +103,7 @@ class Ranks:
             failure = error
         codes = {UserError: _USER_ERROR, TrainingError: _TRAINING_ERROR, Terminated: _TERMINATED}
         code = next((code for kind, code in codes.items() if isinstance(failure, kind)), _FINE)
-        if code == _FINE and self._watch is not None and self._watch.termination.asked:
+        if code == _FINE and self._watch is not None and self._watch.termination.due:
             code = _TERMINATED
         statuses = self._gathered(_encoded(code, str(failure or "")))
         failed = [(rank, *_decoded(status)) for rank, status in enumerate(statuses) if status[0] != _FINE]
@@ -109,6 +113,16 @@ class Ranks:
             self._raise(*errors[0], failure)
         if failed:
             raise Terminated
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """An error of torch within is put down to the process that is gone, if one is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._watch is None or not self._watch.finds_one_gone():
+                raise
+            raise TrainingError(self._watch.who_is_gone()) from error
 
     def _raise(self, rank: int, code: int, text: str, own: BaseException | None) -> NoReturn:
         if not self.first:
@@ -182,9 +196,13 @@ class Watch(threading.Thread):
 
     def who_is_gone(self) -> str:
         """What to say once talking has failed: known when the silence of one has lasted."""
-        self._silence = min(self._silence, GRACE)
-        self._found.wait(self._silence + GRACE)
+        self.finds_one_gone()
         return self._told()
+
+    def finds_one_gone(self) -> bool:
+        """Whether a process is silent from now on, or was already."""
+        self._silence = min(self._silence, GRACE)
+        return self._found.wait(self._silence + GRACE)
 
     def close(self) -> None:
         """No more signs are given or waited for."""

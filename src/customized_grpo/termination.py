@@ -26,6 +26,11 @@ class Termination:
         """Whether SIGTERM came, to this process or to another of the run."""
         return self._asked
 
+    @property
+    def due(self) -> bool:
+        """Whether SIGTERM came and nothing has to be whole now."""
+        return self._asked and not self._whole
+
     def ask(self) -> None:
         """As if SIGTERM came."""
         self._asked = True
@@ -63,7 +68,7 @@ class Termination:
 
     def poll(self) -> None:
         """Raise `Terminated` if SIGTERM came and nothing has to be whole now."""
-        if self._asked and not self._whole:
+        if self.due:
             raise Terminated
 
     def _hear(self, number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display, Stages
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError
-from customized_grpo.policies import EncodesAhead, Policy
+from customized_grpo.policies import EncodesAhead, Policy, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
@@ -34,6 +34,8 @@ from customized_grpo.toybox.copying import layout
 PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 LISTED = 10
+UNSEEN = {"device", "offload", "shard", "cache", "gradient_checkpointing"}
+"""Settings of a generator that its pictures do not depend on."""
 
 
 def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
@@ -53,8 +55,8 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
             work = _prepared(config, run, ranks, stages)
             # Before anyone draws: all see the same pictures missing.
             left = [number for number, path in enumerate(work.paths) if not path.is_file()]
-        with ranks.together(), display.stages() as stages:
-            _draw(config, work, left[ranks.rank :: ranks.world], stages)
+        with display.stages() as stages:
+            _draw(config, work, left, ranks, stages)
         with ranks.together(), display.stages() as stages:
             return _measure_and_tell(config, work, display, stages) if ranks.first else None
 
@@ -76,6 +78,8 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages:
     assert config.data is not None
     items = read_items(config.benchmark or "dreambench", config.data)
     policy = _policy_config(config, run)
+    if run is None:
+        build.check_shard(policy, ranks.world)
     if config.images is not None:
         paths = pictures_made_elsewhere(config.images, items)
     else:
@@ -163,7 +167,7 @@ def _settings(config: BenchmarkConfig, policy: PolicyConfig) -> dict[str, Any]:
         return {"images": str(config.images.resolve()), "data": str((config.data or Path()).resolve())}
     adapter = _adapter(config)
     drawn = config.model_dump(mode="json", include={"num_steps", "shift", "seed"})
-    generator = policy.model_dump(mode="json", exclude={"device", "offload", "cache", "gradient_checkpointing"})
+    generator = policy.model_dump(mode="json", exclude=UNSEEN)
     return {
         "data": str((config.data or Path()).resolve()),
         "adapter": None if adapter is None else str(adapter.resolve()),
@@ -216,10 +220,21 @@ def _measures(
     return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 
-def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], stages: Stages) -> None:
-    """Draw the pictures with the numbers `left`, a micro-batch at a time, each whole or not at all."""
-    if not left:
-        return
+def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Ranks, stages: Stages) -> None:
+    """Draw the pictures with the numbers `left`, of which each process has its share."""
+    mine = left[ranks.rank :: ranks.world]
+    policy = None
+    with ranks.together():
+        if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
+            policy = _load_policy(config, work, mine, stages)
+    with ranks.together():
+        if policy is not None:
+            with in_step(policy, ranks):
+                _draw_each(config, work, policy, mine, stages)
+
+
+def _load_policy(config: BenchmarkConfig, work: _Work, mine: Sequence[int], stages: Stages) -> Policy[Any]:
+    """The generator, checked against all items; those with the numbers `mine` are encoded."""
     items = work.items
     policy = build.build_policy(work.policy, 0)
     problems = []
@@ -235,26 +250,32 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], stages: Sta
     if adapter is not None:
         policy.load_adapter(adapter)
 
-    def references(item: Item) -> list[Tensor]:
-        return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
-
     if isinstance(policy, EncodesAhead):
         policy.encode_ahead(
-            [items[number].prompt for number in left],
-            lambda index: references(items[left[index]]),
-            lambda done: stages.update("encoding prompts and references", done, len(left)),
+            [items[number].prompt for number in mine],
+            lambda index: _references(policy, items[mine[index]]),
+            lambda done: stages.update("encoding prompts and references", done, len(mine)),
         )
+    return policy
+
+
+def _references(policy: Policy[Any], item: Item) -> list[Tensor]:
+    return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
+
+
+def _draw_each(config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: Sequence[int], stages: Stages) -> None:
+    """Draw the pictures with the numbers `mine`, a micro-batch at a time, each whole or not at all."""
     sigmas = policy.sigmas(config.num_steps, config.shift)
-    for start in range(0, len(left), config.micro_batch):
-        rows = left[start : start + config.micro_batch]
-        chosen = [items[number] for number in rows]
-        images = _drawn(config, policy, chosen, [references(item) for item in chosen], rows, sigmas)
+    for start in range(0, len(mine), config.micro_batch):
+        rows = mine[start : start + config.micro_batch]
+        chosen = [work.items[number] for number in rows]
+        images = _drawn(config, policy, chosen, [_references(policy, item) for item in chosen], rows, sigmas)
         for number, image in zip(rows, images, strict=True):
             unfinished = work.paths[number].with_suffix(".part.png")
             with writing(config.output):
                 save_image(image, unfinished)
                 os.replace(unfinished, work.paths[number])
-        stages.update("drawing", start + len(rows), len(left))
+        stages.update("drawing", start + len(rows), len(mine))
 
 
 @torch.no_grad()
