@@ -1,22 +1,29 @@
-"""What the processes of `test_shard.py` run: `python sharded.py WHAT FOLDER`."""
+"""What the processes of `test_shard.py` run: `python sharded.py FOLDER WHAT,... PORT ...`."""
 
+import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from customized_grpo.config import PolicyConfig
+from customized_grpo.config import Config, PolicyConfig
+from customized_grpo.display import Display
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError
 from customized_grpo.policies import in_step
 from customized_grpo.policies.phase import Phase, phase
 from customized_grpo.termination import Terminated, Termination
 
-KINDS = ("flux1-kontext", "flux2-klein", "flux2", "qwen-image-edit-plus")
+KINDS = ("flux1-kontext", "flux2-klein", "qwen-image-edit-plus")
+"""Every class of transformer, with guidance and without."""
+RUNS = (("whole", False, 2), ("sharded", True, 2), ("whole", True, 3), ("sharded", False, 3))
+"""(name, whether sharded, iterations it goes to)."""
 
 
 class Bench:
@@ -94,11 +101,9 @@ def dies(ranks: Ranks, folder: Path) -> None:
 
 def families(ranks: Ranks, folder: Path) -> None:
     """Velocities and gradients of sharded transformers are those of whole ones, of which each process has its part."""
+    _align_weights()
     for kind in KINDS:
         whole, sharded = (_policy(kind, folder, shard) for shard in (False, True))
-        for parameter in whole._transformer.parameters():
-            # As FSDP has them: weights mapped from a file lie where they happen to, and products round by that.
-            parameter.data = parameter.data.clone()
         references = [[torch.full((3, 64, side), 0.3)] for side in (64, 96)[ranks.rank :]]
         prompts = ["a cat", "a dog"][: len(references)]
         condition = whole.encode(prompts, references)
@@ -127,7 +132,20 @@ def families(ranks: Ranks, folder: Path) -> None:
         _check_adapter(whole, sharded, folder / f"{kind}-{ranks.rank}")
 
 
-def _policy(kind: str, folder: Path, shard: bool) -> "DiffusersPolicy":  # noqa: F821
+def _align_weights() -> None:
+    """Weights mapped from a file lie where they happen to, and products round by that; FSDP's own do not."""
+    from customized_grpo.policies import catalogue, loading
+
+    def load_pipeline(*arguments: Any) -> Any:
+        pipe = loading.load_pipeline(*arguments)
+        for parameter in pipe.transformer.parameters():
+            parameter.data = parameter.data.clone()
+        return pipe
+
+    catalogue.load_pipeline = load_pipeline
+
+
+def _policy(kind: str, folder: Path, shard: bool) -> Any:
     from customized_grpo.policies.catalogue import load_policy
 
     config = PolicyConfig.model_validate(
@@ -144,7 +162,7 @@ def _policy(kind: str, folder: Path, shard: bool) -> "DiffusersPolicy":  # noqa:
     return policy
 
 
-def _check_share(kind: str, whole: object, sharded: object, ranks: Ranks) -> None:
+def _check_share(kind: str, whole: Any, sharded: Any, ranks: Ranks) -> None:
     from torch.distributed.tensor import DTensor
 
     frozen = [p for p in sharded._transformer.parameters() if not p.requires_grad]
@@ -165,7 +183,7 @@ def _check_share(kind: str, whole: object, sharded: object, ranks: Ranks) -> Non
     assert not any(output.untyped_storage().nbytes() for output in gathered), kind
 
 
-def _check_adapter(whole: object, sharded: object, folder: Path) -> None:
+def _check_adapter(whole: Any, sharded: Any, folder: Path) -> None:
     """An adapter of the sharded generator fits the whole one, and the other way round."""
     sharded.save_adapter(folder)
     for _, parameter in whole.trainable_parameters():
@@ -180,9 +198,28 @@ def _check_adapter(whole: object, sharded: object, folder: Path) -> None:
         assert one.abs().max() > 0
 
 
+def runs(folder: Path, ports: list[str]) -> None:
+    """A run with whole weights and one with sharded ones; then each goes on as the other."""
+    from customized_grpo.run import train
+
+    _align_weights()
+    settings = json.loads((folder / "settings.json").read_text())
+    for name, shard, iterations in RUNS:
+        os.environ["MASTER_PORT"] = ports.pop()
+        settings |= {"output": str(folder / name), "iterations": iterations}
+        settings["policy"]["shard"] = shard
+        train(Config.model_validate(settings), Display.silent(), resume=iterations > 2)
+        if os.environ["RANK"] == "0":
+            shutil.copytree(folder / name, folder / f"{name}-{iterations}")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    work = {each.__name__: each for each in (shares, fails, stops, dies, families)}
-    with started(Termination(), silence=3.0) as ranks:
-        for what in sys.argv[1].split(","):
-            work[what](ranks, Path(sys.argv[2]))
+    folder, work, *ports = Path(sys.argv[1]), *sys.argv[2:]
+    for each in work.split(","):
+        if each == "runs":
+            runs(folder, ports)
+            continue
+        os.environ["MASTER_PORT"] = ports.pop()
+        with started(Termination(), silence=3.0) as ranks:
+            {part.__name__: part for part in (shares, fails, stops, dies, families)}[each](ranks, folder)
