@@ -25,12 +25,16 @@ def resolved(config: Config) -> Config:
 
     That of the rewards stays "auto" where this stands for two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
     """
-    policy, rewards = config.policy, config.rewards
-    precision = resolve_precision(policy.precision, _device(policy))
+    rewards = config.rewards
     if rewards.reads("precision") and rewards.precision == "auto":
         two = rewards.prompt == "hpsv3" and _reward_device(config).type == "cuda"
         rewards = rewards.model_copy(update={"precision": "auto" if two else "fp32"})
-    return config.model_copy(update={"policy": policy.model_copy(update={"precision": precision}), "rewards": rewards})
+    return config.model_copy(update={"policy": resolved_policy(config.policy), "rewards": rewards})
+
+
+def resolved_policy(config: PolicyConfig) -> PolicyConfig:
+    """The same of a generator alone."""
+    return config.model_copy(update={"precision": resolve_precision(config.precision, _device(config))})
 
 
 def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
@@ -44,6 +48,20 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
 
         return load_policy(config, seed, device, bf16=precision == "bf16")
     return _toybox(config, precision, seed)
+
+
+def check_shard(config: PolicyConfig, world: int) -> None:
+    """Raise `UserError` where `world` processes are asked to spread the generator's weights, and cannot."""
+    if not config.shard:
+        return
+    if world == 1:
+        raise UserError(
+            "policy.shard: a single process has no other to share the frozen weights with; start several "
+            "(--num_processes, torchrun), or leave it out"
+        )
+    device = _device(config)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"policy.shard: weights are gathered on cuda or cpu, and the device is {device}; leave it out")
 
 
 def _toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int) -> ToyBoxPolicy:

@@ -50,6 +50,8 @@ class PolicyConfig(Section):
     """Guidance scale, in rollout and update; unset: the pipeline's own. Not for toybox."""
     offload: bool = False
     """Keep the encoders on the CPU once the data are encoded, instead of letting them go. Not for toybox."""
+    shard: bool = False
+    """Spread the frozen weights over the processes of the run instead of keeping them whole in each. Not for toybox."""
     gradient_checkpointing: bool = True
     """Compute activations again in the backward pass instead of keeping them. Not for toybox, which keeps them."""
     compile: bool = False
@@ -77,8 +79,8 @@ class PolicyConfig(Section):
 
 
 NOT_FOR_TOYBOX = (
-    "model", "base_adapter", "height", "width", "reference_side", "guidance", "offload", "gradient_checkpointing",
-    "compile", "attention_backend", "cache",
+    "model", "base_adapter", "height", "width", "reference_side", "guidance", "offload", "shard",
+    "gradient_checkpointing", "compile", "attention_backend", "cache",
 )  # fmt: skip
 ONLY_FOR_TOYBOX = ("weights", "adapter")
 

@@ -77,6 +77,10 @@ class Ranks:
         parts = self._gathered(padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(tensor.dtype)
 
+    def table(self, row: Tensor) -> Tensor:
+        """The `row` [n] of each process, [N, n], on the CPU."""
+        return torch.stack([row] if self.world == 1 else self._gathered(row.cpu()))
+
     def unlike(self, value: Tensor) -> list[int]:
         """The ranks whose `value` [n] is not that of rank 0."""
         values = [value] if self.world == 1 else self._gathered(value.cpu())
@@ -115,6 +119,16 @@ class Ranks:
             self._raise(*errors[0], failure)
         if failed:
             raise Terminated
+
+    @contextmanager
+    def blaming(self) -> Iterator[None]:
+        """An error of torch within is put down to the process that is gone, if one is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._watch is None or not self._watch.finds_one_gone():
+                raise
+            raise TrainingError(self._watch.who_is_gone(error)) from error
 
     def _raise(self, rank: int, code: int, text: str, own: BaseException | None) -> NoReturn:
         if not self.first:
@@ -170,11 +184,15 @@ class Watch:
 
     def who_is_gone(self, error: RuntimeError) -> str:
         """What to say once talking has failed with `error`: known when the silence of one has lasted."""
-        self._silence = min(self._silence, GRACE)
-        self._found.wait(self._silence + GRACE)
+        found = self.finds_one_gone()
         # The caller has heard it, and may have a checkpoint to write before it ends.
         self.close()
-        return self._told() if self._gone is not None else f"processes could not talk: {first_line(error)}"
+        return self._told() if found else f"processes could not talk: {first_line(error)}"
+
+    def finds_one_gone(self) -> bool:
+        """Whether a process is silent from now on, or was already."""
+        self._silence = min(self._silence, GRACE)
+        return self._found.wait(self._silence + GRACE)
 
     def close(self) -> None:
         """No more signs are given or waited for."""

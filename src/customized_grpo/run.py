@@ -82,6 +82,7 @@ def _session(config: Config, display: Display, termination: Termination, ranks: 
             f"rollout.prompts_per_iteration: {prompts} groups cannot be shared among {ranks.world} processes, each of "
             "which takes whole groups; ask for more, or start fewer processes"
         )
+    build.check_shard(config.policy, ranks.world)
     if ranks.world > 1:
         display.note(f"{ranks.world} processes share {prompts} groups an iteration")
     # Cheapest first: what is wrong is told before the next part is paid for.

@@ -39,10 +39,10 @@ EMA = "ema"
 GALLERY_SIDE, GALLERY_PADDING = 128, 4
 """Smaller pictures are shown enlarged by a whole factor; both in pixels."""
 MAY_CHANGE = (
-    "output", "iterations", "threads", "policy.device", "policy.offload", "policy.gradient_checkpointing",
-    "policy.cache", "data.validation", "data.test", "data.max_pixels", "rewards.max_invalid_share", "rewards.device",
-    "rewards.micro_batch", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate",
-    "evaluation.", "ranks.", "log.",
+    "output", "iterations", "threads", "policy.device", "policy.offload", "policy.shard",
+    "policy.gradient_checkpointing", "policy.cache", "data.validation", "data.test", "data.max_pixels",
+    "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch", "rollout.micro_batch",
+    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes."""
 

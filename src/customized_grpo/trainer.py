@@ -37,7 +37,7 @@ from customized_grpo.config import AdvantagesConfig, Config
 from customized_grpo.data import SubjectDataset, batch_indices
 from customized_grpo.distributed import Ranks
 from customized_grpo.errors import TrainingError
-from customized_grpo.policies import ConditionT, Policy
+from customized_grpo.policies import ConditionT, Policy, in_step
 from customized_grpo.randomness import generator
 from customized_grpo.rewards import Reward, Task
 from customized_grpo.rollout import Plan, Rollout, plan_steps, sample_groups
@@ -93,13 +93,14 @@ class Trainer(Generic[ConditionT]):
         mine = self.ranks.share(config.rollout.prompts_per_iteration)
         plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
         with self.ranks.together():
-            clock.start("rollout")
-            task = self.task(iteration, mine)
-            condition = self.policy.encode(task.prompts, task.references)
-            rollout = sample_groups(
-                self.policy, condition, len(task.prompts), plan, config.rollout,
-                seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
-            )  # fmt: skip
+            with in_step(self.policy, self.ranks):
+                clock.start("rollout")
+                task = self.task(iteration, mine)
+                condition = self.policy.encode(task.prompts, task.references)
+                rollout = sample_groups(
+                    self.policy, condition, len(task.prompts), plan, config.rollout,
+                    seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
+                )  # fmt: skip
             clock.start("score")
             rewards, valid = self.score(rollout.images, task)
 
@@ -200,16 +201,17 @@ class Trainer(Generic[ConditionT]):
             rows = share[(share >= low) & (share < high)].sort().values - low
             items = torch.cartesian_prod(torch.arange(num_steps), rows)
             loss = 0.0
-            for chunk in items.split(self.config.optimizer.micro_batch) if len(items) else ():
-                result, kl = self._objective(rollout, plan, flat, chunk)
-                part = result.loss * (len(chunk) / (len(share) * num_steps))
-                part.backward()
-                loss += part.item()
-                # With its graph, every micro-batch would stay in memory until the update ends.
-                detached = result._replace(loss=result.loss.detach())
-                parts.append(_Part(number, len(chunk), detached, kl))
-                done += len(chunk)
-                on_progress(done / total)
+            with self.ranks.together(), in_step(self.policy, self.ranks):
+                for chunk in items.split(self.config.optimizer.micro_batch) if len(items) else ():
+                    result, kl = self._objective(rollout, plan, flat, chunk)
+                    part = result.loss * (len(chunk) / (len(share) * num_steps))
+                    part.backward()
+                    loss += part.item()
+                    # With its graph, every micro-batch would stay in memory until the update ends.
+                    detached = result._replace(loss=result.loss.detach())
+                    parts.append(_Part(number, len(chunk), detached, kl))
+                    done += len(chunk)
+                    on_progress(done / total)
             with self.ranks.together():
                 loss, norm = self._optimizer_step(loss)
             losses.append(loss)
@@ -222,12 +224,12 @@ class Trainer(Generic[ConditionT]):
         """The objective of (trained step, sample) pairs `items` [M, 2], and their mean KL to the untuned generator."""
         steps, rows = items.unbind(1)
         objective = self.config.objective
-        transition = self.transition(rollout, plan, steps, rows)
-        kl = None
-        if objective.kl_weight > 0:
+        reference = None
+        if objective.kl_weight > 0:  # first: after a velocity with a gradient comes its backward pass, see `in_step`
             with torch.no_grad(), self.policy.untuned():
                 reference = self.transition(rollout, plan, steps, rows)
-            kl = gaussian_kl(transition.mean, reference.mean, transition.std)
+        transition = self.transition(rollout, plan, steps, rows)
+        kl = None if reference is None else gaussian_kl(transition.mean, reference.mean, transition.std)
         result = clipped_objective(
             transition.log_prob,
             rollout.log_probs[steps, rows],

@@ -21,7 +21,7 @@ from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display, Stages
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError
-from customized_grpo.policies import EncodesAhead, Policy
+from customized_grpo.policies import EncodesAhead, Policy, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
@@ -33,6 +33,10 @@ from customized_grpo.toybox.copying import layout
 
 PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
+MEASURED = {"identity_to", "hpsv3_as_published", "metrics"}
+"""Settings of measuring."""
+UNSEEN = {"device", "offload", "shard", "cache", "gradient_checkpointing"}
+"""Settings of a generator that its pictures do not depend on."""
 
 
 def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
@@ -44,16 +48,18 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
     """
     if config.data is None:
         raise UserError("data: name the benchmark's folder with --data DIR")
+    if config.ema and config.adapter is None:
+        raise UserError("ema: only of a run; name it with --adapter RUN")
     run = None if config.adapter is None else load_run_config(config.adapter)
     configure(run.threads if run else None)
-    with started(Termination(), RanksConfig().silence) as ranks:
+    with started(Termination(), (run.ranks if run else RanksConfig()).silence) as ranks:
         display = display if ranks.first else Display.silent()
         with ranks.together(), display.stages() as stages:
             work = _prepared(config, run, ranks, stages)
             # Before anyone draws: all see the same pictures missing.
             left = [number for number, path in enumerate(work.paths) if not path.is_file()]
-        with ranks.together(), display.stages() as stages:
-            _draw(config, work, left[ranks.rank :: ranks.world], stages)
+        with display.stages() as stages:
+            _draw(config, work, left, ranks, stages)
         with ranks.together(), display.stages() as stages:
             return _measure_and_tell(config, work, display, stages) if ranks.first else None
 
@@ -75,14 +81,15 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages:
     assert config.data is not None
     items = read_items(config.benchmark or "dreambench", config.data)
     policy = _policy_config(config, run)
+    if run is None:
+        build.check_shard(policy, ranks.world)
     if config.images is not None:
         paths = pictures_made_elsewhere(config.images, items)
     else:
         paths = [config.output / PICTURES / f"{item.id}.png" for item in items]
     if not ranks.first:
         return _Work(items, paths, policy, None, [])
-    if config.images is None:
-        _go_on(config.output, _settings(config, policy))
+    _go_on(config.output, _settings(config, policy, items), drawing=config.images is None)
     pictures = _Pictures(config.data, items, stages)
     return _Work(items, paths, policy, pictures, _measures(config, policy, run, pictures))
 
@@ -92,8 +99,8 @@ def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, st
     means, subjects = summary(records), len({item.subject for item in work.items})
     results = {
         "benchmark": config.benchmark or "dreambench",
-        "settings": _settings(config, work.policy),
-        "measured": config.model_dump(mode="json", include={"identity_to", "hpsv3_as_published", "metrics"}),
+        "settings": _settings(config, work.policy, work.items),
+        "measured": {} if _is_toybox(config, work.policy) else config.model_dump(mode="json", include=MEASURED),
         "subjects": subjects,
         "summary": means,
         "records": records,
@@ -146,28 +153,38 @@ class _Pictures:
 
 def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
     """The generator's settings, with the benchmark's guidance."""
-    policy = run.policy if run else config.policy
+    policy = build.resolved_policy(run.policy if run else config.policy)
     if policy.kind == "toybox":
         if config.guidance is not None:
             raise UserError("guidance: ToyBox has none; leave it out")
         return policy
-    return policy.model_copy(update={"guidance": config.guidance or PUBLISHED_GUIDANCE})
+    # Of FLUX.2 klein, the distilled models take none.
+    usual = None if policy.kind == "flux2-klein" else PUBLISHED_GUIDANCE
+    return policy.model_copy(update={"guidance": usual if config.guidance is None else config.guidance})
 
 
-def _settings(config: BenchmarkConfig, policy: PolicyConfig) -> dict[str, Any]:
+def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Item]) -> dict[str, Any]:
     """All that the pictures depend on."""
+    asked = {"data": str((config.data or Path()).resolve()), "items_sha256": _items_hash(items)}
     if config.images is not None:
-        return {"images": str(config.images.resolve()), "data": str((config.data or Path()).resolve())}
+        return {"images": str(config.images.resolve()), **asked}
     adapter = _adapter(config)
     drawn = config.model_dump(mode="json", include={"num_steps", "shift", "seed"})
-    generator = policy.model_dump(mode="json", exclude={"device", "offload", "cache", "gradient_checkpointing"})
+    generator = policy.model_dump(mode="json", exclude=UNSEEN)
     return {
-        "data": str((config.data or Path()).resolve()),
+        **asked,
         "adapter": None if adapter is None else str(adapter.resolve()),
         "adapter_sha256": None if adapter is None else _adapter_hash(adapter),
         **drawn,
         **{f"policy.{name}": value for name, value in generator.items()},
     }
+
+
+def _items_hash(items: Sequence[Item]) -> str:
+    """Of names, prompts and the bytes of what is drawn from."""
+    references = {path: hashlib.sha256(path.read_bytes()).hexdigest() for item in items for path in item.references}
+    told = [[item.id, item.prompt, *(references[path] for path in item.references)] for item in items]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _adapter(config: BenchmarkConfig) -> Path | None:
@@ -182,7 +199,7 @@ def _adapter_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _go_on(output: Path, settings: dict[str, Any]) -> None:
+def _go_on(output: Path, settings: dict[str, Any], *, drawing: bool) -> None:
     """Begin in `output`, or go on with what was begun there. Raises `UserError` where that was another benchmark."""
     path = output / SETTINGS
     if path.is_file():
@@ -197,14 +214,24 @@ def _go_on(output: Path, settings: dict[str, Any]) -> None:
     elif output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
     with writing(output):
-        (output / PICTURES).mkdir(parents=True, exist_ok=True)
+        (output / PICTURES if drawing else output).mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(settings, indent=1))
+
+
+def _is_toybox(config: BenchmarkConfig, policy: PolicyConfig) -> bool:
+    """Whether ToyBox's own rewards and judge measure."""
+    return policy.kind == "toybox" and config.images is None
 
 
 def _measures(
     config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures
 ) -> Sequence[Measure]:
-    if policy.kind == "toybox" and config.images is None:
+    if _is_toybox(config, policy):
+        given = [
+            name for name in sorted(MEASURED) if getattr(config, name) != BenchmarkConfig.model_fields[name].default
+        ]
+        if given:
+            raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
         leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
         scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
         judge = build.build_judge(scored)
@@ -213,10 +240,21 @@ def _measures(
     return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 
-def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], stages: Stages) -> None:
-    """Draw the pictures with the numbers `left`, a micro-batch at a time, each whole or not at all."""
-    if not left:
-        return
+def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Ranks, stages: Stages) -> None:
+    """Draw the pictures with the numbers `left`, of which each process has its share."""
+    mine = left[ranks.rank :: ranks.world]
+    policy = None
+    with ranks.together():
+        if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
+            policy = _load_policy(config, work, mine, stages)
+    with ranks.together():
+        if policy is not None:
+            with in_step(policy, ranks):
+                _draw_each(config, work, policy, mine, stages)
+
+
+def _load_policy(config: BenchmarkConfig, work: _Work, mine: Sequence[int], stages: Stages) -> Policy[Any]:
+    """The generator, checked against all items; those with the numbers `mine` are encoded."""
     items = work.items
     policy = build.build_policy(work.policy, 0)
     assert config.data is not None
@@ -225,26 +263,32 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], stages: Sta
     if adapter is not None:
         policy.load_adapter(adapter)
 
-    def references(item: Item) -> list[Tensor]:
-        return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
-
     if isinstance(policy, EncodesAhead):
         policy.encode_ahead(
-            [items[number].prompt for number in left],
-            lambda index: references(items[left[index]]),
-            lambda done: stages.update("encoding prompts and references", done, len(left)),
+            [items[number].prompt for number in mine],
+            lambda index: _references(policy, items[mine[index]]),
+            lambda done: stages.update("encoding prompts and references", done, len(mine)),
         )
+    return policy
+
+
+def _references(policy: Policy[Any], item: Item) -> list[Tensor]:
+    return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
+
+
+def _draw_each(config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: Sequence[int], stages: Stages) -> None:
+    """Draw the pictures with the numbers `mine`, a micro-batch at a time, each whole or not at all."""
     sigmas = policy.sigmas(config.num_steps, config.shift)
-    for start in range(0, len(left), config.micro_batch):
-        rows = left[start : start + config.micro_batch]
-        chosen = [items[number] for number in rows]
-        images = _drawn(config, policy, chosen, [references(item) for item in chosen], rows, sigmas)
+    for start in range(0, len(mine), config.micro_batch):
+        rows = mine[start : start + config.micro_batch]
+        chosen = [work.items[number] for number in rows]
+        images = _drawn(config, policy, chosen, [_references(policy, item) for item in chosen], rows, sigmas)
         for number, image in zip(rows, images, strict=True):
             unfinished = work.paths[number].with_suffix(".part.png")
             with writing(config.output):
                 save_image(image, unfinished)
                 os.replace(unfinished, work.paths[number])
-        stages.update("drawing", start + len(rows), len(left))
+        stages.update("drawing", start + len(rows), len(mine))
 
 
 @torch.no_grad()

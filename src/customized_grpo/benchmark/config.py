@@ -30,7 +30,7 @@ class MetricsConfig(Section):
     hpsv3: HPSv3Config = HPSv3Config()
     """The rest of HPSv3."""
     device: str = "auto"
-    """Where the metrics run, after the generator has gone: cpu, cuda, cuda:1, mps; auto: cuda where there is one."""
+    """Where the metrics run, beside the generator: cpu, cuda, cuda:1, mps; auto: cuda where there is one."""
     micro_batch: int = Field(32, ge=1)
     """Pictures that go through an encoder at once: bounds memory, does not change the result."""
 
@@ -41,6 +41,10 @@ class MetricsConfig(Section):
         if "hpsv3" not in self.names and (self.hpsv3_weights is not None or self.hpsv3 != HPSv3Config()):
             raise ValueError("hpsv3, hpsv3_weights: names has no hpsv3; add it, or leave them out")
         return self
+
+
+DRAWN = ("num_steps", "guidance", "shift", "seed", "micro_batch")
+"""Fields of drawing."""
 
 
 class BenchmarkConfig(Section):
@@ -66,7 +70,7 @@ class BenchmarkConfig(Section):
     num_steps: int = Field(25, ge=1)
     """Denoising steps (paper: 25)."""
     guidance: float | None = Field(None, ge=1)
-    """Guidance scale; unset: 4 (paper). Not for toybox."""
+    """Guidance scale; unset: 4 (paper), and for flux2-klein the pipeline's own. Not for toybox."""
     shift: float | None = Field(None, gt=0)
     """Shift of the sigma schedule; unset: the generator's own schedule."""
     seed: int = Field(3407, ge=0)
@@ -83,6 +87,10 @@ class BenchmarkConfig(Section):
         given = self.policy != PolicyConfig()
         if self.images is not None and (self.adapter is not None or given):
             raise ValueError("images: they are drawn already; leave adapter and policy out")
+        usual = BenchmarkConfig.model_fields
+        drawn = [name for name in DRAWN if getattr(self, name) != usual[name].default]
+        if self.images is not None and drawn:
+            raise ValueError(f"images: they are drawn already; leave {', '.join(drawn)} out")
         if self.adapter is not None and given:
             raise ValueError("policy: with an adapter it is the run's own; leave it out")
         if self.ema and (self.images is not None or given):

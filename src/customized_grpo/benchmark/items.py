@@ -1,6 +1,7 @@
 """A benchmark's prompts, with the pictures of their subjects. Nothing here opens a picture."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,9 @@ def _items(rows: Sequence[tuple[str | None, str, tuple[Path, ...], str | None]],
         identifier = name or f"{UNFIT.sub('_', subject)}-{number:02d}"
         drawn_from = pictures[:1] if one else pictures
         items.append(Item(identifier, subject, prompt, drawn_from, tuple(pictures_of[subject])))
+    names = Counter(item.id for item in items)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"data: two pictures would be named {twice[0]}.png; rename one of the subjects")
     return items
 
 

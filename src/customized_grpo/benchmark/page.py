@@ -14,7 +14,7 @@ from customized_grpo.benchmark.published import OURS, PROMPTS, PUBLISHED, REAL_I
 from customized_grpo.compare.page import inline_svg
 from customized_grpo.report import style
 from customized_grpo.report.formats import percent
-from customized_grpo.report.page import SECRET, render_page
+from customized_grpo.report.page import render_page
 from customized_grpo.report.records import Interval, data_uri
 
 LABELS = {
@@ -55,6 +55,9 @@ def page_content(results: Mapping[str, Any], items: Sequence[Item], paths: Seque
     }
     settings, whole = results["settings"], len(items) == PROMPTS and results["subjects"] == SUBJECTS
     axes = next((pair for pair in PLANES if set(pair) <= summary.keys()), None)
+    # Of other data, or to other pictures, they say nothing.
+    comparable = results["benchmark"] == "dreambench" and results["measured"].get("identity_to") == "reference"
+    published = PUBLISHED if comparable and axes == PUBLISHED_PLANE else {}
     metrics = [(name, *LABELS[name]) for name in LABELS if name in summary]
     return {
         "title": _title(settings),
@@ -63,12 +66,13 @@ def page_content(results: Mapping[str, Any], items: Sequence[Item], paths: Seque
         "metrics": metrics,
         "copies": "copy" in summary,
         "overall": [_cell(name, summary[name]) for name, _, _ in metrics],
-        "published": [_published(name, metrics) for name in PUBLISHED] if axes == PUBLISHED_PLANE else [],
+        "published": [_published(name, metrics) for name in published],
+        "whole_prompts": not results["measured"].get("hpsv3_as_published", False),
         "subjects": _subject_rows(results["records"], metrics),
-        "plane": None if axes is None else _plane(summary, axes),
+        "plane": None if axes is None else _plane(summary, axes, published),
         "axes": axes,
         "gallery": _gallery(results["records"], items, paths, metrics),
-        "settings": SECRET.sub(r"\1(not shown)", json.dumps({**settings, **results["measured"]}, indent=1)),
+        "settings": json.dumps({**settings, **results["measured"]}, indent=1),
     }
 
 
@@ -141,10 +145,9 @@ def _gallery(
     return list(rows.values())
 
 
-def _plane(summary: Mapping[str, Interval], axes: tuple[str, str]) -> Markup:
-    """Prompt over identity: what was measured with its intervals, and on DINO and HPSv3 what is published."""
+def _plane(summary: Mapping[str, Interval], axes: tuple[str, str], others: Mapping[str, tuple[float, float]]) -> Markup:
+    """Prompt over identity: what was measured with its intervals, and the published `others`."""
     spots = {THIS: (summary[axes[0]], summary[axes[1]])}
-    others = PUBLISHED if axes == PUBLISHED_PLANE else {}
     spots |= {name: ((x, math.nan, math.nan), (y, math.nan, math.nan)) for name, (x, y) in others.items()}
     with mpl.rc_context(style.rc()):
         figure = style.new_figure(5.6)

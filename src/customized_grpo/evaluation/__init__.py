@@ -10,7 +10,7 @@ from torch import Tensor
 
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.distributed import Ranks
-from customized_grpo.policies import ConditionT, Policy, References
+from customized_grpo.policies import ConditionT, Policy, References, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards import Reward, Task
 from customized_grpo.rollout import sample_ode
@@ -65,21 +65,23 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     samples = list(dataset)[:pairs]
-    references = dataset.references(samples, policy.prepare_reference)
     mine = ranks.share(len(samples))
+    own = samples[mine.start : mine.stop]
     with ranks.together():
-        own = samples[mine.start : mine.stop]
-        task = Task(
-            [sample.prompt for sample in own],
-            references[mine.start : mine.stop],
-            dataset.masks(own, policy.prepare_reference) if masks and own else None,
-        )
         images, metrics = torch.zeros(0, 3, *policy.size), None
+        with in_step(policy, ranks):
+            references = dataset.references(samples, policy.prepare_reference)
+            task = Task(
+                [sample.prompt for sample in own],
+                references[mine.start : mine.stop],
+                dataset.masks(own, policy.prepare_reference) if masks and own else None,
+            )
+            if own:
+                noise = batched_normal(seed, 0, mine, [0] * len(own), PURPOSE, policy.latent_shape).to(policy.device)
+                condition = policy.encode(task.prompts, task.references)
+                sigmas = policy.sigmas(num_steps, shift)
+                images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
-            noise = batched_normal(seed, 0, mine, [0] * len(own), PURPOSE, policy.latent_shape).to(policy.device)
-            condition = policy.encode(task.prompts, task.references)
-            sigmas = policy.sigmas(num_steps, shift)
-            images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
             metrics = _measured(images, task, rewards, judge)
     names = (*(JUDGE_METRICS if judge else ()), *((COPY_SCORE,) if judge else ()), *REWARD_METRICS)
     table = ranks.rows(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))

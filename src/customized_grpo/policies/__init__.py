@@ -1,13 +1,15 @@
 """What a generator must do to be tuned. `toybox.policy` is one; `diffusers_policy` makes one of a pipeline."""
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from customized_grpo.distributed import Ranks
 
 ConditionT = TypeVar("ConditionT", bound="Condition")
 References = Sequence[Sequence[Tensor]]
@@ -107,6 +109,23 @@ class EncodesAhead(Protocol):
         `on_progress` hears how many are done.
         """
         ...
+
+
+@runtime_checkable
+class RunsInStep(Protocol):
+    """A policy that may be spread over processes, which then can only run it together."""
+
+    def in_step(self, ranks: Ranks) -> AbstractContextManager[None]:
+        """Within it each process calls `velocity` as often as its share of the work asks, be it never.
+
+        All enter it, and leave it together. A gradient is computed before the next call of `velocity`.
+        """
+        ...
+
+
+def in_step(policy: Policy[ConditionT], ranks: Ranks) -> AbstractContextManager[None]:
+    """`RunsInStep.in_step`, of a policy that has it. It stands within `Ranks.together`, around all that can fail."""
+    return policy.in_step(ranks) if isinstance(policy, RunsInStep) else nullcontext()
 
 
 @runtime_checkable

@@ -3,6 +3,7 @@
 import json
 
 import torch
+import torch.distributed as dist
 
 from customized_grpo.config import PolicyConfig
 from customized_grpo.errors import UserError
@@ -74,6 +75,8 @@ def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settin
         guidance=config.guidance,
         reference_side=config.reference_side,
         offload=config.offload,
+        # A command that runs in one process, such as generate, takes the configuration of a run of several.
+        shard=config.shard and dist.is_initialized(),
         gradient_checkpointing=config.gradient_checkpointing,
         compile=config.compile,
         attention_backend=config.attention_backend,

@@ -50,6 +50,15 @@ class Conditions:
         """See `policies.Condition.take`."""
         return Conditions(self.rows, self.index[index])
 
+    def groups(self) -> list[list[int]]:
+        """The places of samples of equal shapes, a list for each."""
+        places: dict[object, list[int]] = {}
+        for place, source in enumerate(self.index.tolist()):
+            row = self.rows[source]
+            shapes = tuple((name, tensor.shape) for name, tensor in row.tensors.items())
+            places.setdefault((row.sizes, shapes), []).append(place)
+        return list(places.values())
+
     def batches(self, device: torch.device) -> Iterator[Batch]:
         """The samples in batches of equal shapes, on `device`.
 
@@ -58,12 +67,7 @@ class Conditions:
         """
         sources = self.index.tolist()
         moved = {source: self._moved(source, device) for source in dict.fromkeys(sources)}
-        places: dict[object, list[int]] = {}
-        for place, source in enumerate(sources):
-            row = self.rows[source]
-            shapes = tuple((name, tensor.shape) for name, tensor in row.tensors.items())
-            places.setdefault((row.sizes, shapes), []).append(place)
-        for batch in places.values():
+        for batch in self.groups():
             rows = [moved[sources[place]] for place in batch]
             # Stacked even where all rows are one: matrix products of expanded tensors take another path, and round
             # otherwise.

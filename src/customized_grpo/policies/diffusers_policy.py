@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import resize
+from customized_grpo.distributed import Ranks
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import Lengths, References
-from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
+from customized_grpo.policies.conditions import Batch, ConditionCache, Conditions, Row
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
+from customized_grpo.policies.phase import Phase, phase
+from customized_grpo.policies.shard import shard
 from customized_grpo.policies.sizes import token_count
 from customized_grpo.runtime import CPU
 
@@ -32,6 +35,7 @@ class Settings:
     guidance: float | None = None
     reference_side: int | None = None
     offload: bool = False
+    shard: bool = False
     gradient_checkpointing: bool = True
     compile: bool = False
     attention_backend: str | None = None
@@ -60,6 +64,7 @@ class DiffusersPolicy:
         if settings.compile:
             self._transformer.compile_repeated_blocks()
         self._placed = False
+        self._phase: Phase | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -130,6 +135,12 @@ class DiffusersPolicy:
     def velocity(self, latents: Tensor, sigma: Tensor, condition: Conditions) -> Tensor:
         """See `Policy.velocity`."""
         self._place()
+        if self._phase is not None:
+            return self._phase.velocity(len(condition.groups()), lambda: self._velocity(latents, sigma, condition))
+        assert not self._settings.shard, "the processes run a sharded transformer within `in_step`"
+        return self._velocity(latents, sigma, condition)
+
+    def _velocity(self, latents: Tensor, sigma: Tensor, condition: Conditions) -> Tensor:
         parts, places = [], []
         for batch in condition.batches(self.device):
             rows = batch.places.to(latents.device)
@@ -138,6 +149,33 @@ class DiffusersPolicy:
             parts.append(part.float())
             places.append(rows)
         return torch.cat(parts)[torch.cat(places).argsort()]
+
+    @contextmanager
+    def in_step(self, ranks: Ranks) -> Iterator[None]:
+        """See `policies.RunsInStep`."""
+        if not self._settings.shard:
+            yield
+            return
+        with phase(ranks, self._idle) as self._phase:
+            try:
+                yield
+            finally:
+                self._phase = None
+
+    def _idle(self) -> Tensor:
+        """A velocity of which nothing is wanted: of one image token, at one small reference."""
+        self._place()
+        sizes = ((32, 32),)
+        example = self._family.example(self._transformer.config, sizes, guided=self.guided)
+        tensors = {
+            name: torch.ones(1, *tensor.shape, dtype=self._pipe.vae.dtype, device=self.device)
+            for name, tensor in example.items()
+        }
+        latents = torch.ones(1, 1, self.latent_shape[-1], device=self.device)
+        half = torch.full((1,), 0.5, device=self.device)
+        batch = Batch(tensors, sizes, torch.zeros(1, dtype=torch.long))
+        velocity = self._family.velocity(self._transformer, latents, half, batch, (16, 16), self._guidance)
+        return velocity.float()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -192,7 +230,10 @@ class DiffusersPolicy:
     def _place(self) -> None:
         """The transformer comes to the device when the encoders have had it."""
         if not self._placed:
-            self._transformer.to(self.device)
+            if self._settings.shard:
+                shard(self._transformer, [parameter for _, parameter in self._trainable], self.device)
+            else:
+                self._transformer.to(self.device)
             self._pipe.vae.to(self.device)
             self._placed = True
 
