@@ -100,6 +100,12 @@ def test_it_goes_on_picture_by_picture(
     assert (tmp_path / "out" / "benchmark.json").read_bytes() == scores
     with pytest.raises(UserError, match=r"begun with other settings \(num_steps: 2 -> 3\)"):
         run_benchmark(settings(num_steps=3), display)
+    prompts = config.data / "prompts_and_classes.txt"  # type: ignore[operator]
+    asked = prompts.read_text()
+    prompts.write_text(asked.replace("a red", "a blue"))
+    with pytest.raises(UserError, match="items_sha256"):
+        run_benchmark(config, display)
+    prompts.write_text(asked)
     (tmp_path / "out" / "settings.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         run_benchmark(config, display)
@@ -122,6 +128,8 @@ def test_pictures_made_elsewhere_score_as_drawn_here(
     run_benchmark(elsewhere, display)
     assert results(tmp_path / "scores")["records"] == results(tmp_path / "out")["records"]
     assert not (tmp_path / "scores" / "images").exists()
+    with pytest.raises(UserError, match="out was begun with other settings"):
+        run_benchmark(elsewhere.model_copy(update={"output": tmp_path / "out"}), display)
 
 
 def test_identity_to_the_reference_or_to_all_pictures(
@@ -144,6 +152,21 @@ def test_identity_to_the_reference_or_to_all_pictures(
         assert to_reference[number]["metrics"]["dino"] == pytest.approx(cosines[0], abs=1e-5)
         assert to_all[number]["metrics"]["dino"] == pytest.approx(sum(cosines) / 2, abs=1e-5)
         assert to_all[number]["metrics"]["hpsv3"] == to_reference[number]["metrics"]["hpsv3"]
+
+
+def test_published_figures_stand_beside_what_they_are_alike_to(
+    settings: Settings, display: Display, toybox_data: Path, tmp_path: Path
+) -> None:
+    names = {"metrics": settings().metrics.model_copy(update={"names": ("dino", "hpsv3")}).model_dump()}
+    whole = run_benchmark(settings(**names), display)
+    assert whole is not None and "the two are not alike" in whole.read_text()
+    first = run_benchmark(settings(**names, hpsv3_as_published=True), display)
+    assert first is not None and "OmniGen" in first.read_text() and "not alike" not in first.read_text()
+    to_all = run_benchmark(settings(**names, identity_to="all"), display)
+    assert to_all is not None and "OmniGen" not in to_all.read_text()
+    other = settings(**names, benchmark="folder", data=toybox_data / "test", output=tmp_path / "other")
+    page = run_benchmark(other, display)
+    assert page is not None and "OmniGen" not in page.read_text()
 
 
 def test_the_published_hpsv3_reads_the_first_character(settings: Settings, display: Display, tmp_path: Path) -> None:
@@ -182,6 +205,7 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
         ({"adapter": "x"}, "policy: with an adapter it is the run's own"),
         ({"hpsv3_as_published": True, "metrics": {"names": ["dino"]}}, "hpsv3_as_published: metrics.names has no"),
         ({"metrics": {"names": []}}, "names: empty"),
+        ({"images": "x", "policy": {}, "num_steps": 9}, "images: they are drawn already; leave num_steps out"),
         ({"metrics": {"names": ["dino"], "hpsv3_weights": "x"}}, "names has no hpsv3"),
         ({"policy": {"kind": "uno", "guidance": 3.0}}, "policy.guidance: a benchmark's is the field guidance"),
     ],
@@ -207,6 +231,10 @@ def test_toybox_is_measured_by_its_own_rewards_and_judge(
     assert "Identity kept" in page.read_text() and "OmniGen" not in page.read_text()
     with pytest.raises(UserError, match="guidance: ToyBox has none"):
         run_benchmark(BenchmarkConfig.model_validate(tuned | {"guidance": 2.0}), display)
+    with pytest.raises(UserError, match="identity_to: ToyBox is measured by its own rewards"):
+        run_benchmark(BenchmarkConfig.model_validate(tuned | {"identity_to": "all"}), display)
+    with pytest.raises(UserError, match="ema: only of a run"):
+        run_benchmark(BenchmarkConfig.model_validate(base | {"ema": True}), display)
     # Trained on, it draws other pictures: they do not go into the same folder.
     (tmp_path / "run" / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(UserError, match="adapter_sha256"):

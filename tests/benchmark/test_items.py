@@ -52,6 +52,16 @@ def test_missing_subjects_are_named_and_counted(dreambench: Path) -> None:
     assert "cup: no pictures" in str(error.value)
 
 
+def test_two_pictures_have_two_names(dreambench: Path) -> None:
+    (dreambench / "prompts_and_classes.txt").unlink()
+    for old, new in (("cup", "a b"), ("dog6", "a_b")):
+        (dreambench / old).rename(dreambench / new)
+    records = [{"prompt": "one", "image_path": f"{name}/00.png"} for name in ("a b", "a_b")]
+    (dreambench / "list.json").write_text(json.dumps(records))
+    with pytest.raises(UserError, match="two pictures would be named a_b-00.png"):
+        read_items("dreambench", dreambench)
+
+
 def test_other_layouts_are_no_dreambench(dreambench: Path, toybox_data: Path) -> None:
     with pytest.raises(UserError, match="is no folder"):
         read_items("dreambench", dreambench / "cup" / "00.png")
