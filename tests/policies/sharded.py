@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def shares(ranks: Ranks, folder: Path) -> None:
 
 def fails(ranks: Ranks, folder: Path) -> None:
     """One fails between runs, after the others' share or before: they leave at once, and the first tells why."""
-    for failing, works, runs in [(1, 9, 2), (1, 1, 2), (0, 9, 2), (0, 1, 2), (0, 9, 0), (1, 0, 0)]:
+    cases = [(1, 9, 2), (1, 1, 2), (0, 9, 2), (0, 1, 2), (0, 9, 0), (1, 0, 0)]
+    for kind, (failing, works, runs) in product((UserError, OSError), cases):
         bench, fresh = Bench(), Ranks(ranks.rank, ranks.world)
         found: BaseException | None = None
         try:
@@ -69,10 +71,11 @@ def fails(ranks: Ranks, folder: Path) -> None:
                 for _ in range(runs if ranks.rank == failing else works):
                     bench.velocity(current, 1)
                 if ranks.rank == failing:
-                    raise UserError("a file is damaged")
+                    raise kind("a file is damaged")
         except (UserError, SystemExit) as error:
             found = error
-        told = "a file is damaged" if failing == 0 else "process 1 of 2: a file is damaged"
+        told = "a file is damaged" if kind is UserError else "input: a file is damaged"
+        told = told if failing == 0 else f"process 1 of 2: {told}"
         assert str(found) == (told if ranks.first else "1"), found
         assert bench.runs == runs, (bench.runs, runs)
 

@@ -79,7 +79,7 @@ def phase(ranks: Ranks, idle: Callable[[], Tensor]) -> Iterator[Phase]:
     with ranks.blaming():
         try:
             yield current
-        except (UserError, TrainingError, Terminated):
+        except (UserError, TrainingError, OSError, Terminated):  # all that `together` tells the others of
             current.abandon()
             raise
         current.finish()
