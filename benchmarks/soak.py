@@ -25,9 +25,7 @@ import yaml
 
 from customized_grpo.toybox.export import export
 
-ITERATIONS = 16
 SETTINGS: dict[str, Any] = {
-    "iterations": ITERATIONS,
     "threads": 1,
     "policy": {"precision": "fp32"},
     "rollout": {"prompts_per_iteration": 3, "group_size": 6, "num_steps": 6, "micro_batch": 6},
@@ -43,7 +41,7 @@ QUIET, FROZEN = (1.0, 60.0), (1.0, 8.0)
 """Seconds from a start, or a fault, to the next fault, and from SIGSTOP to SIGCONT: bounds of what is drawn."""
 MOST = 200
 """Starts of an episode after which it is taken to lead nowhere."""
-COMPARED = ("adapter_model.safetensors", "ema/adapter_model.safetensors", "galleries/000016.png", "weights.json")
+COMPARED = ("adapter_model.safetensors", "ema/adapter_model.safetensors", "weights.json")
 TIMES = ("seconds/", "samples_per_second")
 
 
@@ -52,21 +50,25 @@ def main() -> None:
     options = _options()
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        figures = soak(Path(folder), options.minutes * 60, options.processes, draw)
+        figures = soak(Path(folder), options, draw)
     print(json.dumps(figures) if options.json else "\n".join(f"{name:<28} {value}" for name, value in figures.items()))
     raise SystemExit(figures["episodes"] != figures["equal to the bit"])
 
 
-def soak(folder: Path, seconds: float, processes: list[int], draw: random.Random) -> dict[str, Any]:
+def soak(folder: Path, options: argparse.Namespace, draw: random.Random) -> dict[str, Any]:
     """What was done, and how many episodes ended as the runs that were left alone."""
     export(folder / "train", "train", 24)
     faults: Counter[str] = Counter()
     start, episodes, equal, restarts = time.monotonic(), 0, 0, 0
-    while time.monotonic() - start < seconds:
-        count = processes[episodes % len(processes)]
+    while time.monotonic() - start < 60 * options.minutes:
+        count = options.processes[episodes % len(options.processes)]
         place = folder / f"episode-{episodes}"
         place.mkdir()
-        settings = SETTINGS | {"data": {"path": str(folder / "train")}, "seed": episodes}
+        settings = SETTINGS | {
+            "iterations": options.iterations,
+            "data": {"path": str(folder / "train")},
+            "seed": episodes,
+        }
         (place / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
         _ended(_start(place, "alone", count), wanted=0)
         starts = disturbed(place, count, draw, faults)
@@ -80,7 +82,7 @@ def soak(folder: Path, seconds: float, processes: list[int], draw: random.Random
         "minutes": round((time.monotonic() - start) / 60, 1),
         "episodes": episodes,
         "equal to the bit": equal,
-        "iterations of each": ITERATIONS,
+        "iterations of each": options.iterations,
         "restarts": restarts,
         **dict(sorted(faults.items())),
     }
@@ -106,12 +108,13 @@ def disturbed(place: Path, count: int, draw: random.Random, faults: Counter[str]
 
 def compare(alone: Path, disturbed: Path) -> str | None:
     """The first thing in which two runs differ, None where there is none."""
-    for name in COMPARED:
+    galleries = [str(path.relative_to(alone)) for path in sorted((alone / "galleries").iterdir())]
+    for name in (*COMPARED, *galleries):
         if (alone / name).read_bytes() != (disturbed / name).read_bytes():
             return name
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        if _rows(alone / name) != _rows(disturbed / name):
-            return name
+    for log in ("metrics.jsonl", "evaluations.jsonl"):
+        if _rows(alone / log) != _rows(disturbed / log):
+            return log
     return None
 
 
@@ -168,6 +171,7 @@ def _whom(whom: int, count: int) -> str:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=20.0, help="an episode begun before goes on to its end")
+    parser.add_argument("--iterations", type=int, default=16, help="of an episode")
     parser.add_argument("--folder", type=Path, help="where the runs go; default: the system's folder for such")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="of the episodes, in turn")

@@ -33,7 +33,19 @@ def test_checkpoint_cost_of_one_iteration(tmp_path: Path) -> None:
 
 
 def test_a_soak_of_one_episode(tmp_path: Path) -> None:
-    options = ["--folder", str(tmp_path), "--minutes", "0.01", "--processes", "1", "--seed", "1", "--json"]
+    options = [
+        "--folder",
+        str(tmp_path),
+        "--minutes",
+        "0.01",
+        "--iterations",
+        "4",
+        "--processes",
+        "1",
+        "--seed",
+        "1",
+        "--json",
+    ]
     command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

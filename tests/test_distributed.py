@@ -156,33 +156,27 @@ def one(place: Path, written: Callable[..., Path], train: Callable[..., str]) ->
     return place
 
 
+LAUNCHERS = {
+    "torch.distributed.run": ["--nproc_per_node", "2", "--master_port"],
+    "accelerate.commands.launch": ["--num_processes", "2", "--cpu", "--num_machines", "1", "--main_process_port"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_as_one(
-    one: Path, written: Callable[..., Path], train: Callable[..., str],
-    read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path,
-) -> None:  # fmt: skip
-    said = train(written("two"), "--num-processes", 2)
-    assert "2 processes share 3 groups an iteration" in said and said.count("iteration 3/3") == 1
-    same(one, tmp_path / "two", read_log)
-    for name in ("galleries/000003.png", "report.html", "weights.json"):
-        assert (tmp_path / "two" / name).is_file()
-
-
-@pytest.mark.parametrize("launcher", ["torch.distributed.run", "accelerate.commands.launch"])
-def test_the_usual_launchers(
     one: Path, written: Callable[..., Path], read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path,
     launcher: str,
 ) -> None:  # fmt: skip
-    counted = (
-        ["--nproc_per_node", "2"] if "torch" in launcher else ["--num_processes", "2", "--cpu", "--num_machines", "1"]
-    )
-    counted += ["--master_port" if "torch" in launcher else "--main_process_port", str(free_port())]
-    command = [sys.executable, "-m", launcher, *counted, "-m", "customized_grpo", "train", "--config"]
+    command = [sys.executable, "-m", launcher, *LAUNCHERS[launcher], str(free_port()), "-m", "customized_grpo", "train"]
     done = subprocess.run(
-        [*command, str(written("launched"))], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*command, "--config", str(written("two"))], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    same(one, tmp_path / "launched", read_log)
+    assert "2 processes share 3 groups an iteration" in done.stdout and done.stdout.count("iteration 3/3") == 1
+    same(one, tmp_path / "two", read_log)
+    for name in ("galleries/000003.png", "report.html", "weights.json"):
+        assert (tmp_path / "two" / name).is_file()
 
 
 def test_resumed_in_two_processes_and_in_one_again(
