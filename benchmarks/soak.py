@@ -69,7 +69,7 @@ def soak(folder: Path, options: argparse.Namespace, draw: random.Random) -> dict
             "data": {"path": str(folder / "train")},
             "seed": episodes,
         }
-        (place / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        (place / "config.yaml").write_text(yaml.safe_dump(SETTINGS | own), encoding="utf-8")
         _ended(_start(place, "alone", count), wanted=0)
         starts = disturbed(place, count, draw, faults)
         difference = compare(place / "alone", place / "disturbed")

@@ -46,7 +46,7 @@ def test_a_soak_of_one_episode(tmp_path: Path) -> None:
         "1",
         "--json",
     ]
-    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *options]
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *options, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
