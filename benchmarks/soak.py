@@ -64,11 +64,7 @@ def soak(folder: Path, options: argparse.Namespace, draw: random.Random) -> dict
         count = options.processes[episodes % len(options.processes)]
         place = folder / f"episode-{episodes}"
         place.mkdir()
-        settings = SETTINGS | {
-            "iterations": options.iterations,
-            "data": {"path": str(folder / "train")},
-            "seed": episodes,
-        }
+        own = {"iterations": options.iterations, "data": {"path": str(folder / "train")}, "seed": episodes}
         (place / "config.yaml").write_text(yaml.safe_dump(SETTINGS | own), encoding="utf-8")
         _ended(_start(place, "alone", count), wanted=0)
         starts = disturbed(place, count, draw, faults)
