@@ -10,7 +10,7 @@ MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare compare-leak figures test lint benchmark clean
+.PHONY: help setup demo compare compare-leak figures test test-all lint benchmark clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -34,8 +34,11 @@ figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in 
 	$(BIN)/customized-grpo figures --diagnosis docs/results/diagnosis.json --output docs/images/diagnosis
 
 # A process for each core, with one thread each: several with several threads each would be far slower.
-test: $(INSTALLED) ## Run all tests
+test: $(INSTALLED) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+
+test-all: $(INSTALLED) ## Run the slow tests too, of several processes and a soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m ""
 
 lint: $(INSTALLED) ## Check style, formatting and types
 	$(BIN)/ruff check

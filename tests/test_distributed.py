@@ -162,7 +162,9 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", ["torch.distributed.run", pytest.param("accelerate.commands.launch", marks=pytest.mark.slow)]
+)
 def test_two_processes_train_as_one(
     one: Path, written: Callable[..., Path], read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path,
     launcher: str,
@@ -189,6 +191,7 @@ def test_resumed_in_two_processes_and_in_one_again(
     same(one, tmp_path / "parts", read_log)
 
 
+@pytest.mark.slow
 def test_a_tiny_flux_in_two_processes_is_as_in_one(
     train: Callable[..., str], read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -291,7 +294,10 @@ def children(process: "subprocess.Popen[bytes]") -> Sequence[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
-@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 0)])
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [(signal.SIGKILL, 1), pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow), (signal.SIGSTOP, 0)],
+)
 def test_the_others_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
@@ -306,6 +312,7 @@ def test_the_others_stop_with_the_name_of_the_lost(
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
+@pytest.mark.slow
 @pytest.mark.parametrize("to_all", [True, False])
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
     place: Path, written: Callable[..., Path], train: Callable[..., str], tmp_path: Path, to_all: bool,
@@ -347,7 +354,7 @@ main()
 """Trains as the command does; the second process sends itself SIGTERM in the third iteration, at a call of `place`."""
 
 
-@pytest.mark.parametrize("where", ["_objective", "_optimizer_step"])
+@pytest.mark.parametrize("where", [pytest.param("_objective", marks=pytest.mark.slow), "_optimizer_step"])
 def test_sigterm_in_an_update_tears_none(
     place: Path, written: Callable[..., Path], train: Callable[..., str], tmp_path: Path, where: str
 ) -> None:
