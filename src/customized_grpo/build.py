@@ -9,7 +9,7 @@ import torch
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.data import SubjectDataset
 from customized_grpo.display import Display, Stages
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, shortened
 from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.libraries import quiet
 from customized_grpo.policies import EncodesAhead, Policy, ReadsPrompts
@@ -186,8 +186,7 @@ def open_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectData
 def raise_listed(source: Path, what: str, problems: Sequence[str]) -> None:
     """Raise `UserError` where there are problems with the things in `source`: the first ten, and how many more."""
     if problems:
-        more = f"\n  ... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{source}: {len(problems)} unusable {what}:\n  " + "\n  ".join(problems[:10]) + more)
+        raise UserError(f"{source}: {len(problems)} unusable {what}:\n  {shortened(problems, most=10)}")
 
 
 def encode_ahead(policy: Policy[Any], datasets: Mapping[SubjectDataset, int | None], stages: Stages) -> None:

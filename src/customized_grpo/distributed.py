@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from customized_grpo.errors import TrainingError, UserError, first_line
+from customized_grpo.launch import world_size
 from customized_grpo.termination import Terminated, Termination
 
 BEAT = 1.0
@@ -83,7 +84,7 @@ class Ranks:
 
     def unlike(self, value: Tensor) -> list[int]:
         """The ranks whose `value` [n] is not that of rank 0."""
-        values = [value] if self.world == 1 else self._gathered(value.cpu())
+        values = self.table(value)
         return [rank for rank, each in enumerate(values) if not torch.equal(each, values[0])]
 
     @contextmanager
@@ -99,14 +100,12 @@ class Ranks:
         failure: BaseException | None = None
         try:
             yield
-        except (UserError, TrainingError, Terminated) as error:
+        except (UserError, TrainingError, Terminated, OSError) as error:
             if self.ending:
                 raise
             failure = error
-        except OSError as error:
-            if self.ending:
-                raise
-            failure = UserError(f"{error.filename or 'input'}: {error.strerror or error}")
+            if isinstance(error, OSError):
+                failure = UserError(f"{error.filename or 'input'}: {error.strerror or error}")
         codes = {UserError: _USER_ERROR, TrainingError: _TRAINING_ERROR, Terminated: _TERMINATED}
         code = next((code for kind, code in codes.items() if isinstance(failure, kind)), _FINE)
         if code == _FINE and self._watch is not None and self._watch.termination.due:
@@ -278,11 +277,6 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
                 dist.barrier()
                 dist.destroy_process_group()
         watch.close()
-
-
-def world_size() -> int:
-    """How many processes were launched together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -1,4 +1,6 @@
-"""The error a user can mend."""
+"""Errors that end a command, and their words."""
+
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -15,6 +17,12 @@ class TrainingError(Exception):
 
 class Diverged(TrainingError):
     """Processes hold different weights: none of them is worth saving."""
+
+
+def shortened(items: Sequence[str], separator: str = "\n  ", most: int = 20) -> str:
+    """The first `most` items, and how many more there are."""
+    more = [f"... and {len(items) - most} more"] if len(items) > most else []
+    return separator.join([*items[:most], *more])
 
 
 def first_line(error: Exception) -> str:

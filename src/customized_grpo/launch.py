@@ -20,9 +20,14 @@ PATIENCE = 30.0
 """Seconds that the others have to end by themselves, and to save what they have, when one has failed."""
 
 
+def world_size() -> int:
+    """How many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def is_launched(count: int) -> bool:
     """Whether this process is one of `count` already. Raises `UserError` where it is one of another number."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if count < 1:
         raise UserError(f"--num_processes: {count} processes cannot be started; give 1 or more")
     if world > 1 and count not in (1, world):

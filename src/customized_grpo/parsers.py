@@ -23,6 +23,7 @@ class Parser(ArgumentParser):
 
 
 def build_parser() -> ArgumentParser:
+    """The parser of all commands. Raises `BadArguments` when it parses wrong ones."""
     parser = Parser(
         prog="customized-grpo", description="Online RL for subject-driven image generators.", version=__version__
     )

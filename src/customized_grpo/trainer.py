@@ -46,6 +46,9 @@ REWARD_NAMES = ("prompt", "identity")
 RATIO_TOLERANCE = 1e-5
 """The ratio is 1 before the first update, up to rounding. Beyond this, rollout and update compute different things."""
 
+PART = ("update", "size", "ratio/mean", "ratio/min", "ratio/max", "clip_fraction", "kl")
+"""Columns of what is known of a micro-batch."""
+
 Metrics = dict[str, Any]
 OnPhase = Callable[[str, float], None]
 """Called as (phase, share of it done)."""
@@ -192,7 +195,7 @@ class Trainer(Generic[ConditionT]):
         shuffled = torch.randperm(num_samples, generator=generator(self.config.seed, self.iteration, "update order"))
         updates = min(self.config.optimizer.updates_per_iteration, num_samples)
         flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
-        parts: list[_Part] = []
+        parts: list[tuple[float, ...]] = []
         norms, losses = [], []
         done, total = 0, (high - low) * num_steps
         for number, share in enumerate(shuffled.tensor_split(updates)):
@@ -207,16 +210,16 @@ class Trainer(Generic[ConditionT]):
                     part = result.loss * (len(chunk) / (len(share) * num_steps))
                     part.backward()
                     loss += part.item()
-                    # With its graph, every micro-batch would stay in memory until the update ends.
-                    detached = result._replace(loss=result.loss.detach())
-                    parts.append(_Part(number, len(chunk), detached, kl))
+                    ratios = (result.ratio_mean, result.ratio_min, result.ratio_max, result.clip_fraction)
+                    parts.append((number, len(chunk), *map(float, ratios), kl))
                     done += len(chunk)
                     on_progress(done / total)
             with self.ranks.together():
                 loss, norm = self._optimizer_step(loss)
             losses.append(loss)
             norms.append(norm)
-        return _update_metrics(self.ranks.rows(_columns(parts)), losses, norms)
+        table = torch.tensor(parts, dtype=torch.float64).view(-1, len(PART))
+        return _update_metrics(self.ranks.rows(table), losses, norms)
 
     def _objective(
         self, rollout: Rollout[ConditionT], plan: Plan, advantages: Tensor, items: Tensor
@@ -276,16 +279,6 @@ class Trainer(Generic[ConditionT]):
         return loss, norm
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One micro-batch of an update."""
-
-    update: int
-    size: int
-    result: ClippedObjective
-    kl: float
-
-
 class _Clock:
     """Seconds by phase."""
 
@@ -327,20 +320,6 @@ def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:
     metrics["conflict_rate"] = conflict_rate(advantages, valid)
     metrics["invalid_share"] = 1 - float(valid.float().mean())
     return metrics
-
-
-PART = ("update", "size", "ratio/mean", "ratio/min", "ratio/max", "clip_fraction", "kl")
-"""Columns of what is known of a micro-batch."""
-
-
-def _columns(parts: Sequence[_Part]) -> Tensor:
-    """The micro-batches as rows [n, PART], float64."""
-    results = [part.result for part in parts]
-    rows = [
-        (part.update, part.size, result.ratio_mean, result.ratio_min, result.ratio_max, result.clip_fraction, part.kl)
-        for part, result in zip(parts, results, strict=True)
-    ]
-    return torch.tensor([[float(value) for value in row] for row in rows], dtype=torch.float64).view(-1, len(PART))
 
 
 def _update_metrics(parts: Tensor, losses: Sequence[float], norms: Sequence[float]) -> Metrics:

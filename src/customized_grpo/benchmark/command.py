@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customized_grpo import build
+from customized_grpo import build, evaluation
 from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
 from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
 from customized_grpo.benchmark.metrics import Group, Measure, load_measures, toybox_measure
@@ -66,12 +66,13 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What is to be drawn and measured: the items, their pictures' `paths`, the generator's settings, and in the first
-    process what measures."""
+    """What is to be drawn and measured: the items, their pictures' `paths`, the generator's settings; and in the first
+    process all `settings` that the pictures depend on, and what measures."""
 
     items: Sequence[Item]
     paths: Sequence[Path]
     policy: PolicyConfig
+    settings: Mapping[str, Any]
     pictures: "_Pictures | None"
     measures: Sequence[Measure]
 
@@ -88,10 +89,11 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages:
     else:
         paths = [config.output / PICTURES / f"{item.id}.png" for item in items]
     if not ranks.first:
-        return _Work(items, paths, policy, None, [])
-    _go_on(config.output, _settings(config, policy, items), drawing=config.images is None)
+        return _Work(items, paths, policy, {}, None, [])
+    settings = _settings(config, policy, items)
+    _go_on(config.output, settings, drawing=config.images is None)
     pictures = _Pictures(config.data, items, stages)
-    return _Work(items, paths, policy, pictures, _measures(config, policy, run, pictures))
+    return _Work(items, paths, policy, settings, pictures, _measures(config, policy, run, pictures))
 
 
 def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, stages: Stages) -> Path:
@@ -99,7 +101,7 @@ def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, st
     means, subjects = summary(records), len({item.subject for item in work.items})
     results = {
         "benchmark": config.benchmark or "dreambench",
-        "settings": _settings(config, work.policy, work.items),
+        "settings": work.settings,
         "measured": {} if _is_toybox(config, work.policy) else config.model_dump(mode="json", include=MEASURED),
         "subjects": subjects,
         "summary": means,
@@ -305,53 +307,41 @@ def _drawn(
     return sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
 
 
-@dataclass(frozen=True)
-class _Place:
-    """What a group's pictures have in common."""
-
-    subject: str
-    references: tuple[Path, ...]
-
-
 @torch.no_grad()
 def _measured(config: BenchmarkConfig, work: _Work, stages: Stages) -> list[dict[str, Any]]:
     """A record of each item, in their order."""
     items, pictures, measures = work.items, work.pictures, work.measures
     assert pictures is not None
-    groups: dict[_Place, list[int]] = {}
-    for number, item in enumerate(items):
-        groups.setdefault(_Place(item.subject, item.references), []).append(number)
+    groups: dict[tuple[str, tuple[Path, ...]], list[int]] = {}
+    for place, item in enumerate(items):
+        groups.setdefault((item.subject, item.references), []).append(place)
     found: dict[int, dict[str, float | None]] = {}
-    for place, numbers in groups.items():
-        first = items[numbers[0]]
-        loaded = pictures.load(list(dict.fromkeys((*place.references, *first.pictures))))
-        references = loaded[: len(place.references)]
+    for (subject, drawn_from), places in groups.items():
+        first = items[places[0]]
+        loaded = pictures.load(list(dict.fromkeys((*drawn_from, *first.pictures))))
+        references = loaded[: len(drawn_from)]
         compared = references if config.identity_to == "reference" else pictures.load(first.pictures)
-        for rows in _alike(numbers, work.paths, config.metrics.micro_batch):
+        for rows in _alike(places, work.paths, config.metrics.micro_batch):
             images = torch.stack([image for _, image in rows])
-            prompts = [items[number].prompt for number, _ in rows]
-            group = Group(place.subject, prompts, images, references, compared)
+            prompts = [items[place].prompt for place, _ in rows]
+            group = Group(subject, prompts, images, references, compared)
             values = {name: each for measure in measures for name, each in measure(group).items()}
-            for index, (number, _) in enumerate(rows):
-                found[number] = {name: _number(each[index]) for name, each in values.items()}
+            for index, (place, _) in enumerate(rows):
+                found[place] = {name: evaluation.number(each[index]) for name, each in values.items()}
             stages.update("measuring", len(found), len(items))
     return [
-        {"id": item.id, "subject": item.subject, "prompt": item.prompt, "metrics": found[number]}
-        for number, item in enumerate(items)
+        {"id": item.id, "subject": item.subject, "prompt": item.prompt, "metrics": found[place]}
+        for place, item in enumerate(items)
     ]
 
 
-def _alike(numbers: Sequence[int], paths: Sequence[Path], most: int) -> list[list[tuple[int, Tensor]]]:
-    """The pictures of `numbers` in batches of one size, of at most `most`."""
-    batches: dict[torch.Size, list[list[tuple[int, Tensor]]]] = {}
-    for number in numbers:
-        image = load_image(paths[number])
-        of_size = batches.setdefault(image.shape, [[]])
-        if len(of_size[-1]) == most:
-            of_size.append([])
-        of_size[-1].append((number, image))
-    return [batch for of_size in batches.values() for batch in of_size]
-
-
-def _number(value: Tensor) -> float | None:
-    return float(value) if bool(value.isfinite()) else None
+def _alike(places: Sequence[int], paths: Sequence[Path], most: int) -> Iterator[list[tuple[int, Tensor]]]:
+    """The pictures of the items at `places` in batches of one size, of at most `most`."""
+    begun: dict[torch.Size, list[tuple[int, Tensor]]] = {}
+    for place in places:
+        image = load_image(paths[place])
+        batch = begun.setdefault(image.shape, [])
+        batch.append((place, image))
+        if len(batch) == most:
+            yield begun.pop(image.shape)
+    yield from begun.values()

@@ -9,9 +9,8 @@ from pathlib import Path
 from customized_grpo.data import SubjectDataset
 from customized_grpo.data.entries import Entry, Problem
 from customized_grpo.data.sources import READERS, recognise
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, shortened
 
-LISTED = 20
 UNFIT = re.compile(r"[^\w.-]+")
 """What a subject's name may have, and a file's is better without."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -51,7 +50,7 @@ def read_items(benchmark: str, folder: Path) -> list[Item]:
     missing = [f"{path.relative_to(folder.resolve())}: no such file" for path in files if not path.is_file()]
     missing = [f"{each.place}: {each.text}" for each in problems] + missing
     if missing or not entries:
-        raise UserError(f"data: {folder} is not whole:\n  " + _shortened(missing or ["it has no prompt"]))
+        raise UserError(f"data: {folder} is not whole:\n  " + shortened(missing or ["it has no prompt"]))
     # A folder names all pictures of a subject, the first of which is drawn from; a list names what is drawn from.
     one = layout == "dreambench"
     return _items([(_subject(entry, folder), entry.prompt, entry.references, None) for entry in entries], one=one)
@@ -72,7 +71,7 @@ def pictures_made_elsewhere(folder: Path, items: Sequence[Item]) -> list[Path]:
         if path is None
     ]
     if missing:
-        raise UserError(f"images: {folder} lacks {len(missing)} of {len(items)} pictures:\n  " + _shortened(missing))
+        raise UserError(f"images: {folder} lacks {len(missing)} of {len(items)} pictures:\n  " + shortened(missing))
     return [path for path in paths if path is not None]
 
 
@@ -100,8 +99,3 @@ def _subject(entry: Entry, folder: Path) -> str:
     """A list's entries are of one subject when their first pictures lie in one folder."""
     parent = entry.references[0].parent
     return entry.subject or (entry.references[0].stem if parent == folder.resolve() else parent.name)
-
-
-def _shortened(lines: Sequence[str]) -> str:
-    more = [f"... and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
-    return "\n  ".join([*lines[:LISTED], *more])

@@ -5,16 +5,15 @@ Shape legend: N pictures drawn of a group, K pictures of their subject.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from customized_grpo import evaluation
 from customized_grpo.benchmark.config import MetricsConfig
 from customized_grpo.config_rewards import RewardsConfig
 from customized_grpo.data import resize_square
 from customized_grpo.errors import UserError
-from customized_grpo.evaluation import COPY_SCORE, JUDGE_METRICS, REWARD_METRICS
 from customized_grpo.libraries import quiet
 from customized_grpo.rewards import Reward, Task
 from customized_grpo.runtime import resolve_device
@@ -101,7 +100,7 @@ def prompt_measure(name: str, reward: Reward, *, first_character: bool = False) 
 
     def measure(group: Group) -> Mapping[str, Tensor]:
         asked = [prompt[:1] for prompt in group.prompts] if first_character else group.prompts
-        return {name: _values(reward, group.images, Task(asked, [[] for _ in asked], None))}
+        return {name: evaluation.scores(group.images, Task(asked, [[] for _ in asked], None), reward)}
 
     return measure
 
@@ -129,15 +128,6 @@ def toybox_measure(rewards: Sequence[Reward], judge: Judge) -> Measure:
     def measure(group: Group) -> Mapping[str, Tensor]:
         reference = resize_square(group.references[0], SIZE)
         task = Task(group.prompts, [[reference]] * len(group.prompts), None)
-        found: dict[str, Any] = {
-            name: _values(reward, group.images, task) for name, reward in zip(REWARD_METRICS, rewards, strict=True)
-        }
-        verdict = judge.judge(group.images, group.prompts, reference.expand(len(group.images), -1, -1, -1))
-        return {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | found
+        return evaluation.measure(group.images, task, rewards, judge)
 
     return measure
-
-
-def _values(reward: Reward, images: Tensor, task: Task) -> Tensor:
-    scores = reward.score(images.unsqueeze(1), task)
-    return torch.where(scores.valid, scores.values, torch.nan).squeeze(1).float().cpu()

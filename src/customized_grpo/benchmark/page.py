@@ -14,8 +14,9 @@ from customized_grpo.benchmark.published import OURS, PROMPTS, PUBLISHED, REAL_I
 from customized_grpo.compare.page import inline_svg
 from customized_grpo.report import style
 from customized_grpo.report.formats import percent
-from customized_grpo.report.page import render_page
-from customized_grpo.report.records import Interval, data_uri
+from customized_grpo.report.page import HUES, render_page
+from customized_grpo.report.page import LABELS as OF_REPORTS
+from customized_grpo.report.records import SHARES, Interval, data_uri
 
 LABELS = {
     "dino": ("DINO", "identity"),
@@ -24,16 +25,10 @@ LABELS = {
     "clip_t": ("CLIP-T", "prompt"),
     "hpsv3": ("HPSv3", "prompt"),
     "copy": ("Copy-paste meter", "plain"),
-    "joint_success": ("Joint success", "joint"),
-    "prompt_satisfied": ("Prompt satisfied", "prompt"),
-    "identity_kept": ("Identity kept", "identity"),
-    "copied": ("Copy-paste rate", "plain"),
     "copy_score": ("Copy-paste meter", "plain"),
-    "reward/prompt": ("Prompt reward", "prompt"),
-    "reward/identity": ("Identity reward", "identity"),
+    **{name: (label, HUES[name]) for name, label in OF_REPORTS.items()},
 }
 """Heading and colour class of a metric."""
-SHARES = ("joint_success", "prompt_satisfied", "identity_kept", "copied")
 PLANES = (("dino", "hpsv3"), ("dinov2", "hpsv3"), ("dino", "clip_t"), ("identity_kept", "prompt_satisfied"))
 """(identity, prompt): the first pair that was measured is drawn."""
 PUBLISHED_PLANE = PLANES[0]

@@ -28,11 +28,10 @@ from customized_grpo.data.images import (
     load_image,
     load_mask,
 )
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, shortened
 from customized_grpo.randomness import generator
 
 METADATA = "metadata.jsonl"
-_LISTED = 20
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class SubjectDataset:
         if without:
             raise UserError(
                 f"{self.folder / METADATA}: {len(without)} of {len(samples)} samples of one batch have no "
-                f"masks: {_shortened(map(repr, without), ', ')}; give masks to every sample or to none"
+                f"masks: {shortened([repr(name) for name in without], ', ')}; give masks to every sample or to none"
             )
         return self._load(load_mask, [sample.masks for sample in samples], prepare)
 
@@ -324,13 +323,7 @@ def _raise_listed(problems: Sequence[str], headline: str) -> None:
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
-        raise UserError(f"{headline}:\n  " + _shortened(problems, "\n  "))
-
-
-def _shortened(items: Iterable[str], separator: str) -> str:
-    listed = list(items)
-    rest = len(listed) - _LISTED
-    return separator.join(listed[:_LISTED] + ([f"... and {rest} more"] if rest > 0 else []))
+        raise UserError(f"{headline}:\n  " + shortened(problems))
 
 
 def _worded(error: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from customized_grpo.data.entries import Entry, Found, Problem
 from customized_grpo.data.hugging_face import Named, open_tables, read_hugging_face
 from customized_grpo.data.images import MAX_PIXELS, load_image, load_mask, resize, save_image, to_pil
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, shortened
 
 LARGEST = 150_000_000
 """Pixels of the largest picture that is taken, by its header; more could be meant to exhaust memory."""
@@ -208,8 +208,7 @@ def _segmenter() -> Segment:
 def _listed(source: Path, problems: Sequence[Problem], bad: int, entries: int, max_bad: int) -> str:
     if not problems:
         return f"{source} holds no entry: nothing to write to {METADATA}"
-    lines = [f"  {problem.place}: {problem.text}" for problem in problems[:LISTED]]
-    more = [f"  ... and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    listed = shortened([f"{problem.place}: {problem.text}" for problem in problems], most=LISTED)
     head = f"{source}: {bad} of {entries} entries cannot be used"
     limit = f", more than --max_bad={max_bad} allows:" if bad > max_bad else ", and there is no other:"
-    return "\n".join([head + limit, *lines, *more])
+    return f"{head}{limit}\n  {listed}"

@@ -44,7 +44,7 @@ class Evaluation:
         for index, sample in enumerate(self.samples):
             row: dict[str, Any] = {"id": sample.id, "prompt": sample.prompt, "subject": sample.subject}
             for name, values in self.metrics.items():
-                row[name] = bool(values[index]) if name in JUDGE_METRICS else _number(values[index])
+                row[name] = bool(values[index]) if name in JUDGE_METRICS else number(values[index])
             rows.append(row)
         return rows
 
@@ -82,23 +82,25 @@ def evaluate(
                 sigmas = policy.sigmas(num_steps, shift)
                 images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
-            metrics = _measured(images, task, rewards, judge)
-    names = (*(JUDGE_METRICS if judge else ()), *((COPY_SCORE,) if judge else ()), *REWARD_METRICS)
+            metrics = measure(images, task, rewards, judge)
+    names = (*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS) if judge else REWARD_METRICS
     table = ranks.rows(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))
     return Evaluation(samples, references, ranks.rows(images), dict(zip(names, table.unbind(1), strict=True)))
 
 
-def _measured(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge | None) -> dict[str, Tensor]:
+def measure(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge | None) -> dict[str, Tensor]:
     """Each metric [N] of `images` [N, 3, H, W], one for each prompt of the task."""
-    scores = [reward.score(images.unsqueeze(1), task) for reward in rewards]
-    metrics = {
-        name: torch.where(score.valid, score.values, torch.nan).squeeze(1).float().cpu()
-        for name, score in zip(REWARD_METRICS, scores, strict=True)
-    }
+    metrics = {name: scores(images, task, reward) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
     if judge is not None:
         verdict = judge.judge(images, task.prompts, first_references(task.references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
     return metrics
+
+
+def scores(images: Tensor, task: Task, reward: Reward) -> Tensor:
+    """The reward [N] of `images` [N, 3, H, W], one for each prompt of the task; NaN where there is none."""
+    found = reward.score(images.unsqueeze(1), task)
+    return torch.where(found.valid, found.values, torch.nan).squeeze(1).float().cpu()
 
 
 def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:
@@ -130,5 +132,6 @@ def _other(samples: Sequence[Sample], row: int) -> int | None:
     return None
 
 
-def _number(value: Tensor) -> float | None:
+def number(value: Tensor) -> float | None:
+    """A value as JSON has it, null where it is not finite."""
     return float(value) if bool(value.isfinite()) else None

@@ -1,6 +1,7 @@
 """LoRA factors on a diffusers transformer: made from a seed, saved and loaded in diffusers' own format."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,9 @@ def load_lora(transformer: Any, folder: Path) -> None:
         raise UserError(f"{path}: no adapter there; name the folder of a finished run")
     state, scale = read_lora(path)
     config = transformer.peft_config[NAME]
-    if misfit := _misfit(state, _factors(transformer)) or _other_scale(scale, config.lora_alpha / config.r):
+    if wrong := misfit(state, _factors(transformer)) or _other_scale(scale, config.lora_alpha / config.r):
         raise UserError(
-            f"{path}: this adapter does not fit the policy of the run's config ({misfit}); check policy.model, "
+            f"{path}: this adapter does not fit the policy of the run's config ({wrong}); check policy.model, "
             "policy.lora_rank and policy.lora_alpha"
         )
     set_peft_model_state_dict(transformer, state, adapter_name=NAME)
@@ -93,11 +94,12 @@ def _other_scale(found: float, expected: float) -> str:
     return "" if abs(found - expected) < 1e-6 else f"its alpha is {found:g} times its rank, expected {expected:g}"
 
 
-def _misfit(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first thing wrong with `state` where the names and shapes of `expected` are wanted; "" where nothing is."""
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         return f"it {'lacks' if missing else 'has'} {(missing or unknown)[0]}"
-    for name, value in state.items():
-        if value.shape != expected[name].shape:
-            return f"{name} is {list(value.shape)}, expected {list(expected[name].shape)}"
+    for name, tensor in sorted(expected.items()):
+        if state[name].shape != tensor.shape:
+            return f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
     return ""

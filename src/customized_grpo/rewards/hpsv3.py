@@ -19,9 +19,10 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qw
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies.loading import locate_file
+from customized_grpo.policies.lora import misfit
 from customized_grpo.policies.qwen_image_edit_plus import ImageTextProcessor
 from customized_grpo.rewards import Scores, Task
-from customized_grpo.rewards.weights import misfit, read_tensors
+from customized_grpo.rewards.weights import read_tensors
 
 WEIGHTS = "MizzenAI/HPSv3/HPSv3.safetensors"
 REWARD_TOKEN = "<|Reward|>"

@@ -1,6 +1,5 @@
-"""Tensors from a safetensors file, and what is wrong with them."""
+"""Tensors from a safetensors file that a configuration field names."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,14 +16,3 @@ def read_tensors(path: Path, field: str) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{field}: {path} is damaged, or no safetensors file ({error})") from error
-
-
-def misfit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str | None:
-    """The first thing wrong with `found` where the names and shapes of `expected` are wanted; None where nothing is."""
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unknown:
-        return f"it lacks {missing[0]}" if missing else f"it has {unknown[0]}"
-    for name, tensor in sorted(expected.items()):
-        if found[name].shape != tensor.shape:
-            return f"{name} is {list(found[name].shape)}, expected {list(tensor.shape)}"
-    return None
