@@ -158,7 +158,7 @@ def one(place: Path, written: Callable[..., Path], train: Callable[..., str]) ->
 
 LAUNCHERS = {
     "torch.distributed.run": ["--nproc_per_node", "2", "--master_port"],
-    "accelerate.commands.launch": ["--num_processes", "2", "--cpu", "--num_machines", "1", "--main_process_port"],
+    "accelerate.commands.launch": ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port"],
 }
 
 
