@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 }
 FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP")
 """Drawn from; a process that was stopped goes on after a while."""
-QUIET, FROZEN = (1.0, 60.0), (1.0, 8.0)
+QUIET, FROZEN = (1.0, 30.0), (1.0, 8.0)
 """Seconds from a start, or a fault, to the next fault, and from SIGSTOP to SIGCONT: bounds of what is drawn."""
 MOST = 200
 """Starts of an episode after which it is taken to lead nowhere."""

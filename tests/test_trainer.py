@@ -49,7 +49,7 @@ def advantages_of(trainer: Trainer[Any], monkeypatch: pytest.MonkeyPatch) -> Ten
     """The advantages [P, G, S] that the next iteration trains with."""
     kept: list[Tensor] = []
     update = trainer._update
-    monkeypatch.setattr(trainer, "_update", lambda r, p, a, m, o: (kept.append(a), update(r, p, a, m, o))[1])
+    monkeypatch.setattr(trainer, "_update", lambda r, p, a, *rest: (kept.append(a), update(r, p, a, *rest))[1])
     trainer.train_step()
     return kept[0]
 

@@ -159,18 +159,18 @@ class Session:
             raise Diverged(f"the weights of process {unlike[0]} are not those of process 0; {remedy}")
 
     def _iterate(self, show: Training) -> None:
-        """One iteration: its update and its lines in the logs are whole, or not there."""
+        """One iteration: its updates and its line in the log are whole, or not there."""
         with ExitStack() as stack:
 
             def on_phase(phase: str, share: float) -> None:
-                if phase == "rollout":
-                    self.termination.poll()
-                elif phase == "update" and share == 0.0:
-                    stack.enter_context(self.termination.whole())
-                    self._updating = True
+                self.termination.poll()
                 show.phase(phase, share)
 
-            metrics = self.trainer.train_step(on_phase)
+            def before_update() -> None:
+                stack.enter_context(self.termination.whole())
+                self._updating = True
+
+            metrics = self.trainer.train_step(on_phase, before_update)
             if self.average is not None:
                 self.average.update(self.trainer.iteration)
             with self.ranks.together():

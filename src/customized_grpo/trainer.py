@@ -87,9 +87,14 @@ class Trainer(Generic[ConditionT]):
         self.sigmas = self.policy.sigmas(rollout.num_steps, rollout.shift)
         self.weights = step_weights(self.config.advantages, rollout.num_steps)
 
-    def train_step(self, on_phase: OnPhase = lambda phase, share: None) -> Metrics:
+    def train_step(
+        self, on_phase: OnPhase = lambda phase, share: None, before_update: Callable[[], None] = lambda: None
+    ) -> Metrics:
         """Sample groups, score them, turn rewards into advantages for each step, update. Returns the iteration's
-        metrics."""
+        metrics.
+
+        Until `before_update` is called, `on_phase` may raise and the weights are those of the iteration before.
+        """
         config, iteration = self.config, self.iteration
         clock = _Clock(on_phase, self.policy.device)
 
@@ -110,10 +115,9 @@ class Trainer(Generic[ConditionT]):
         rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
         with self.ranks.together():
             self.check_valid(valid)
+            clock.start("update")
         advantages = self._advantages(rewards, valid, plan)
-
-        clock.start("update")
-        update = self._update(rollout, plan, advantages, mine, clock.share)
+        update = self._update(rollout, plan, advantages, mine, clock.share, before_update)
 
         self.iteration += 1
         seconds = clock.stop()
@@ -187,6 +191,7 @@ class Trainer(Generic[ConditionT]):
         advantages: Tensor,
         mine: range,
         on_progress: Callable[[float], None],
+        before_update: Callable[[], None],
     ) -> Metrics:
         """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples, of which this
         process has those of the prompts `mine`."""
@@ -214,6 +219,8 @@ class Trainer(Generic[ConditionT]):
                     parts.append((number, len(chunk), *map(float, ratios), kl))
                     done += len(chunk)
                     on_progress(done / total)
+            if number == 0:
+                before_update()
             with self.ranks.together():
                 loss, norm = self._optimizer_step(loss)
             losses.append(loss)

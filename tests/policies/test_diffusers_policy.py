@@ -126,9 +126,9 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
     captured: dict[str, Any] = {}
     update = trainer._update
 
-    def spy(rollout: Any, plan: Any, advantages: Tensor, mine: range, on_progress: Any) -> Any:
+    def spy(rollout: Any, plan: Any, advantages: Tensor, *rest: Any) -> Any:
         captured.update(rollout=rollout, plan=plan, advantages=advantages)
-        return update(rollout, plan, advantages, mine, on_progress)
+        return update(rollout, plan, advantages, *rest)
 
     trainer._update = spy  # type: ignore[method-assign]
     metrics = trainer.train_step()

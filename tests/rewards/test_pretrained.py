@@ -61,12 +61,25 @@ def test_pictures_are_prepared_as_by_the_checkpoints_processor(
     processor = AutoImageProcessor.from_pretrained(models[kind])
     images = smooth(2, height, width)
     expected = processor([to_pil(image) for image in images], return_tensors="pt")["pixel_values"]
-    found = Preprocessing.of(processor.to_dict())(images)
+    found = Preprocessing.of(processor.to_dict(), kind)(images)
     assert found.shape == expected.shape
     # In units of 8-bit levels: the same filter, but Pillow rounds between its two passes.
     levels = (found - expected).abs() * torch.tensor(processor.image_std).view(3, 1, 1) * 255
     assert levels.max() < 1.01
     assert levels.mean() < 0.3
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resample": 1}, r"cannot resize by resample=1; expected 0 \(nearest-exact\), 2 \(bilinear\), 3 \(bicubic\)"),
+        ({"size": {"longest_edge": 224}}, "cannot resize to {'longest_edge': 224}; expected shortest_edge"),
+    ],
+)
+def test_a_processor_of_another_kind_is_an_error(changes: dict[str, Any], words: str, models: dict[str, Path]) -> None:
+    settings = AutoImageProcessor.from_pretrained(models["clip"]).to_dict() | changes
+    with pytest.raises(UserError, match=f"rewards.identity_model: here: the image processor {words}"):
+        Preprocessing.of(settings, "rewards.identity_model: here")
 
 
 @pytest.mark.parametrize("identity", ["dino", "vit", "clip_i"])

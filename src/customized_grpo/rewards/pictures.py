@@ -26,24 +26,29 @@ class Preprocessing:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> "Preprocessing":
+    def of(cls, settings: Mapping[str, Any], source: str) -> "Preprocessing":
         """The steps of a transformers image processor with these `settings`, as its file has them.
 
-        Raises `UserError` for sizes of a kind not known here.
+        `source`: where they are from. Raises `UserError`, naming it, for sizes and ways to resize that are not known.
         """
+        resample = settings.get("resample", 3)
+        if resample not in RESAMPLE:
+            known = ", ".join(f"{number} ({mode})" for number, mode in RESAMPLE.items())
+            raise UserError(f"{source}: the image processor cannot resize by resample={resample}; expected {known}")
         size = dict(settings.get("size") or {}) if settings.get("do_resize", True) else {}
         shortest, exact = size.get("shortest_edge"), None
         if {"height", "width"} <= size.keys():
             exact = (size["height"], size["width"])
         if size and shortest is None and exact is None:
-            name = settings.get("image_processor_type")
-            raise UserError(f"{name}: cannot resize to {size}; expected shortest_edge, or height and width")
+            raise UserError(
+                f"{source}: the image processor cannot resize to {size}; expected shortest_edge, or height and width"
+            )
         crop = settings.get("crop_size") if settings.get("do_center_crop") else None
         return cls(
             shortest,
             exact,
             (crop["height"], crop["width"]) if crop else None,
-            RESAMPLE[settings.get("resample", 3)],
+            RESAMPLE[resample],
             tuple(settings["image_mean"]),
             tuple(settings["image_std"]),
         )

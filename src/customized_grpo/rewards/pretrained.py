@@ -105,7 +105,7 @@ class Checkpoint:
         if self._kind == "hpsv2":
             side = self._model.config.vision_config.image_size
             return Letterbox(side, tuple(settings["image_mean"]), tuple(settings["image_std"]))
-        return Preprocessing.of(settings)
+        return Preprocessing.of(settings, f"{self._field}: {self._processor}")
 
     def to_prompt(self) -> PromptSimilarity:
         """Cosine of pictures with prompts, for the kinds that read prompts."""
