@@ -56,13 +56,14 @@ def measure(folder: Path, iterations: int, threads: int | None) -> dict[str, flo
     trainer = Trainer(config, policy, build.build_rewards(config), build.open_dataset(data, config, policy))
     average = Average(policy.trainable_parameters(), DECAY)
     state = State(list(policy.trainable_parameters()), trainer.optimizer, average)
+    fields = pinned(config, trainer.dataset)
     trained, saved = [], []
     for _ in range(iterations + 1):
         start = time.perf_counter()
         trainer.train_step()
         average.update(trainer.iteration)
         middle = time.perf_counter()
-        save_checkpoint(folder / "checkpoints", trainer.iteration, pinned(config), state)
+        save_checkpoint(folder / "checkpoints", trainer.iteration, fields, state)
         prune_checkpoints(folder / "checkpoints", trainer.iteration, config.checkpoint.keep_last, None)
         trained.append(middle - start)
         saved.append(time.perf_counter() - middle)

@@ -5,7 +5,10 @@ FILE holds the settings of a small run, as JSON.
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +18,8 @@ from torch import Tensor
 
 from customized_grpo import build
 from customized_grpo.config import Config
-from customized_grpo.display import Display
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.session import Session
 from customized_grpo.termination import Terminated, Termination
 from customized_grpo.trainer import Trainer
 
@@ -53,6 +54,29 @@ def failing(ranks: Ranks, settings: dict[str, Any]) -> None:
     except SystemExit as end:
         assert not ranks.first and end.code == 1
         raise
+
+
+def hung(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """SIGTERM to one process ends what another does alone, and waits for."""
+    start = time.monotonic()
+    try:
+        with ranks.together(), ranks.alone():
+            if ranks.rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(300)
+    except Terminated:
+        assert time.monotonic() - start < 100
+        raise SystemExit(143) from None
+
+
+def frozen(ranks: Ranks, settings: dict[str, Any]) -> None:
+    """All are stopped for longer than silence may last, and go on: none is taken for gone."""
+    subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(4)
+    with ranks.together():
+        pass
+    raise SystemExit(5)
 
 
 def told_to_end(ranks: Ranks, settings: dict[str, Any]) -> None:
@@ -123,24 +147,6 @@ def failed_rewards(ranks: Ranks, settings: dict[str, Any]) -> None:
     raise SystemExit(5)
 
 
-def apart(ranks: Ranks, settings: dict[str, Any]) -> None:
-    """Weights that differ in one bit of one process are found, and stop the run."""
-    trainer = small_trainer(ranks, settings)
-    session = Session(trainer.config, trainer, {}, Display.silent(), None, None, Termination())
-    with ranks.together():
-        session._check_equal("")
-    if ranks.rank == 1:
-        with torch.no_grad():
-            _, parameter = next(iter(trainer.policy.trainable_parameters()))
-            parameter.view(torch.int32)[0, 0] ^= 1
-    try:
-        with ranks.together():
-            session._check_equal("start again")
-    except TrainingError as error:
-        assert str(error) == "the weights of process 1 are not those of process 0; start again"
-        raise SystemExit(5) from error
-
-
 def small_trainer(ranks: Ranks, settings: dict[str, Any]) -> Trainer[Any]:
     config = Config.model_validate(settings["config"])
     policy = build.build_policy(config.policy, config.seed)
@@ -149,12 +155,14 @@ def small_trainer(ranks: Ranks, settings: dict[str, Any]) -> Trainer[Any]:
 
 
 CHECKS: dict[str, Callable[[Ranks, dict[str, Any]], None]] = {
-    check.__name__: check for check in (exchange, failing, told_to_end, not_finite, failed_rewards, apart)
+    check.__name__: check for check in (exchange, failing, hung, frozen, told_to_end, not_finite, failed_rewards)
 }
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with started(Termination(), silence=20.0) as group:
+    termination = Termination()
+    chosen = json.loads(Path(sys.argv[2]).read_text())
+    with termination.listening(), started(termination, chosen.get("silence", 20.0)) as group:
         assert group.world == int(os.environ["WORLD_SIZE"])
-        CHECKS[sys.argv[1]](group, json.loads(Path(sys.argv[2]).read_text()))
+        CHECKS[sys.argv[1]](group, chosen)

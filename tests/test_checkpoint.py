@@ -135,10 +135,59 @@ def test_what_a_killed_save_left_behind_is_no_checkpoint(tmp_path: Path) -> None
     left = tmp_path / ".000004.partial"
     left.mkdir()
     (left / TENSORS).write_bytes(b"half")
-    (tmp_path / "000006").mkdir()
     assert names(tmp_path) == ["000002"]
     Part(0).save(tmp_path, 4)
     assert names(tmp_path) == ["000002", "000004"] and not left.exists()
+
+
+def test_a_checkpoint_without_its_manifest_is_damaged_and_not_overlooked(tmp_path: Path) -> None:
+    path = Part(0).save(tmp_path, 2)
+    (path / MANIFEST).unlink()
+    assert names(tmp_path) == ["000002"]
+    with pytest.raises(DamagedCheckpoint, match=f"{path / MANIFEST}: damaged or missing"):
+        Part(1).load(path)
+
+
+def test_a_checkpoint_of_a_later_format_is_not_passed_over_as_damaged(tmp_path: Path) -> None:
+    path = Part(0).save(tmp_path, 2)
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["format"] == checkpoint.FORMAT
+    (path / MANIFEST).write_text(json.dumps(manifest | {"format": checkpoint.FORMAT + 1, "new": 1}))
+    with pytest.raises(UserError, match=r"of format 2, written by a later version; this one reads up to 1") as caught:
+        Part(1).load(path)
+    assert not isinstance(caught.value, DamagedCheckpoint)
+
+
+def test_a_checkpoint_that_was_moved_and_linked_to_is_kept_and_removed_as_any_other(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    Part(0, steps=1).save(folder, 2).rename(elsewhere)
+    (folder / "000002").symlink_to(elsewhere)
+    assert Part(1).load(folder / "000002") == 2
+    for iteration in (4, 6):
+        Part(0).save(folder, iteration, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["000006"] and (elsewhere / MANIFEST).is_file()
+
+
+def test_what_cannot_be_removed_is_in_no_saves_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a file on a network disk that some process still has open."""
+    monkeypatch.setattr(os, "rmdir", refuse)
+    for iteration in (2, 4, 6):
+        Part(0).save(tmp_path, iteration, keep=1)
+    assert names(tmp_path) == ["000006"]
+    monkeypatch.undo()
+    Part(0).save(tmp_path, 8, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["000008"]
+
+
+def refuse(*arguments: object, **settings: object) -> None:
+    raise OSError(16, "Device or resource busy")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc")
+def test_what_was_loaded_keeps_no_file_open(tmp_path: Path) -> None:
+    path, part = Part(0, steps=1).save(tmp_path, 1), Part(1)
+    part.load(path)
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def die_at(operation: int) -> None:
@@ -218,7 +267,9 @@ def test_another_configuration_is_refused_field_by_field(tmp_path: Path) -> None
 def test_the_manifest_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = Part(0).save(tmp_path, 1)
     manifest = read_manifest(path)
-    assert set(manifest.libraries) == {"customized-grpo", "torch", "peft", "diffusers"}
+    assert set(manifest.libraries) == {
+        "customized-grpo", "torch", "peft", "diffusers", "transformers", "numpy", "pillow"
+    }  # fmt: skip
     assert manifest.libraries["torch"] == metadata.version("torch") and manifest.other_libraries() == []
     now = manifest.libraries | {"torch": "9.9"}
     monkeypatch.setattr(checkpoint, "library_versions", lambda: now)
@@ -249,6 +300,8 @@ HOSTILE: dict[str, Callable[[dict[str, Any]], str]] = {
     "other settings": lambda m: json.dumps(m | {"config": {"seed": 1}}),
     "libraries that are numbers": lambda m: json.dumps(m | {"libraries": {"torch": 2}}),
     "hashes that are a text": lambda m: json.dumps(m | {"sha256": "0" * 64}),
+    "a format that is a text": lambda m: json.dumps(m | {"format": "1"}),
+    "a key twice": lambda m: json.dumps(m)[:-1] + ', "config": {"seed": 1}}',
     "a hash of a path outside": lambda m: json.dumps(m | {"sha256": m["sha256"] | {"../../secret": "0" * 64}}),
     "a hash that is a path": lambda m: json.dumps(m | {"sha256": m["sha256"] | {"tensors": "/etc/passwd"}}),
     "another hash": lambda m: json.dumps(m | {"sha256": m["sha256"] | {"tensors": "0" * 64}}),
@@ -272,8 +325,17 @@ def test_hostile_manifests_are_damage(kind: str, tmp_path: Path) -> None:
     [
         ({"parameter/weight": None}, "it lacks parameter/weight"),
         ({"parameter/more": torch.ones(1)}, "it has parameter/more"),
-        ({"parameter/weight": torch.ones(2, 2)}, r"parameter/weight is \[2, 2\], expected \[2, 3\]"),
-        ({"optimizer/weight/exp_avg": torch.ones(5)}, r"optimizer/weight/exp_avg is \[5\]"),
+        ({"parameter/weight": torch.ones(2, 2)}, r"parameter/weight is float32 \[2, 2\], expected float32 \[2, 3\]"),
+        (
+            {"parameter/weight": torch.ones(2, 3, dtype=torch.int8)},
+            r"weight is int8 \[2, 3\], expected float32 \[2, 3\]",
+        ),
+        ({"parameter/weight": torch.full((2, 3), torch.nan)}, "parameter/weight has numbers that are not finite"),
+        ({"optimizer/weight/exp_avg": torch.ones(5)}, r"optimizer/weight/exp_avg is float32 \[5\]"),
+        ({"optimizer/weight/exp_avg": torch.ones(())}, r"optimizer/weight/exp_avg is float32 \[\]"),
+        ({"optimizer/weight/exp_avg_sq": None}, "it lacks optimizer/weight/exp_avg_sq"),
+        ({"optimizer/bias/step": None}, "it lacks optimizer/bias/step"),
+        ({f"optimizer/bias/{key}": None for key in checkpoint.MOMENTS}, "it lacks optimizer/bias/exp_avg"),
         ({"optimizer/other/exp_avg": torch.ones(2, 3)}, "it has optimizer/other/exp_avg"),
         ({"average/weight": torch.ones(2, 3)}, "it has average/weight"),
     ],

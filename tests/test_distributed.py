@@ -126,6 +126,14 @@ def test_sigterm_to_one_process_ends_all(tmp_path: Path) -> None:
     assert together("told_to_end", {}, tmp_path) == [143, 143]
 
 
+def test_sigterm_to_one_process_ends_what_another_waits_for(tmp_path: Path) -> None:
+    assert together("hung", {}, tmp_path) == [143, 143]
+
+
+def test_processes_that_were_stopped_together_go_on_together(tmp_path: Path) -> None:
+    assert together("frozen", {"silence": 3.0}, tmp_path) == [5, 5]
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_what_is_not_finite_in_one_process_stops_all(make_settings: MakeSettings, tmp_path: Path, what: str) -> None:
     settings = {"config": make_settings(SHARED), "poison": what}
@@ -134,10 +142,6 @@ def test_what_is_not_finite_in_one_process_stops_all(make_settings: MakeSettings
 
 def test_rewards_that_fail_in_one_process_count_among_all(make_settings: MakeSettings, tmp_path: Path) -> None:
     assert together("failed_rewards", {"config": make_settings(SHARED)}, tmp_path) == [5, 5]
-
-
-def test_weights_that_came_apart_are_found(make_settings: MakeSettings, tmp_path: Path) -> None:
-    assert together("apart", {"config": make_settings(SHARED)}, tmp_path) == [5, 1]
 
 
 # they train as one does
@@ -309,6 +313,52 @@ def test_the_others_stop_with_the_name_of_the_lost(
     text = log.read_text()
     assert f"process {1 - lost} of 2 stops: process {lost} (host " in text and f"process {victim}) is gone" in text
     assert f"process {lost} of 2 was ended by SIGKILL" in text and "Traceback" not in text
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
+def test_sigterm_to_processes_that_do_not_listen_yet(written: Callable[..., Path]) -> None:
+    command = [sys.executable, "-m", "customized_grpo", "train", "--config", str(written("early"))]
+    with subprocess.Popen([*command, "--num_processes", "2"], env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        while not children(process):
+            time.sleep(0.01)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+
+
+COME_APART = """
+import sys
+import torch
+from customized_grpo.cli import main
+from customized_grpo.trainer import Trainer
+
+step = Trainer.train_step
+
+def flipped(self, *arguments):
+    metrics = step(self, *arguments)
+    if self.ranks.rank == 1 and self.iteration == 1:
+        with torch.no_grad():
+            next(iter(self.policy.trainable_parameters()))[1].view(torch.int32)[0, 0] ^= 1
+    return metrics
+
+Trainer.train_step = flipped
+main()
+"""
+"""Trains as the command does; after the first iteration one bit of a weight of the second process is another."""
+
+
+def test_weights_that_came_apart_are_found(written: Callable[..., Path], tmp_path: Path) -> None:
+    """When they are compared next, every two iterations, and before anything is saved of them."""
+    settings = {"iterations": 5, "checkpoint.every": 100, "ranks.check_every": 2, "ema.decay": None}
+    config, port = written("apart", **settings), free_port()
+    command = [sys.executable, "-c", COME_APART, "train", "--config", str(config)]
+    processes = [
+        subprocess.Popen(command, env=environment(rank, 2, port), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    told = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], told
+    assert "the weights of process 1 are not those of process 0; after iteration 2" in told[0]
+    assert not list((tmp_path / "apart").glob("checkpoints/*"))
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")

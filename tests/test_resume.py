@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from customized_grpo import checkpoint
 from customized_grpo.checkpoint import list_checkpoints
 from customized_grpo.config import Config
+from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.run import train
+from customized_grpo.storage import locked
 from customized_grpo.trainer import Trainer, TrainingError
 
 MakeConfig = Callable[..., Config]
@@ -116,6 +118,63 @@ def test_a_run_is_not_resumed_as_another(
     assert listing(run) == before
 
 
+def test_data_may_move_but_not_change(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, read_log: ReadLog
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(four, run)
+    shutil.rmtree(run / "checkpoints" / "000004")
+    moved = shutil.copytree(make_config(FOUR).data.path, tmp_path / "moved")
+    changes = FOUR | {"data.path": str(moved)}
+    picture = next(moved.rglob("*.png"))
+    content = picture.read_bytes()
+    save_image(load_image(picture).flip(-1), picture)
+    with pytest.raises(UserError, match="another configuration.*data.sha256"):
+        run_training(make_config(changes), resume=True)
+    picture.write_bytes(content)
+    run_training(make_config(changes), resume=True)
+    same_run(run, four, read_log)
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(four, run)
+    before = listing(run)
+    with locked(run, "a test"), pytest.raises(UserError, match=f"output: {run} is being worked on by another run"):
+        run_training(make_config(FOUR), resume=True)
+    assert listing(run) == before
+
+
+def test_a_log_that_is_none_is_named(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(four, run)
+    (run / "metrics.jsonl").write_bytes(b"\0" * 40 + b"\n")
+    with pytest.raises(UserError, match=f"{run / 'metrics.jsonl'}:1: not a row of a log"):
+        run_training(make_config(FOUR), resume=True)
+
+
+@pytest.mark.parametrize(("update", "kept"), [(1, "000002"), (2, None)])
+def test_a_gradient_that_is_not_finite_leaves_no_half_of_an_iteration(
+    update: int, kept: str | None, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the third iteration: before its first update the weights are those of the second, after it of none."""
+    step, calls = Trainer._optimizer_step, []
+
+    def poisoned(self: Trainer[Any], loss: float, *rest: Any) -> tuple[float, float]:
+        calls.append(1)
+        return step(self, float("nan") if len(calls) == 4 + update else loss, *rest)
+
+    monkeypatch.setattr(Trainer, "_optimizer_step", poisoned)
+    with pytest.raises(TrainingError, match="iteration 3: the loss is nan"):
+        run_training(make_config(FOUR | {"checkpoint.every": 100}))
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ([kept] if kept else [])
+
+
 def test_another_table_of_time_weights_is_refused(make_config: MakeConfig, run_training: RunTraining) -> None:
     def changes(first: float) -> dict[str, Any]:
         table = [[first, 0.5], *[[0.5, 0.5]] * 3]
@@ -176,17 +235,23 @@ def test_a_bad_checkpoint_that_is_named_is_an_error(
     assert listing(run) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "torn"), [("state.safetensors", True), ("state.safetensors", False), ("manifest.json", False)]
+)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, capsys: pytest.CaptureFixture[str]
+    name: str, torn: bool, four: Path, tmp_path: Path, make_config: MakeConfig
 ) -> None:
     """The run goes on from the one before it, and comes to the same end."""
     run = tmp_path / "run"
     shutil.copytree(four, run)
-    newest = run / "checkpoints" / "000004" / "state.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
+    newest = run / "checkpoints" / "000004" / name
+    if torn:
+        newest.write_bytes(newest.read_bytes()[:-100])
+    else:
+        newest.unlink()
     display = Display(Console(width=200, file=(said := io.StringIO())))
     train(make_config(FOUR), display, resume=True)
-    assert "state.safetensors: damaged" in said.getvalue() and "resuming after iteration 2" in said.getvalue()
+    assert f"{name}: damaged" in said.getvalue() and "resuming after iteration 2" in said.getvalue()
     assert (run / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
 
 

@@ -151,19 +151,24 @@ def test_sigterm_before_training_ends_at_once(settings: Callable[..., Path], tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_at_any_moments_comes_to_the_same_end(
     seed: int, straight: Path, settings: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """SIGKILL, several times, a checkpoint every iteration: some of the kills fall into a save."""
+    """SIGKILL, three times, each once an iteration more was logged and before the last one was."""
     output, draw = tmp_path / "killed", random.Random(seed)
+    log = output / "metrics.jsonl"
     command = [sys.executable, "-m", "customized_grpo", *train(settings(output))]
-    for _ in range(4):
+    for number in range(1, 4):
         with subprocess.Popen(
             command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         ) as child:
-            time.sleep(draw.uniform(2.0, 6.0))
+            while not log.is_file() or log.read_bytes().count(b"\n") < number:
+                assert child.poll() is None
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0.0, 0.3))
             child.send_signal(signal.SIGKILL)
+        assert child.returncode == -signal.SIGKILL
     done = run(command)
     assert done.returncode == 0, done.stderr
     same(output, straight)
@@ -185,6 +190,19 @@ def test_what_is_whole_is_not_torn() -> None:
             work()
         assert done == ["inner", "outer"]
         signal.raise_signal(signal.SIGTERM)  # a second one asks for nothing new
+
+
+def test_deferred_it_waits_for_a_poll_unless_nothing_else_waits() -> None:
+    termination = Termination()
+    with termination.listening():
+        termination.defer()
+        with pytest.raises(Terminated), termination.at_once():
+            signal.raise_signal(signal.SIGTERM)
+        termination.check()
+        with pytest.raises(Terminated):
+            termination.poll()
+        with pytest.raises(Terminated), termination.at_once():
+            pytest.fail("it had come before")
 
 
 def test_elsewhere_it_comes_at_once_and_the_handler_is_given_back() -> None:

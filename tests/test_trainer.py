@@ -124,6 +124,20 @@ def test_every_sample_is_trained_once_on_every_trained_step(
     assert sorted(seen) == [(s, row) for s in range(len(steps)) for row in range(8)]
 
 
+def test_every_update_has_as_much_of_every_group(make_trainer: MakeTrainer) -> None:
+    """So processes, which have whole groups, have equal work in every update."""
+    trainer = make_trainer({})
+    for prompts, size, updates in ((4, 12, 3), (3, 8, 3), (1, 5, 2)):
+        dealt = trainer._dealt(prompts, size)
+        assert sorted(dealt.tolist()) == list(range(prompts * size))
+        for part in dealt.tensor_split(updates):
+            counts = torch.bincount(part // size, minlength=prompts)
+            assert counts.max() - counts.min() <= (size % updates > 0)
+    before = trainer._dealt(4, 12)
+    trainer.iteration += 1
+    assert not torch.equal(before, trainer._dealt(4, 12))
+
+
 # advantages
 
 

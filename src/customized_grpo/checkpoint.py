@@ -29,6 +29,10 @@ TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
 PARAMETER, MOMENT, AVERAGE = "parameter/", "optimizer/", "average/"
 PARTIAL = ".partial"
+FORMAT = 1
+"""Of what is written here. A checkpoint of a later one is no damage, and must not be passed over as such."""
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW keeps of a parameter."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -45,7 +49,15 @@ class Hashes(BaseModel):
     tensors: Sha256
 
 
-class Manifest(BaseModel):
+class Format(BaseModel):
+    """What even a later manifest says."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    format: int = FORMAT
+
+
+class Manifest(Format):
     """What is said of a checkpoint: iterations done, the settings that pin the result, library versions, hashes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -83,19 +95,22 @@ class State:
 
     def misfit(self, tensors: dict[str, Tensor]) -> str:
         """Why `tensors` are not of this state, empty where they are."""
-        shapes = {PARAMETER + name: parameter.shape for name, parameter in self.parameters}
+        own = dict(self.parameters)
+        expected: dict[str, Tensor] = {PARAMETER + name: parameter for name, parameter in own.items()}
         if self.average is not None:
-            shapes |= {AVERAGE + name: parameter.shape for name, parameter in self.parameters}
-        fixed = {name for name in tensors if not name.startswith(MOMENT)}
-        odd = sorted(shapes.keys() ^ fixed)
-        if odd:
-            return f"it {'lacks' if odd[0] in shapes else 'has'} {odd[0]}"
+            expected |= {AVERAGE + name: parameter for name, parameter in own.items()}
+        if any(name.startswith(MOMENT) for name in tensors):  # there are none before the first step
+            step = torch.zeros(())
+            for name, parameter in own.items():
+                expected |= {f"{MOMENT}{name}/{key}": step if key == "step" else parameter for key in MOMENTS}
+        if odd := sorted(expected.keys() ^ tensors.keys()):
+            return f"it {'lacks' if odd[0] in expected else 'has'} {odd[0]}"
         for name, tensor in tensors.items():
-            owner = PARAMETER + name.removeprefix(MOMENT).rpartition("/")[0] if name.startswith(MOMENT) else name
-            if owner not in shapes:
-                return f"it has {name}"
-            if tensor.shape != shapes[owner] and (owner == name or tensor.dim() > 0):
-                return f"{name} is {list(tensor.shape)}, expected {list(shapes[owner])}"
+            like = expected[name]
+            if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+                return f"{name} is {_described(tensor)}, expected {_described(like)}"
+            if not tensor.isfinite().all():
+                return f"{name} has numbers that are not finite"
         return ""
 
     @torch.no_grad()
@@ -105,9 +120,11 @@ class State:
         for index, (name, parameter) in enumerate(self.parameters):
             parameter.copy_(tensors[PARAMETER + name])
             prefix = f"{MOMENT}{name}/"
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if state:
-                moments[index] = state
+            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if found:
+                # Copies: the file that they are mapped from may be removed, and some disks keep it while it is open.
+                place = {key: "cpu" if key == "step" else parameter.device for key in found}
+                moments[index] = {key: value.to(place[key], copy=True) for key, value in found.items()}
         self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
         for name, tensor in (self.average.tensors if self.average is not None else {}).items():
             tensor.copy_(tensors[AVERAGE + name])
@@ -124,7 +141,7 @@ def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], state:
     try:
         with writing(folder, sum(tensor.nbytes for tensor in tensors.values())):
             for left in folder.glob(f".*{PARTIAL}"):
-                shutil.rmtree(left)
+                _clear(left)
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / TENSORS)
             hashes = Hashes(config=_config_sha256(config), tensors=_sha256(temporary / TENSORS))
@@ -136,7 +153,7 @@ def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], state:
             temporary.rename(target)
             _flush(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _clear(temporary)
     return target
 
 
@@ -153,11 +170,11 @@ def prune_checkpoints(folder: Path, newest: int, keep_last: int, keep_every: int
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
+    """The checkpoints in `folder`, damaged ones too, oldest first."""
     if not folder.is_dir():
         return []
     numbered = (path for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
-    return sorted((path for path in numbered if (path / MANIFEST).is_file()), key=lambda path: int(path.name))
+    return sorted((path for path in numbered if path.is_dir()), key=lambda path: int(path.name))
 
 
 def load_checkpoint(path: Path, config: dict[str, Any], state: State) -> Manifest:
@@ -181,10 +198,14 @@ def load_checkpoint(path: Path, config: dict[str, Any], state: State) -> Manifes
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint in the folder `path`. Raises `DamagedCheckpoint` where it is none, or no more."""
+    """The manifest of the checkpoint in the folder `path`. Raises `DamagedCheckpoint` where it is none, or no more, and
+    `UserError` where a later version wrote it."""
     place = path / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(place.read_bytes())
+        content = place.read_bytes()
+        if (found := Format.model_validate_json(content).format) > FORMAT:
+            raise UserError(f"{place}: of format {found}, written by a later version; this one reads up to {FORMAT}")
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -213,9 +234,21 @@ def remove_checkpoint(path: Path) -> None:
     checkpoint."""
     if path.exists():
         rubbish = path.with_name(f".{path.name}.old{PARTIAL}")
-        shutil.rmtree(rubbish, ignore_errors=True)
+        _clear(rubbish)
         path.rename(rubbish)
-        shutil.rmtree(rubbish, ignore_errors=True)
+        _clear(rubbish)
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as that can be done: what is left is in nobody's way."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
 def _config_sha256(config: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ those set (RANK, WORLD_SIZE, ...). Everything they exchange are tensors; nothing
 """
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -120,6 +121,15 @@ class Ranks:
             raise Terminated
 
     @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within `together`: what is within talks to no other process, so that SIGTERM need not wait for its end."""
+        if self._watch is None:
+            yield
+            return
+        with self._watch.termination.at_once():
+            yield
+
+    @contextmanager
     def blaming(self) -> Iterator[None]:
         """An error of torch within is put down to the process that is gone, if one is."""
         try:
@@ -206,7 +216,7 @@ class Watch:
                 if self.termination.asked:
                     self._store.set("terminate", "1")
                 elif self._store.check(["terminate"]):
-                    self.termination.ask()
+                    os.kill(os.getpid(), signal.SIGTERM)  # heard in the main thread, whatever that waits for
                 for other in last:
                     beat = self._store.get(f"beat/{other}")
                     if beat != last[other]:
@@ -216,8 +226,15 @@ class Watch:
                 return  # the store is gone, and its silence tells
 
     def _look(self) -> None:
+        looked = time.monotonic()
         while not self._done.wait(BEAT):
-            late = time.monotonic() - self._silence
+            now = time.monotonic()
+            if (asleep := now - looked - BEAT) > BEAT:
+                # This process was stopped for a while, as all of them may have been: nothing was to be heard.
+                self._talked = min(now, self._talked + asleep)
+                for rank, heard in self._heard.items():
+                    self._heard[rank] = min(now, heard + asleep)
+            looked, late = now, now - self._silence
             silent = [rank for rank, heard in self._heard.items() if heard < late]
             if self._talked < late and self._rank != STORE:
                 silent = [STORE]  # with it all others fall silent
@@ -254,6 +271,7 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
     try:
         store = next(rendezvous("env://", timeout=timedelta(seconds=300)))[0]
         watch = Watch(store.clone(), rank, world, termination, silence)
+        watch.start()  # first: what connects them waits for all, however long that takes
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         # Scoring by a slow server is no failure: who is gone is known from the signs of life.
         dist.init_process_group(
@@ -264,7 +282,6 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
             f"process {rank} of {world} could not reach the others at {os.environ.get('MASTER_ADDR')}:"
             f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); check the address, the port and firewalls"
         ) from error
-    watch.start()
     termination.defer()
     ranks = Ranks(rank, world, watch)
     try:

@@ -10,7 +10,7 @@ import torch
 from customized_grpo import __version__
 
 PACKAGES = ("torch", "peft", "safetensors", "pydantic", "jsonargparse", "numpy", "pillow")
-DECISIVE = ("torch", "peft", "diffusers")
+DECISIVE = ("torch", "peft", "diffusers", "transformers", "numpy", "pillow")
 """Libraries that decide the result of a run to the bit."""
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from customized_grpo.errors import UserError
+from customized_grpo.termination import STATUS
 
 PATIENCE = 30.0
 """Seconds that the others have to end by themselves, and to save what they have, when one has failed."""
@@ -46,17 +47,22 @@ def launch(arguments: Sequence[str], count: int) -> int:
     quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        with _forwarding(processes):
+        with _forwarding(processes) as forward:
             for rank in range(count):
                 own = shared | {"RANK": rank, "LOCAL_RANK": rank}
                 environment = os.environ | quiet | {name: str(value) for name, value in own.items()}
                 processes.append(subprocess.Popen(command, env=environment))
+            if forward.asked:
+                forward()  # to those that came after it
             _wait(processes)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
     statuses = [process.wait() for process in processes]
+    if forward.asked:
+        # Those that were not yet listening end by the signal itself.
+        statuses = [STATUS if status == -signal.SIGTERM else status for status in statuses]
     for rank, status in enumerate(statuses):
         if status < 0:
             name = signal.Signals(-status).name
@@ -75,18 +81,27 @@ def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         time.sleep(0.1)
 
 
-@contextmanager
-def _forwarding(processes: Sequence["subprocess.Popen[bytes]"]) -> Iterator[None]:
-    """SIGTERM goes on to the processes; SIGINT, which a terminal sends to all, is theirs to answer."""
+class _Forward:
+    """Sends SIGTERM on to the processes."""
 
-    def forward(number: int, frame: FrameType | None) -> None:
-        for process in processes:
+    def __init__(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+        self._processes = processes
+        self.asked = False
+
+    def __call__(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
+        self.asked = True
+        for process in self._processes:
             process.send_signal(signal.SIGTERM)
 
+
+@contextmanager
+def _forwarding(processes: Sequence["subprocess.Popen[bytes]"]) -> Iterator[_Forward]:
+    """SIGTERM goes on to the processes; SIGINT, which a terminal sends to all, is theirs to answer."""
+    forward = _Forward(processes)
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward)}
     before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        yield
+        yield forward
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.report import write_report
 from customized_grpo.runtime import configure
 from customized_grpo.session import EMA, LOGS, Session
-from customized_grpo.storage import UNFINISHED, writing
+from customized_grpo.storage import LOCK, UNFINISHED, locked, writing
 from customized_grpo.termination import STATUS, Terminated, Termination
 from customized_grpo.trainer import Trainer
 
@@ -37,6 +39,7 @@ WRITTEN = (
     "tensorboard",
 )
 """What a run writes into its folder, and all that --overwrite deletes."""
+ANOTHER = "another run"
 
 
 def train(
@@ -57,16 +60,21 @@ def train(
     termination = Termination()
     with termination.listening():
         try:
-            with started(termination, config.ranks.silence) as ranks:
+            with started(termination, config.ranks.silence) as ranks, ExitStack() as held:
                 display = display if ranks.first else Display.silent()
                 with ranks.together():
                     _check_output(config.output, resume=resume or resume_from is not None, overwrite=overwrite)
+                    if ranks.first and (config.output / LOCK).is_file():
+                        with locked(config.output, ANOTHER):
+                            pass  # found out now rather than when all is loaded
                     if resume_from is not None:
                         read_manifest(resume_from)
                     session = _session(config, display, termination, ranks)
                 with ranks.together():
-                    if overwrite and ranks.first:
-                        _delete_run(config.output)
+                    if ranks.first:
+                        held.enter_context(_own(config.output, display))
+                        if overwrite:
+                            _delete_run(config.output)
                 session.start(resume=resume, resume_from=resume_from)
                 session.loop()
                 return session.finish()
@@ -169,11 +177,12 @@ def load_run_config(run: Path) -> Config:
 def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UserError("--resume and --resume_from continue a run and --overwrite deletes it; pass one of them")
+    passing = (LOCK, f"config.yaml{UNFINISHED}")
     nearest = next(path for path in (output, *output.resolve().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         what = "cannot be written to" if nearest.is_dir() else "is a file"
         raise UserError(f"output: {nearest} {what}; name a folder elsewhere")
-    if not output.exists() or not any(path.name != f"config.yaml{UNFINISHED}" for path in output.iterdir()):
+    if not output.exists() or not any(path.name not in passing for path in output.iterdir()):
         return
     if not (resume or overwrite):
         raise UserError(
@@ -183,6 +192,18 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if not (output / "config.yaml").is_file():
         raise UserError(f"output: {output} holds other files than a run's (no config.yaml); name another folder")
     load_run_config(output)
+
+
+@contextmanager
+def _own(output: Path, display: Display) -> Iterator[None]:
+    """Within it no other run writes into `output`, which is made if need be."""
+    with ExitStack() as stack:
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(locked(output, ANOTHER))
+        if lock is None:
+            display.warn(f"output: the disk of {output} has no locks: see that no other run writes into it")
+        yield
 
 
 def _delete_run(output: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,11 @@ GALLERY_SIDE, GALLERY_PADDING = 128, 4
 """Smaller pictures are shown enlarged by a whole factor; both in pixels."""
 MAY_CHANGE = (
     "output", "iterations", "threads", "policy.device", "policy.offload", "policy.shard",
-    "policy.gradient_checkpointing", "policy.cache", "data.validation", "data.test", "data.max_pixels",
-    "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch", "rollout.micro_batch",
-    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
+    "policy.gradient_checkpointing", "policy.cache", "data.", "rewards.max_invalid_share", "rewards.device",
+    "rewards.micro_batch", "rewards.deadline", "rewards.vlm_judge.url", "rewards.vlm_judge.concurrency",
+    "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
 )  # fmt: skip
-"""Fields in which a resumed run may differ from the one it resumes."""
+"""Fields in which a resumed run may differ from the one it resumes. The contents of the data may not: see `pinned`."""
 
 
 class Session:
@@ -69,6 +69,7 @@ class Session:
         self.ranks = trainer.ranks
         decay = config.ema.decay
         self.average = None if decay is None else Average(self.policy.trainable_parameters(), decay)
+        self.pinned = pinned(config, trainer.dataset)
         self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
         self._updating = False
         self._saved: int | None = None
@@ -116,14 +117,13 @@ class Session:
         except Diverged:
             raise
         except (UserError, TrainingError):
-            if self.ranks.first and self.trainer.iteration > 0 and not self._updating:
-                self._checkpoint()
+            with suppress(Terminated), self.termination.whole():  # the error is what is told
+                self._keep()
             raise
         except Terminated:
             if self.average is not None:
                 self.average.put_back()
-            if self.ranks.first and self.trainer.iteration > 0 and not self._updating:
-                self._checkpoint()
+            self._keep()
             self.display.note(
                 f"stopped by SIGTERM after iteration {self.trainer.iteration}; `train --resume` goes on from there"
             )
@@ -220,7 +220,7 @@ class Session:
                 remove_checkpoint(later)
 
     def _restore(self, path: Path) -> None:
-        manifest = load_checkpoint(path, pinned(self.config), self.state)
+        manifest = load_checkpoint(path, self.pinned, self.state)
         done = manifest.iteration
         if done > self.config.iterations:
             raise UserError(
@@ -340,10 +340,15 @@ class Session:
         iteration, settings = self.trainer.iteration, self.config.checkpoint
         if self._saved == iteration:
             return
-        save_checkpoint(self._checkpoints, iteration, pinned(self.config), self.state)
+        save_checkpoint(self._checkpoints, iteration, self.pinned, self.state)
         self._saved = iteration
         with writing(self._checkpoints):
             prune_checkpoints(self._checkpoints, iteration, settings.keep_last, settings.keep_every)
+
+    def _keep(self) -> None:
+        """Save what the last whole iteration left, where the weights are still of it."""
+        if self.ranks.first and self.trainer.iteration > 0 and not self._updating:
+            self._checkpoint()
 
     def _log(self, name: str, row: Metrics) -> None:
         if not self.ranks.first:
@@ -364,14 +369,23 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 
 def _read_log(path: Path) -> list[Metrics]:
-    """The rows of a log; a last line torn by a killed run is left out."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a log; a last line torn by a killed run is left out. Raises `UserError` where another is none."""
+    rows: list[Metrics] = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else (), 1):
+        if line.endswith(b"\n"):
+            try:
+                rows.append(json.loads(line))
+                int(rows[-1]["iteration"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}:{number}: not a row of a log; remove this line and those after it") from error
+    return rows
 
 
-def pinned(config: Config) -> dict[str, Any]:
-    """The fields that decide the result of a run, by dotted name."""
-    flat = flatten(config.model_dump(mode="json")) | {"data.path": str(config.data.path.resolve())}
-    return {name: value for name, value in flat.items() if not name.startswith(MAY_CHANGE)}
+def pinned(config: Config, dataset: SubjectDataset) -> dict[str, Any]:
+    """What decides the result of a run: fields by dotted name, and what its data hashes to, wherever that lies."""
+    flat = flatten(config.model_dump(mode="json"))
+    # A server may come back at another address; a model may not be another.
+    sides = {"rewards.prompt_model": config.rewards.prompt, "rewards.identity_model": config.rewards.identity}
+    moved = tuple(name for name, reward in sides.items() if reward == "remote")
+    fields = {name: value for name, value in flat.items() if not name.startswith((*MAY_CHANGE, *moved))}
+    return fields | {"data.sha256": dataset.sha256()}

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,14 @@ from safetensors import SafetensorError
 
 from customized_grpo.errors import UserError, first_line
 
+if sys.platform != "win32":
+    import fcntl
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, no quota, or a limit on the size of files."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""This disk knows no locks."""
+LOCK = ".lock"
 UNFINISHED = ".part"
 """How the names of files end that are being written."""
 
@@ -36,10 +43,37 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file that replaces the one before it when it is complete."""
     unfinished = path.with_name(path.name + UNFINISHED)
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[int | None]:
+    """Hold the lock of `folder` against `what` else writes into it; its descriptor, which processes that are handed it
+    hold too, or None where the disk has no locks.
+
+    Raises `UserError` where another holds it.
+    """
+    with (folder / LOCK).open("w") as lock:
+        held: int | None = None
+        if sys.platform != "win32":
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = lock.fileno()
+            except BlockingIOError as error:
+                raise UserError(
+                    f"output: {folder} is being worked on by {what}, or by processes that a killed one left behind; "
+                    "wait for them, or end them"
+                ) from error
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+        yield held
 
 
 def _worded(folder: Path, needed: int | None, error: OSError | SafetensorError) -> str:

@@ -52,6 +52,16 @@ class Termination:
             signal.signal(signal.SIGTERM, before)
 
     @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within, this process waits for no other: `Terminated` is raised where SIGTERM finds it, deferred or not."""
+        before, self._deferred = self._deferred, False
+        try:
+            self.check()
+            yield
+        finally:
+            self._deferred = before
+
+    @contextmanager
     def whole(self) -> Iterator[None]:
         """What is within is done or not done, never half; a SIGTERM that comes in it counts at its end."""
         self._whole += 1

@@ -93,7 +93,7 @@ class Trainer(Generic[ConditionT]):
         """Sample groups, score them, turn rewards into advantages for each step, update. Returns the iteration's
         metrics.
 
-        Until `before_update` is called, `on_phase` may raise and the weights are those of the iteration before.
+        Before each change of the weights `before_update` is called. Up to the first, they are of the iteration before.
         """
         config, iteration = self.config, self.iteration
         clock = _Clock(on_phase, self.policy.device)
@@ -110,7 +110,8 @@ class Trainer(Generic[ConditionT]):
                     seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
                 )  # fmt: skip
             clock.start("score")
-            rewards, valid = self.score(rollout.images, task)
+            with self.ranks.alone():
+                rewards, valid = self.score(rollout.images, task)
 
         rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
         with self.ranks.together():
@@ -145,10 +146,10 @@ class Trainer(Generic[ConditionT]):
         )
 
     def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-        """Rewards [P, G, R] and which of them are valid."""
+        """Rewards [P, G, R] and which of them are valid: numbers, and called valid."""
         scores = [reward.score(images, task) for reward in self.rewards]
         rewards = torch.stack([score.values.float().cpu() for score in scores], dim=-1)
-        return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1)
+        return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1) & rewards.isfinite()
 
     def check_valid(self, valid: Tensor) -> None:
         """Raise `TrainingError` when too many rewards failed."""
@@ -197,13 +198,13 @@ class Trainer(Generic[ConditionT]):
         process has those of the prompts `mine`."""
         num_samples, num_steps = advantages[..., 0].numel(), len(plan.trained)
         low, high = (place * self.config.rollout.group_size for place in (mine.start, mine.stop))
-        shuffled = torch.randperm(num_samples, generator=generator(self.config.seed, self.iteration, "update order"))
+        dealt = self._dealt(*advantages.shape[:2])
         updates = min(self.config.optimizer.updates_per_iteration, num_samples)
         flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
         parts: list[tuple[float, ...]] = []
         norms, losses = [], []
         done, total = 0, (high - low) * num_steps
-        for number, share in enumerate(shuffled.tensor_split(updates)):
+        for number, share in enumerate(dealt.tensor_split(updates)):
             # In the rollout's order: a micro-batch then holds one prompt and one step where it can, as there, and the
             # same kernels round alike.
             rows = share[(share >= low) & (share < high)].sort().values - low
@@ -219,14 +220,18 @@ class Trainer(Generic[ConditionT]):
                     parts.append((number, len(chunk), *map(float, ratios), kl))
                     done += len(chunk)
                     on_progress(done / total)
-            if number == 0:
-                before_update()
             with self.ranks.together():
-                loss, norm = self._optimizer_step(loss)
+                loss, norm = self._optimizer_step(loss, before_update)
             losses.append(loss)
             norms.append(norm)
         table = torch.tensor(parts, dtype=torch.float64).view(-1, len(PART))
         return _update_metrics(self.ranks.rows(table), losses, norms)
+
+    def _dealt(self, prompts: int, size: int) -> Tensor:
+        """The places [P * G] of all samples in an order that deals each group evenly over the updates: whatever groups
+        a process has, its updates are of one size, and none waits for another."""
+        draws = torch.rand(prompts, size, generator=generator(self.config.seed, self.iteration, "update order"))
+        return (draws.argsort(1) + size * torch.arange(prompts).unsqueeze(1)).T.flatten()
 
     def _objective(
         self, rollout: Rollout[ConditionT], plan: Plan, advantages: Tensor, items: Tensor
@@ -261,9 +266,9 @@ class Trainer(Generic[ConditionT]):
         next_states = rollout.next_states[steps, rows]
         return sde_step(states, velocity, sigma, sigma_next, kind=settings.sde, eta=settings.eta, next_x=next_states)
 
-    def _optimizer_step(self, loss: float) -> tuple[float, float]:
-        """Sum the gradient over processes, clip it, check it, step. Returns the sum of their losses, and the gradient's
-        norm before clipping."""
+    def _optimizer_step(self, loss: float, before: Callable[[], None]) -> tuple[float, float]:
+        """Sum the gradient over processes, clip it, check it, step, of which `before` is told. Returns the sum of their
+        losses, and the gradient's norm before clipping."""
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
         for parameter in parameters:
             if parameter.grad is None:  # no sample of this update is here
@@ -281,6 +286,7 @@ class Trainer(Generic[ConditionT]):
                 f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}{where}; this "
                 "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta"
             )
+        before()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm

@@ -25,9 +25,7 @@ from customized_grpo.config import Config, flatten
 from customized_grpo.display import Display, RunState
 from customized_grpo.errors import UserError
 from customized_grpo.run import load_run_config
-
-if sys.platform != "win32":
-    import fcntl
+from customized_grpo.storage import locked
 
 POLL_SECONDS = 1.0
 RECORD = "grid.yaml"
@@ -79,13 +77,13 @@ def run_grid(config: CompareConfig, cells: Sequence[Cell], display: Display) -> 
     Raises `UserError` where another process works on this grid.
     """
     config.output.mkdir(parents=True, exist_ok=True)
-    with _locked(config.output) as lock, _stop_on_sigterm():
+    with locked(config.output, "another compare") as lock, _stop_on_sigterm():
         _write_yaml(config.output / RECORD, _record(config))
         failures = _calibrate(config, cells, display, lock)
         return failures | _run_all(config, [cell for cell in cells if cell not in failures], display, lock)
 
 
-def _run_all(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int) -> dict[Cell, str]:
+def _run_all(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int | None) -> dict[Cell, str]:
     waiting = [cell for cell in cells if not cell.finished]
     states = {cell: _observed(config, cell) for cell in cells}
     failures: dict[Cell, str] = {}
@@ -133,7 +131,7 @@ class _Job:
         return _reason(Path(self.log.name), self.before, code)
 
 
-def _start(config: CompareConfig, cell: Cell, slot: int, lock: int) -> _Job:
+def _start(config: CompareConfig, cell: Cell, slot: int, lock: int | None) -> _Job:
     cores = _cores(config.jobs, slot)
     settings = run_settings(config, cell.setting, cell.preset, cell.seed, _table(config, cell))
     settings |= {"output": str(cell.folder), "threads": settings["threads"] or len(cores)}
@@ -147,20 +145,20 @@ def _start(config: CompareConfig, cell: Cell, slot: int, lock: int) -> _Job:
 
 
 def _launch(
-    command: Sequence[str], log_path: Path, threads: int, lock: int
+    command: Sequence[str], log_path: Path, threads: int, lock: int | None
 ) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log = log_path.open("ab")
     before = log.seek(0, os.SEEK_END)
     process = subprocess.Popen(
         [sys.executable, "-m", "customized_grpo", *command], stdin=subprocess.DEVNULL, stdout=log,
-        stderr=subprocess.STDOUT, pass_fds=(lock,) if sys.platform != "win32" else (),
+        stderr=subprocess.STDOUT, pass_fds=() if lock is None else (lock,),
         env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     return process, log, before
 
 
-def _calibrate(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int) -> dict[Cell, str]:
+def _calibrate(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int | None) -> dict[Cell, str]:
     """Measure the time weights that preset 'customized-calibrated' needs, once for each setting; returns the runs that
     cannot be made because it failed."""
     failures: dict[Cell, str] = {}
@@ -282,21 +280,6 @@ def _refuse(there: dict[str, Any], here: dict[str, Any], names: Iterable[str], w
         raise UserError(
             f"{what}: {'; '.join(differing[:5])}{more}. Give this grid an output of its own, or restore the settings"
         )
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[int]:
-    """Hold the grid's lock; its descriptor is handed to the runs, so that one left behind still holds it."""
-    with (folder / ".lock").open("w") as lock:
-        if sys.platform != "win32":
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"output: {folder} is being worked on by another compare, or by runs that a killed one left "
-                    "behind; wait for them, or end them"
-                ) from error
-        yield lock.fileno()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ One JSON object a line: `{"id", "prompt", "references": ["a.png"], "masks": ["m.
 are relative to the folder and stay inside it. All of it is checked when the folder is opened.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -74,6 +75,17 @@ class SubjectDataset:
 
     def __iter__(self) -> Iterator[Sample]:
         return iter(self.samples)
+
+    def sha256(self) -> str:
+        """Of its samples in their order, with their pictures, wherever the folder lies."""
+        digest = hashlib.sha256()
+        pictures = {path for sample in self for path in (*sample.references, *sample.masks)}
+        hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures}
+        for sample in self:
+            paths = (sample.references, sample.masks)
+            told = [sample.id, sample.prompt, sample.subject, *([hashes[path] for path in row] for row in paths)]
+            digest.update(json.dumps(told).encode())
+        return digest.hexdigest()
 
     def references(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]]:
         """The references of B samples, for each its K pictures [3, h, w] in [0, 1], as `prepare` leaves them."""

@@ -82,7 +82,8 @@ def evaluate(
                 sigmas = policy.sigmas(num_steps, shift)
                 images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
-            metrics = measure(images, task, rewards, judge)
+            with ranks.alone():
+                metrics = measure(images, task, rewards, judge)
     names = (*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS) if judge else REWARD_METRICS
     table = ranks.rows(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))
     return Evaluation(samples, references, ranks.rows(images), dict(zip(names, table.unbind(1), strict=True)))
