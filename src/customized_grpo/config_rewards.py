@@ -25,7 +25,7 @@ class VlmJudgeConfig(Section):
 
     url: str | None = None
     """Where its /chat/completions is, as http://host:port/v1; needed. The key comes from the environment variable
-    OPENAI_API_KEY alone."""
+    OPENAI_API_KEY alone: no user, password or query in it."""
     model: str | None = None
     """The model's name on that server; needed."""
     concurrency: int = Field(8, ge=1)
@@ -106,6 +106,8 @@ class RewardsConfig(Section):
             ("prompt", self.prompt, self.prompt_model),
             ("identity", self.identity, self.identity_model),
         ):
+            if kind == "remote":
+                _check_address(f"{side}_model", model)
             if kind == "remote" and not (model or "").startswith(("http://", "https://")):
                 raise ValueError(f"{side}_model: a remote reward wants its URL, http://host:port (found {model!r})")
             if model is not None and (kind in ("toybox", "vlm_judge") or kind.startswith("python:")):
@@ -119,6 +121,7 @@ class RewardsConfig(Section):
 
     @model_validator(mode="after")
     def _parts(self) -> "RewardsConfig":
+        _check_address("vlm_judge.url", self.vlm_judge.url)
         judged = "vlm_judge" in (self.prompt, self.identity)
         if judged and None in (self.vlm_judge.url, self.vlm_judge.model):
             raise ValueError("vlm_judge.url, vlm_judge.model: name the judge's server and its model there")
@@ -152,3 +155,13 @@ class RewardsConfig(Section):
 
     def _is_given(self, name: str) -> bool:
         return bool(getattr(self, name) != RewardsConfig.model_fields[name].default)
+
+
+def _check_address(field: str, url: str | None) -> None:
+    """Raise ValueError, which does not repeat it, for a URL with what is often secret: configurations are written down
+    and told."""
+    if url is not None and any(mark in url for mark in "@?#"):
+        raise ValueError(
+            f"{field}: the URL has a user, a query or a fragment (one of @, ? and #), expected http://host:port/path; "
+            "leave it out, since what is secret in it would be written down, and keep keys in the environment"
+        )

@@ -1,6 +1,7 @@
 """A vision-language judge behind a real local server that misbehaves in every way a judge can."""
 
 import json
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from customized_grpo.cli import main
 from customized_grpo.config import Config, RewardsConfig
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import Task
 from customized_grpo.rewards.catalogue import load_rewards
-from customized_grpo.rewards.transport import Transport
+from customized_grpo.rewards.remote import TOKEN, RemoteReward
+from customized_grpo.rewards.transport import Transport, secret
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge, parse
 
 CPU = torch.device("cpu")
@@ -29,9 +33,11 @@ def completion(text: Any) -> dict[str, Any]:
 
 
 class Server:
-    """Answers the n-th question (from 0) with `reply(question, n)`; keeps what it was asked, and how many at once."""
+    """Answers the n-th question (from 0) with `reply(question, n)`, the judge's or a reward server's; keeps what it was
+    asked, and how many at once."""
 
     def __init__(self, reply: Reply) -> None:
+        self.about: dict[str, Any] = {"data": [{"id": "judge-7b"}, {"id": "other"}], "max_images": 64}
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         self.most, self._now, self._lock = 0, 0, threading.Lock()
@@ -39,7 +45,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.answer(200, {"data": [{"id": "judge-7b"}, {"id": "other"}]})
+                self.answer(200, outer.about)
 
             def do_POST(self) -> None:
                 question = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -219,18 +225,80 @@ def test_the_key_comes_from_the_environment_alone(
         )
 
 
-def test_the_key_is_nowhere_in_what_a_run_leaves_or_says(
+def both_scored(question: dict[str, Any], number: int) -> tuple[int, Any]:
+    if "messages" in question:
+        return 200, completion(f'{{"subject": {number % 5}, "prompt": {number % 4}}}')
+    shape = [len(question["images"]), len(question["images"][0])]
+    values = [[p + g / 10 for g in range(shape[1])] for p in range(shape[0])]
+    return 200, {"values": values, "valid": [[True] * shape[1]] * shape[0]}
+
+
+def both_remote(url: str) -> dict[str, Any]:
+    judge = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "judge-7b"}}
+    return judge | {"identity": "remote", "identity_model": url}
+
+
+def test_neither_key_nor_token_is_in_what_a_run_leaves_or_says(
     server: Callable[[Reply], Server], monkeypatch: pytest.MonkeyPatch, make_config: Callable[..., Config],
     run_training: Callable[..., Path], display: Display, tmp_path: Path,
 ) -> None:  # fmt: skip
-    running = server(lambda question, number: (200, completion(f'{{"subject": {number % 5}, "prompt": {number % 4}}}')))
-    monkeypatch.setenv(KEY, "sk-secret")
-    judged = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": {"url": running.url, "model": "judge-7b"}}
-    run_training(make_config({"rewards": judged, "iterations": 1, "checkpoint.every": 1}))
+    """Both end as they do in a file that is mounted."""
+    running = server(both_scored)
+    monkeypatch.setenv(KEY, "sk-secret\n")
+    monkeypatch.setenv(TOKEN, " tok-secret \r\n")
+    run_training(make_config({"rewards": both_remote(running.url), "iterations": 1, "checkpoint.every": 1}))
     written = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-    assert len(written) > 8 and set(running.keys) == {"Bearer sk-secret"}
-    assert [path for path in written if b"sk-secret" in path.read_bytes()] == []
-    assert "sk-secret" not in display.console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(written) > 8 and set(running.keys) == {"Bearer sk-secret", "Bearer tok-secret"}
+    assert [path for path in written if b"-secret" in path.read_bytes()] == []
+    assert "-secret" not in display.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_command_says_neither_key_nor_token(
+    server: Callable[[Reply], Server], make_settings: Callable[..., dict[str, Any]],
+    command: Callable[..., subprocess.CompletedProcess[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The reward server repeats the token while it refuses it."""
+
+    def reply(question: dict[str, Any], number: int) -> tuple[int, Any]:
+        return both_scored(question, number) if "messages" in question else (403, {"error": "no tok-secret here"})
+
+    running = server(reply)
+    monkeypatch.setenv(KEY, "sk-secret\n")
+    monkeypatch.setenv(TOKEN, "tok-secret\n")
+    settings = make_settings({"rewards": both_remote(running.url), "iterations": 1})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    done = command("train", "--config", tmp_path / "run.yaml")
+    assert done.returncode == 2 and "status 403: " in done.stderr and "no (not shown) here" in done.stderr
+    assert "-secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("value", ["sk-sécret", "sk-\nsecret", "sk-\x7fsecret", "sk-\udc80secret"])
+@pytest.mark.parametrize("variable", [KEY, TOKEN])
+def test_a_secret_that_no_header_holds_is_refused_by_the_name_of_its_variable(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=rf"^{variable}: .* other than printable ASCII") as refused:
+        secret(variable)
+    assert "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["https://user:hidden@host/v1", "https://host/v1?api_key=hidden", "http://host/#hidden"]
+)
+@pytest.mark.parametrize("field", ["prompt_model", "identity_model", "vlm_judge.url"])
+def test_a_url_with_a_secret_is_refused_and_not_repeated(
+    field: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "m"}}
+    if field.endswith("_model"):
+        settings = {field.removesuffix("_model"): "remote", field: url}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"rewards": settings}))
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "--config", str(tmp_path / "run.yaml")])
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and f"{field}: the URL has a user, a query or a fragment" in said.err
+    assert "hidden" not in said.out + said.err
 
 
 def test_a_server_that_repeats_the_key_does_not_get_it_into_a_message(server: Callable[[Reply], Server]) -> None:
@@ -238,6 +306,22 @@ def test_a_server_that_repeats_the_key_does_not_get_it_into_a_message(server: Ca
     transport = Transport("rewards.vlm_judge.url", running.url, token="sk-secret")
     with pytest.raises(UserError, match=r"status 403: .*no such key: \(not shown\)"):
         transport.post("/chat/completions", {"messages": [{}, {"content": [{"text": "The prompt: x"}]}]})
+
+
+def test_nor_do_what_it_lists_and_what_it_says_of_itself(
+    server: Callable[[Reply], Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The token is cut out before the text is cut short: no part of it stays."""
+    running = server(lambda question, number: (200, {}))
+    running.about = {"data": [{"id": "for sk-secret"}], "error": "x" * 70 + "sk-secret"}
+    transport = Transport("rewards.prompt_model", running.url, token="sk-secret")
+    with pytest.raises(UserError, match="is no reward server") as refused:
+        RemoteReward(transport)
+    assert "sk-" not in str(refused.value)
+    monkeypatch.setenv(KEY, "sk-secret")
+    settings = {"prompt": "vlm_judge", "vlm_judge": {"url": running.url, "model": "m"}}
+    with pytest.raises(UserError, match=r"has no 'm'; it has for \(not shown\)"):
+        load_rewards(RewardsConfig.model_validate(settings), CPU)
 
 
 def test_a_judge_that_is_down() -> None:

@@ -89,9 +89,8 @@ def _judge(config: RewardsConfig) -> VlmJudge:
     transport = Transport("rewards.vlm_judge.url", settings.url or "", config.deadline, token=secret(KEY))
     known = _models(transport.get("/models"))
     if known and settings.model not in known:
-        raise UserError(
-            f"rewards.vlm_judge.model: {settings.url} has no '{settings.model}'; it has {', '.join(sorted(known)[:8])}"
-        )
+        listed = transport.without_token(", ".join(sorted(known)[:8]))
+        raise UserError(f"rewards.vlm_judge.model: {settings.url} has no '{settings.model}'; it has {listed}")
     return VlmJudge(
         transport, settings.model or "", concurrency=settings.concurrency, attempts=settings.attempts,
         reasoning=settings.reasoning,

@@ -33,8 +33,9 @@ class RemoteReward:
         self._transport = transport
         health = transport.get("/health")
         if not isinstance(health, dict) or not isinstance(health.get("max_images"), int):
+            told = transport.without_token(repr(health))
             raise UserError(
-                f"{transport.field_name}: {transport.url} is no reward server (its /health answered {health!r:.100}); "
+                f"{transport.field_name}: {transport.url} is no reward server (its /health answered {told:.100}); "
                 "start one with: customized-grpo serve-reward NAME"
             )
         self._max_images: int = health["max_images"]

@@ -62,7 +62,8 @@ class Transport:
             return answer.json()
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
             raise UserError(
-                f"{self.field_name}: {self.url} does not answer ({_told(error)}); start the server, or name another"
+                f"{self.field_name}: {self.url} does not answer ({self._told(error)}); start the server, or name "
+                "another"
             ) from error
 
     def _once(self, path: str, payload: dict[str, Any], end: float) -> Any:
@@ -70,22 +71,27 @@ class Transport:
         try:
             answer = self.client.post(self.url.rstrip("/") + path, json=payload, timeout=left)
         except httpx2.HTTPError as error:
-            raise _Again(_told(error)) from error
+            raise _Again(self._told(error)) from error
         if answer.status_code == BUSY or answer.status_code >= 500:
             raise _Again(f"status {answer.status_code}", _seconds(answer.headers.get("Retry-After")))
         if answer.status_code >= 400:
             raise UserError(
                 f"{self.field_name}: {self.url}{path} refused the request with status {answer.status_code}: "
-                f"{self._without_token(answer.text)[:300]}"
+                f"{self.without_token(answer.text)[:300]}"
             )
         try:
             return answer.json()
         except ValueError as error:
             raise _Again("an answer that is not JSON") from error
 
-    def _without_token(self, text: str) -> str:
-        """What a server says may repeat what it was sent, and messages end up in logs."""
+    def without_token(self, text: str) -> str:
+        """`text` as it may be told: a server may repeat what it was sent, and messages end up in logs. To be shortened
+        afterwards, or a part of the token stays."""
         return text.replace(self.token, "(not shown)") if self.token else text
+
+    def _told(self, error: Exception) -> str:
+        lines = self.without_token(str(error)).splitlines()
+        return lines[0][:200] if lines else type(error).__name__
 
     def _wait(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
@@ -94,13 +100,16 @@ class Transport:
 
 
 def secret(variable: str) -> str | None:
-    """A token from the environment: nowhere else is one looked for, and none is ever written down."""
-    return os.environ.get(variable) or None
+    """A token from the environment: nowhere else is one looked for, and none is ever written down. Space around it, in
+    which files of secrets often end, is left out. Raises `UserError` where it cannot stand in a header."""
+    found = os.environ.get(variable, "").strip()
+    if not (found.isascii() and found.isprintable()):
+        raise UserError(
+            f"{variable}: the environment variable holds characters other than printable ASCII, of which keys and "
+            "tokens consist; set it anew, or unset it"
+        )
+    return found or None
 
 
 def _seconds(text: str | None) -> float:
     return float(text) if text and text.isdecimal() else 0.0
-
-
-def _told(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
