@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,68 @@ def test_an_encoder_as_a_reward(name: str, side: str, plant: PickleBomb, tmp_pat
     settings = {"prompt": "clip_t", "identity": "dino"} | {f"{k}_model": str(path) for k, path in models.items()}
     with pytest.raises(UserError, match=rf"rewards\.{side}_model: .* could not be loaded"):
         load_rewards(RewardsConfig.model_validate(settings), CPU)
+
+
+def point_index(folder: Path, name: str, weights: str) -> None:
+    """Have the weights in `folder` be in one shard, the file `name`, by an index that replaces `weights`."""
+    (folder / weights).unlink()
+    about = {"metadata": {"total_size": 1}, "weight_map": {"weight": name}}
+    (folder / f"{weights}.index.json").write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize("name", ["w.bin", "../w.safetensors", "..\\w.safetensors", "sub/w.safetensors", "w"])
+def test_an_index_of_a_pipeline_that_names_something_else(
+    name: str, plant: PickleBomb, kontext: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(kontext, tmp_path / "model"))
+    point_index(model / "transformer", name, "diffusion_pytorch_model.safetensors")
+    plant(model / "transformer" / name)
+    with pytest.raises(
+        UserError, match=rf"policy\.model: .*index\.json names '{re.escape(name)}', expected safetensors"
+    ):
+        load_kontext(model, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["w.bin", "../w.safetensors"])
+def test_an_index_of_a_reward_that_names_something_else(name: str, plant: PickleBomb, tmp_path: Path) -> None:
+    dino = save_tiny_reward("dino", tmp_path / "dino")
+    point_index(dino, name, "model.safetensors")
+    plant(dino / name)
+    with pytest.raises(
+        UserError, match=rf"rewards\.identity_model: .* names '{re.escape(name)}', expected safetensors"
+    ):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": str(dino)}), CPU)
+
+
+@pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": []}', '{"weight_map": null}'])
+def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
+    dino = save_tiny_reward("dino", tmp_path / "dino")
+    (dino / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"rewards\.identity_model: .*index\.json is no index of weights"):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": str(dino)}), CPU)
+
+
+def test_an_index_on_the_hub(plant: PickleBomb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it lies in the cache once it is downloaded; offline, nothing else is asked."""
+    cached = tmp_path / "hub" / "models--owner--dino"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    dino = save_tiny_reward("dino", cached / "snapshots" / ("0" * 40))
+    point_index(dino, "w.bin", "model.safetensors")
+    plant(dino / "w.bin")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=r"rewards\.identity_model: owner/dino could not be loaded \(.*never read"):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": "owner/dino"}), CPU)
+
+
+def test_weights_that_a_configuration_names(plant: PickleBomb, tmp_path: Path) -> None:
+    """The one name of a pickle that transformers takes there."""
+    dino = save_tiny_reward("dino", tmp_path / "dino")
+    about = json.loads((dino / "config.json").read_text())
+    (dino / "config.json").write_text(json.dumps(about | {"transformers_weights": "adapter_model.bin"}))
+    plant(dino / "adapter_model.bin")
+    with pytest.raises(UserError, match=r"rewards\.identity_model: .* could not be loaded \(.*never read"):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": str(dino)}), CPU)
 
 
 @pytest.mark.parametrize("name", ["HPSv3.safetensors", "HPSv3.bin"])

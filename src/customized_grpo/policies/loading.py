@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import diffusers
 import torch
@@ -23,6 +25,8 @@ from customized_grpo.policies.lora import PREFIX, read_lora
 INDEX = "model_index.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What libraries raise on files that are missing, damaged, or not what they are taken for."""
+SHARDS = "*.safetensors.index.json"
+"""Indices of weights in several files."""
 
 
 def locate(model: str, family: Family, *, weights: bool = True) -> Path:
@@ -60,10 +64,12 @@ def locate(model: str, family: Family, *, weights: bool = True) -> Path:
 
 def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
+    check_shards(folder, "policy.model")
     try:
-        pipe = family.pipeline.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, **family.components(str(folder))
-        )
+        with without_pickles():
+            pipe = family.pipeline.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, **family.components(str(folder))
+            )
     except (*DAMAGED, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"policy.model: {folder} could not be loaded: {first_line(error)}") from error
     if pipe.transformer.dtype != dtype:
@@ -71,6 +77,40 @@ def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
             f"policy.model: {folder} was loaded as {pipe.transformer.dtype}, not as {dtype}; update diffusers"
         )
     return pipe
+
+
+def check_shards(folder: Path, field: str) -> None:
+    """Raise `UserError`, naming the configuration `field`, where an index of weights in `folder` names another thing
+    than safetensors files beside it: libraries unpickle what is none, and follow `..`."""
+    for path in sorted(folder.rglob(SHARDS)):
+        try:
+            names = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{field}: {path} is no index of weights ({first_line(error)}); download it anew"
+            ) from error
+        others = [name for name in sorted(names) if not name.endswith(".safetensors") or {"/", "\\"} & set(name)]
+        if others:
+            raise UserError(
+                f"{field}: {path} names '{others[0]}', expected safetensors files beside it, which alone are read; "
+                "name a model that is stored so"
+            )
+
+
+@contextmanager
+def without_pickles() -> Iterator[None]:
+    """Within, `torch.load` raises ValueError: whatever makes a library turn to it (an index on the hub, a name in a
+    configuration), no pickle is read."""
+
+    def refuse(file: Any, *arguments: Any, **settings: Any) -> NoReturn:
+        raise ValueError(f"{file} is no safetensors file, and others are never read")
+
+    load = torch.load
+    torch.load = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = load
 
 
 def merge_base_adapter(pipe: Any, path: Path) -> None:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from customized_grpo.config_rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import Lengths
-from customized_grpo.policies.loading import locate_file
+from customized_grpo.policies.loading import check_shards, locate_file, without_pickles
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.open_clip import load_open_clip
 from customized_grpo.rewards.pictures import Letterbox, Preprocessing
@@ -134,8 +134,10 @@ class Checkpoint:
         return pooled(self._model.get_image_features(pixel_values=pixels.to(self._dtype)))
 
     def _load(self, loader: Any, name: str) -> Any:
+        check_shards(Path(name), self._field)
         try:
-            return loader.from_pretrained(name, **({"use_safetensors": True} if loader is AutoModel else {}))
+            with without_pickles():
+                return loader.from_pretrained(name, **({"use_safetensors": True} if loader is AutoModel else {}))
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(
                 f"{self._field}: {name} could not be loaded ({first_line(error)}); name a folder, or a hub id that can "
