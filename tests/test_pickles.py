@@ -1,4 +1,5 @@
-"""No pickle is ever loaded: one that would make a folder lies under each name that is read, and none is made."""
+"""No pickle is ever loaded, and no code beside a model run: what would make a folder lies under each name that is read,
+and none is made."""
 
 import hashlib
 import json
@@ -28,6 +29,7 @@ from customized_grpo.toybox.weights import load_network
 
 CPU = torch.device("cpu")
 PickleBomb = Callable[[Path], None]
+PlantCode = Callable[[Path, str], None]
 
 
 class Bomb:
@@ -170,6 +172,53 @@ def test_an_encoder_as_a_reward(name: str, side: str, plant: PickleBomb, tmp_pat
     settings = {"prompt": "clip_t", "identity": "dino"} | {f"{k}_model": str(path) for k, path in models.items()}
     with pytest.raises(UserError, match=rf"rewards\.{side}_model: .* could not be loaded"):
         load_rewards(RewardsConfig.model_validate(settings), CPU)
+
+
+@pytest.fixture
+def plant_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Has a file of settings name code beside it for what transformers does not know; who is asked says yes. In the end
+    it has not run."""
+    marker = tmp_path / "it-ran"
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+
+    def plant(path: Path, loader: str) -> None:
+        (path.parent / "code_of_mine.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
+        own = {"model_type": "mine", "image_processor_type": "Mine", "auto_map": {loader: "code_of_mine.Mine"}}
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | own))
+
+    yield plant
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "loader"), [("config.json", "AutoConfig"), ("preprocessor_config.json", "AutoImageProcessor")]
+)
+def test_code_beside_a_reward(file: str, loader: str, plant_code: PlantCode, tmp_path: Path) -> None:
+    clip = save_tiny_reward("clip", tmp_path / "clip")
+    plant_code(clip / file, loader)
+    with pytest.raises(UserError, match=r"rewards\.prompt_model: .* could not be loaded"):
+        load_rewards(RewardsConfig.model_validate({"prompt": "clip_t", "prompt_model": str(clip)}), CPU)
+
+
+def test_code_beside_the_backbone_of_hpsv3(plant_code: PlantCode, tmp_path: Path) -> None:
+    weights, backbone = save_tiny_hpsv3(tmp_path / "tiny")
+    (tmp_path / "instruction").write_text("Rate {text_prompt} <|Reward|>")
+    plant_code(backbone / "config.json", "AutoConfig")
+    settings = {
+        "prompt": "hpsv3", "prompt_model": str(weights),
+        "hpsv3": {"backbone": str(backbone), "instruction": str(tmp_path / "instruction")},
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"rewards\.hpsv3\.backbone: .* could not be loaded"):
+        load_rewards(RewardsConfig.model_validate(settings), CPU)
+
+
+def test_no_class_that_files_choose_may_run_their_code(repository: Path) -> None:
+    """Left to themselves, these ask on the terminal."""
+    sources = [path.read_text(encoding="utf-8") for path in (repository / "src").rglob("*.py")]
+    calls = [call for text in sources for call in re.findall(r"Auto\w+\.from_pretrained\([^)]*\)", text)]
+    assert len(calls) >= 4 and all("trust_remote_code=False" in call for call in calls)
 
 
 def point_index(folder: Path, name: str, weights: str) -> None:

@@ -41,7 +41,7 @@ class Flux2:
 
     def components(self, folder: str) -> dict[str, Any]:
         # The pipeline's processor can read pictures too, for which it needs torchvision; prompts need its tokenizer.
-        return {"tokenizer": AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")}
+        return {"tokenizer": AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False)}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
         flux1.check_guidance(pipe, guidance)

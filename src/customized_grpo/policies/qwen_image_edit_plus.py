@@ -46,7 +46,7 @@ class QwenImageEditPlus:
     reference_side = 1024
 
     def components(self, folder: str) -> dict[str, Any]:
-        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer")
+        tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False)
         pictures = Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
         return {"tokenizer": tokenizer, "processor": ImageTextProcessor(pictures, tokenizer)}
 

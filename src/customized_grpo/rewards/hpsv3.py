@@ -111,9 +111,9 @@ def load_hpsv3(
     text = read_instruction(instruction)
     path = locate_file(weights or WEIGHTS, "rewards.prompt_model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone)
+        tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
         pictures = Qwen2VLImageProcessorPil.from_pretrained(backbone, min_pixels=PIXELS, max_pixels=PIXELS)
-        config = AutoConfig.from_pretrained(backbone)
+        config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"rewards.hpsv3.backbone: {backbone} could not be loaded ({first_line(error)}); name a folder, or a hub id "

@@ -135,9 +135,10 @@ class Checkpoint:
 
     def _load(self, loader: Any, name: str) -> Any:
         check_shards(Path(name), self._field)
+        more = {"use_safetensors": True} if loader is AutoModel else {}
         try:
             with without_pickles():
-                return loader.from_pretrained(name, **({"use_safetensors": True} if loader is AutoModel else {}))
+                return loader.from_pretrained(name, trust_remote_code=False, **more)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(
                 f"{self._field}: {name} could not be loaded ({first_line(error)}); name a folder, or a hub id that can "
