@@ -32,6 +32,12 @@ def broken(images, task):
 def flat(images, task):
     return torch.zeros(6)
 
+def fails(images, task):
+    raise ConnectionError("no such host\\nsecond line")
+
+def fails_oddly(images, task):
+    raise KeyError
+
 number = 7
 """
 
@@ -73,6 +79,21 @@ def test_no_such_function(name: str, said: str) -> None:
 def test_a_wrong_shape_is_told() -> None:
     with pytest.raises(UserError, match=r"flat answered \[6\], expected a tensor of \[2, 3\]"):
         OwnReward.load("rewards.prompt", "python:rewards_of_mine.flat").score(IMAGES, TASK)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("fails", "ConnectionError: no such host;"), ("fails_oddly", "KeyError: KeyError;")]
+)
+def test_what_it_raises_is_told_by_its_name(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^python:rewards_of_mine\.{name} raised {said} mend the function") as told:
+        OwnReward.load("rewards.prompt", f"python:rewards_of_mine.{name}").score(IMAGES, TASK)
+    assert isinstance(told.value.__cause__, ConnectionError | KeyError)
+
+
+def test_a_module_that_raises(tmp_path: Path) -> None:
+    (tmp_path / "broken_of_mine.py").write_text("raise ValueError('no weights')\n")
+    with pytest.raises(UserError, match=r"module 'broken_of_mine' could not be imported \(ValueError: no weights\)"):
+        OwnReward.load("rewards.prompt", "python:broken_of_mine.f")
 
 
 @pytest.mark.parametrize(

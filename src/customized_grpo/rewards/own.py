@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.rewards import Scores, Task
 
 PREFIX = "python:"
@@ -35,10 +35,10 @@ class OwnReward:
             sys.path.insert(0, folder)
         try:
             module = importlib.import_module(module_name)
-        except ImportError as error:
+        except Exception as error:  # the module is the user's: anything may come out of it
             raise UserError(
-                f"{field}: module '{module_name}' could not be imported ({error}); it is looked for in {folder} and "
-                "among what is installed"
+                f"{field}: module '{module_name}' could not be imported ({type(error).__name__}: {first_line(error)}); "
+                f"it is looked for in {folder} and among what is installed"
             ) from error
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -47,8 +47,15 @@ class OwnReward:
 
     @torch.no_grad()
     def score(self, images: Tensor, task: Task) -> Scores:
-        """See `Reward.score`. Raises `UserError` where the function answers anything but a number for each image."""
-        found = self._function(images, task)
+        """See `Reward.score`. Raises `UserError` where the function raises, or answers anything but a number for each
+        image."""
+        try:
+            found = self._function(images, task)
+        except Exception as error:  # it is the user's: anything may come out of it
+            raise UserError(
+                f"{self._name} raised {type(error).__name__}: {first_line(error)}; mend the function, or have it "
+                "answer NaN for what it cannot score"
+            ) from error
         scores = found if isinstance(found, Scores) else Scores(found, torch.ones(images.shape[:2], dtype=torch.bool))
         shape = tuple(images.shape[:2])
         for part in (scores.values, scores.valid):
