@@ -15,6 +15,7 @@ from customized_grpo.algorithm import ode_step
 from customized_grpo.data.images import to_pil
 from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.policies.qwen_image_edit_plus import _seen_by_text_encoder
 
 Load = Callable[..., DiffusersPolicy]
 PROMPT = "a toy cat on the beach"
@@ -37,6 +38,12 @@ def draw(policy: DiffusersPolicy, references: Sequence[Tensor], noise: Tensor) -
 def plain_pipeline(kind: str, folder: Path) -> Any:
     family = FAMILIES[kind]
     return family.pipeline.from_pretrained(folder, **family.components(str(folder)))
+
+
+def with_token_types(encoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    types = (kwargs["input_ids"] == encoder.config.image_token_id).int()
+    assert types.sum() > 1
+    return args, kwargs | {"mm_token_type_ids": types}
 
 
 def noise_for(policy: DiffusersPolicy) -> Tensor:
@@ -109,10 +116,28 @@ def test_qwen_image_edit_plus(
     references = [picture(64, 64, seed) for seed in range(count)]
     noise = noise_for(policy)
     pipe = plain_pipeline("qwen-image-edit-plus", tiny_models["qwen-image-edit-plus"])
+    # The pipeline forgets to say which tokens are a picture's (huggingface/diffusers#14194).
+    pipe.text_encoder.register_forward_pre_hook(with_token_types, with_kwargs=True)
     more = {"true_cfg_scale": guidance, "negative_prompt": " "} if guidance > 1 else {"true_cfg_scale": 1.0}
     image = from_pipeline(pipe, references, noise, **more)
     assert image.std() > 0.05
     assert torch.allclose(draw(policy, references, noise), image, **CLOSE)
+
+
+def test_qwen_reads_pictures_by_rows_and_columns(
+    load: Load, tiny_models: dict[str, Path], picture: Callable[..., Tensor]
+) -> None:
+    """The image hardly shows it at this size."""
+    policy, references = load("qwen-image-edit-plus"), [picture(64, 64), picture(48, 64, 1)]
+    pipe = plain_pipeline("qwen-image-edit-plus", tiny_models["qwen-image-edit-plus"])
+    seen = [_seen_by_text_encoder(pipe, reference) for reference in references]
+    read = policy.encode([PROMPT], [references]).rows[0].tensors["text"]
+    with torch.no_grad():
+        in_a_row = pipe.encode_prompt(PROMPT, image=seen)[0][0]
+        pipe.text_encoder.register_forward_pre_hook(with_token_types, with_kwargs=True)
+        in_place = pipe.encode_prompt(PROMPT, image=seen)[0][0]
+    assert torch.allclose(read, in_place, atol=1e-5)
+    assert (read - in_a_row).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("sizes", [[(64, 64)], [(64, 48), (32, 64)]], ids=["one", "two"])

@@ -36,7 +36,7 @@ NEEDS_CUDA = ("flash", "_flash", "_native_cudnn", "_native_flash", "xformers")
 """How the names of diffusers' attention backends begin that run on CUDA only."""
 
 
-ROW_FORMAT = 1
+ROW_FORMAT = 2
 """Of what families leave in the cache; another number where one of them encodes otherwise."""
 
 

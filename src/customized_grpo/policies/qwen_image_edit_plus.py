@@ -19,6 +19,8 @@ from customized_grpo.policies.conditions import Batch, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
 NEGATIVE_PROMPT = " "
+PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
+"""Stands before the prompt for each reference."""
 
 
 class ImageTextProcessor(Qwen2VLProcessor):
@@ -66,9 +68,9 @@ class QwenImageEditPlus:
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
         pictures = [_seen_by_text_encoder(pipe, reference) for reference in references]
-        tensors = {"text": pipe.encode_prompt([prompt], image=pictures, device=device)[0][0]}
+        tensors = {"text": _embed(pipe, prompt, pictures, device)}
         if guided:
-            tensors["negative"] = pipe.encode_prompt([NEGATIVE_PROMPT], image=pictures, device=device)[0][0]
+            tensors["negative"] = _embed(pipe, NEGATIVE_PROMPT, pictures, device)
         tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
         return Row(tensors | {"reference": tokens}, sizes_of(references))
 
@@ -110,6 +112,20 @@ def _seen_by_text_encoder(pipe: Any, reference: Tensor) -> Any:
     """A picture in the size in which the pipeline shows it to the text encoder."""
     width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, reference.shape[-1] / reference.shape[-2])
     return pipe.image_processor.resize(to_pil(reference), height, width)
+
+
+def _embed(pipe: Any, prompt: str, pictures: Sequence[Any], device: torch.device) -> Tensor:
+    """A prompt after its pictures as the text encoder's last states [L, D], without those of the instruction.
+
+    The pipeline's `encode_prompt` does the same but for the tokens' types, which it does not hand on: without them the
+    encoder takes a picture's tokens for words in a row, where the weights were trained with rows and columns
+    (https://github.com/huggingface/diffusers/issues/14194).
+    """
+    shown = "".join(PICTURE.format(number) for number in range(1, len(pictures) + 1))
+    text = pipe.prompt_template_encode.format(shown + prompt)
+    inputs = pipe.processor(text=[text], images=list(pictures), return_tensors="pt").to(device)
+    states: Tensor = pipe.text_encoder(**inputs, output_hidden_states=True).hidden_states[-1]
+    return states[0, pipe.prompt_template_encode_start_idx :]
 
 
 def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
