@@ -57,7 +57,8 @@ class PolicyConfig(Section):
     compile: bool = False
     """Compile the transformer's repeated blocks (torch.compile). Not for toybox."""
     attention_backend: str | None = None
-    """diffusers' attention backend: native, flash, _flash_3, ...; unset: its default. Not for toybox."""
+    """diffusers' attention backend: native, _native_flash, flash, _flash_3_hub, ...; unset: its default. Not for
+    toybox."""
     cache: Path = Path("runs/conditions")
     """Folder of encoded prompts and references, shared by runs; may be deleted between runs. Not for toybox."""
 

@@ -221,13 +221,13 @@ def test_no_adapter(load: Load, tmp_path: Path) -> None:
         load("flux1-kontext").load_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("backend", ["sage", "_sage_qk_int8_pv_fp16_cuda"])
+@pytest.mark.parametrize("backend", ["sage", "_sage_qk_int8_pv_fp16_cuda", "_flash_3"])
 def test_a_backend_that_cannot_train(load: Load, backend: str) -> None:
     with pytest.raises(UserError, match=rf"policy\.attention_backend: '{backend}' has no backward pass"):
         load("flux1-kontext", attention_backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["flash", "_flash_3"])
+@pytest.mark.parametrize("backend", ["flash", "_flash_3_hub", "_native_cudnn"])
 def test_a_backend_that_wants_cuda(load: Load, backend: str) -> None:
     with pytest.raises(UserError, match=rf"policy\.attention_backend: '{backend}' runs on CUDA, and the device is cpu"):
         load("flux1-kontext", attention_backend=backend)

@@ -35,7 +35,9 @@ MODELS = {
 NEEDS_CUDA = ("flash", "_flash", "_native_cudnn", "_native_flash", "xformers")
 """How the names of diffusers' attention backends begin that run on CUDA only."""
 
-
+NO_BACKWARD = ("sage", "_sage")
+"""How the names of those begin that have no backward pass. One more is `_flash_3`: diffusers wraps FlashAttention 3 in
+an operator of its own, and gives that none; `_flash_3_hub`, of the same kernels, is called as it is."""
 ROW_FORMAT = 2
 """Of what families leave in the cache; another number where one of them encodes otherwise."""
 
@@ -55,9 +57,12 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
 
 
 def check_backend(name: str | None, device: torch.device) -> None:
-    """Raise `UserError` for an attention backend that wants CUDA on a machine, or a device, without it."""
-    if name is not None and name.startswith(("sage", "_sage")):
-        raise UserError(f"policy.attention_backend: '{name}' has no backward pass, and trains nothing; name another")
+    """Raise `UserError` for an attention backend that cannot train, or wants CUDA and the device is another."""
+    if name is not None and (name == "_flash_3" or name.startswith(NO_BACKWARD)):
+        raise UserError(
+            f"policy.attention_backend: '{name}' has no backward pass, and trains nothing; use _native_flash, flash or "
+            "_flash_3_hub, or leave it out"
+        )
     if name is not None and name.startswith(NEEDS_CUDA) and device.type != "cuda":
         raise UserError(
             f"policy.attention_backend: '{name}' runs on CUDA, and the device is {device}; leave it out, or use "
