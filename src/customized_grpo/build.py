@@ -15,7 +15,15 @@ from customized_grpo.libraries import quiet
 from customized_grpo.policies import EncodesAhead, Policy, ReadsPrompts
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.catalogue import load_rewards
-from customized_grpo.runtime import check_precision, local_rank, local_world, resolve_device, resolve_precision
+from customized_grpo.runtime import (
+    CPU,
+    check_precision,
+    local_rank,
+    local_world,
+    processes_here,
+    resolve_device,
+    resolve_precision,
+)
 from customized_grpo.toybox.judge import Judge
 from customized_grpo.toybox.policy import ToyBoxPolicy
 
@@ -76,7 +84,14 @@ def _toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int)
 
 
 def _device(config: PolicyConfig) -> torch.device:
-    return resolve_device("cpu" if config.kind == "toybox" else config.device)
+    if config.kind == "toybox":
+        return CPU
+    device = resolve_device(config.device)
+    if config.device.startswith("cuda:") and processes_here() > 1:
+        raise UserError(
+            f"policy.device: '{config.device}' is one GPU, and each process of this machine wants its own; use cuda"
+        )
+    return device
 
 
 def dry_run(config: Config) -> Estimate:
@@ -195,8 +210,9 @@ def encode_ahead(policy: Policy[Any], datasets: Mapping[SubjectDataset, int | No
     if not isinstance(policy, EncodesAhead):
         return
     wanted = [(dataset, sample) for dataset, count in datasets.items() for sample in dataset.samples[:count]]
-    # The processes of a machine share what they encode; its disk need not be that of other machines.
-    wanted = wanted[local_rank() :: local_world()]
+    # The processes of a machine share what they encode; its disk need not be that of other machines. Where nothing says
+    # how many they are, each encodes all.
+    wanted = wanted[local_rank() % local_world() :: local_world()]
     policy.encode_ahead(
         [sample.prompt for _, sample in wanted],
         lambda index: wanted[index][0].references([wanted[index][1]], policy.prepare_reference)[0],

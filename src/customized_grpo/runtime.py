@@ -3,12 +3,18 @@
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
 from customized_grpo.errors import UserError
+from customized_grpo.launch import world_size
 
+_LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+"""Where torchrun and its like, Open MPI and Slurm write which process of its machine one is. In this order: what Open
+MPI starts within Slurm inherits Slurm's."""
+_LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP = 1 << 30
 
@@ -17,13 +23,12 @@ CPU = torch.device("cpu")
 
 
 def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
-    """The device named, or for "auto" the first CUDA device, the CPU without one. Raises `UserError` where it is none,
-    or not here; `prefix` and "device" make the name of the field."""
+    """The device named, or for "auto" CUDA's, the CPU without one. In a run of several processes "cuda" is this one's
+    own GPU. Raises `UserError` where it is none, or not here; `prefix` and "device" make the name of the field."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ and torch.cuda.device_count():
-        # A device for each process; one that sees only its own takes that.
-        name = f"cuda:{local_rank() % torch.cuda.device_count()}"
+    if name == "cuda" and world_size() > 1 and torch.cuda.is_available():
+        name = f"cuda:{_own_gpu(prefix)}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -32,6 +37,24 @@ def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
     if not here.get(device.type, False) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(f"{prefix}device: there is no '{name}' here; leave it out, or use cpu")
     return device
+
+
+def _own_gpu(prefix: str) -> int:
+    """Which GPU is this process's. Two on one would only fail, in NCCL, when they first talk."""
+    gpus, processes = torch.cuda.device_count(), processes_here()
+    if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
+        return 0  # what launched the process shows it its own alone
+    if gpus > 1 and _told(_LOCAL_RANK) is None:
+        raise UserError(
+            f"{prefix}device: this is one of {world_size()} processes, and nothing tells which of {gpus} GPUs is its "
+            "own; set LOCAL_RANK, from 0 on each machine, or start by --num_processes or torchrun"
+        )
+    if processes > gpus:
+        raise UserError(
+            f"{prefix}device: {processes} processes of this machine want a GPU each, and see {gpus}; start at most so "
+            "many"
+        )
+    return local_rank()
 
 
 def resolve_precision(
@@ -57,13 +80,25 @@ def check_precision(precision: str, device: torch.device, prefix: str = "policy.
 
 
 def local_world() -> int:
-    """How many processes of this run are on this machine, by what launched them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    """How many processes of this run are on this machine, by what launched them; 1 where that does not say."""
+    return int(_told(_LOCAL_WORLD) or 1)
 
 
 def local_rank() -> int:
     """Which of them this process is."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return int(_told(_LOCAL_RANK) or 0)
+
+
+def processes_here() -> int:
+    """How many there are at least: where nothing says how many, those before this one are known."""
+    return max(local_world(), local_rank() + 1)
+
+
+def _told(names: Sequence[str]) -> str | None:
+    """What the first of these variables says that is set; a process that runs alone is told nothing."""
+    if world_size() == 1:
+        return None
+    return next((os.environ[name] for name in names if name in os.environ), None)
 
 
 def configure(threads: int | None) -> None:
