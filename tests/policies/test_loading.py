@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from customized_grpo import runtime
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.errors import UserError
+from customized_grpo.policies.catalogue import load_policy
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.tiny import flux_transformer
 from customized_grpo.runtime import resolve_device
@@ -244,6 +245,17 @@ def test_a_device_that_is_not_here(device: str) -> None:
         pytest.skip("there is one here")
     with pytest.raises(UserError, match=rf"policy\.device: there is no '{device}' here"):
         resolve_device(device)
+
+
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", ["cuda:1"]), ("cuda", []), ("cpu", [])])
+def test_the_policys_device_is_the_current_one(
+    device: str, current: list[str], tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(str(device)))
+    config = PolicyConfig(kind="flux1-kontext", model=str(tiny_models["flux1-kontext"]), lora_rank=4, lora_alpha=4)
+    load_policy(config, 0, torch.device(device), bf16=False)
+    assert made == current
 
 
 def test_no_device() -> None:

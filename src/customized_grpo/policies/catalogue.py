@@ -45,6 +45,9 @@ ROW_FORMAT = 2
 def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: bool) -> DiffusersPolicy:
     """The policy that `config` describes. Raises `UserError` before the weights are read where it can."""
     check_backend(config.attention_backend, device)
+    if device.type == "cuda" and device.index is not None:
+        # Kernels of others, FSDP and NCCL take the current device for the one that is meant.
+        torch.cuda.set_device(device)
     family = FAMILIES[config.kind]
     adapter = None if config.base_adapter is None else locate_file(config.base_adapter, "policy.base_adapter")
     folder = locate(config.model or MODELS[config.kind], family)

@@ -18,8 +18,6 @@ def shard(transformer: Any, kept: Iterable[nn.Parameter], device: torch.device) 
     A repeated block's weights are whole in a process only while it runs, and so are those outside of blocks while the
     transformer does.
     """
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # where FSDP gathers
     world = dist.group.WORLD
     assert world is not None, "the processes are not connected"
     mesh = DeviceMesh.from_group(world, device.type)
