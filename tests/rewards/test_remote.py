@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
 from customized_grpo.rewards.serve import RewardServer
-from customized_grpo.rewards.transport import Transport, Unavailable
+from customized_grpo.rewards.transport import MOST, Transport, Unavailable
 
 Answer = tuple[int, Any, dict[str, str]] | None
 """Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""
@@ -170,6 +170,54 @@ def test_what_stays_wrong_is_invalid_and_never_a_number(answer: Answer, misbehav
     found = RemoteReward(transport(url, deadline=0.5)).score(*batch())
     assert not found.valid.any() and found.values.isfinite().all()
     assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"values": [[10**400]], "valid": [[True]]},
+        b"[" * 10**5,
+        {"values": [[0.9]], "valid": [[7]]},
+        {"values": [[0.9]], "valid": [["false"]]},
+        {"values": [["0.9"]], "valid": [[True]]},
+        {"values": [[True]], "valid": [[True]]},
+        {"values": [{"0": 0.9}], "valid": [[True]]},
+        b'{"values": [[0.9]], "valid": [[true]]}' + b" " * MOST,
+    ],
+    ids=["huge", "deep", "7", "text for a flag", "text", "flag", "object", "large"],
+)
+def test_garbage_is_no_score(answer: Any, misbehaving: Callable[..., Any]) -> None:
+    url, _ = misbehaving((200, answer, {}))
+    found = RemoteReward(transport(url, deadline=0.5)).score(*batch(1, 1))
+    assert not found.valid.any() and found.values.isfinite().all()
+
+
+@pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"])
+def test_a_server_that_drips_is_given_up_at_the_deadline(first: bytes) -> None:
+    """A byte each tenth of a second, in the status line, the headers or the body."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as server:
+
+        def drip() -> None:
+            connection, _ = server.accept()
+            with closing(connection), suppress(OSError):
+                connection.sendall(first)
+                while True:
+                    connection.sendall(b"H")
+                    time.sleep(0.1)
+
+        threading.Thread(target=drip, daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(Unavailable, match=r"gave no answer within 0\.6 s"):
+            transport(f"http://127.0.0.1:{server.getsockname()[1]}", deadline=0.6).post("/score", {})
+        assert time.monotonic() - start < 3
+
+
+def test_neither_retry_after_nor_back_off_outlasts_the_deadline(misbehaving: Callable[..., Any]) -> None:
+    url, _ = misbehaving((429, {}, {"Retry-After": "30"}))
+    start = time.monotonic()
+    with pytest.raises(Unavailable, match=r"within 0\.5 s"):
+        Transport("rewards.prompt_model", url, 0.5).post("/score", {})
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("status", [400, 401, 404, 413])

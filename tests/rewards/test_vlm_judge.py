@@ -334,3 +334,4 @@ def test_parse_takes_the_last_object_with_both_scores() -> None:
     assert parse(completion('{"subject": 1, "prompt": 0} then {"prompt": 4, "subject": 2}')) == (4.0, 2.0)
     assert parse(completion('```json\n{"subject": 3,\n "prompt": 2}\n```')) == (2.0, 3.0)
     assert parse(completion("")) is None
+    assert parse(completion('{"subject": ' + "[" * 10**5 + "}")) is None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.data.images import to_pil
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import References
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rewards.transport import Transport, Unavailable
@@ -77,15 +77,29 @@ def encoded(image: Tensor) -> str:
 def parsed(answer: Any, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Values and their validity [P, G] of a server's answer. Raises ValueError where it is not one."""
     try:
-        values = [[math.nan if value is None else float(value) for value in row] for row in answer["values"]]
-        valid = torch.tensor(answer["valid"], dtype=torch.bool)
+        values = [[_number(value) for value in row] for row in answer["values"]]
+        valid = torch.tensor([[_flag(value) for value in row] for row in answer["valid"]])
         found = torch.tensor(values, dtype=torch.float32)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"no scores in the answer: {answer!r:.200}") from error
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
+        raise ValueError(f"no scores in the answer ({type(error).__name__}: {first_line(error)})") from error
     if found.shape != shape or valid.shape != shape:
         raise ValueError(f"scores of {list(found.shape)} for {list(shape)} images")
     known = valid & found.isfinite()
     return torch.where(known, found, 0.0), known
+
+
+def _number(value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"a value is a {type(value).__name__}, expected a number or null")
+    return float(value)
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"a validity is a {type(value).__name__}, expected true or false")
+    return value
 
 
 def _encoded(pictures: References, rows: Sequence[int]) -> list[list[str]]:

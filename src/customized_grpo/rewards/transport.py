@@ -1,8 +1,11 @@
 """JSON over HTTP to a scorer that may be busy, slow or away: a deadline, bounded back-off, and errors that are told."""
 
+import json
 import os
+import threading
 import time
 from dataclasses import dataclass, field
+from queue import Empty, Queue
 from typing import Any
 
 import httpx2
@@ -11,6 +14,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_aft
 from customized_grpo.errors import UserError
 
 BUSY = 429
+MOST = 2**24
+"""Bytes of an answer; scores take a few for an image."""
 
 
 class Unavailable(Exception):
@@ -23,6 +28,15 @@ class _Again(Exception):
     def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
         self.after = after
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came over the wire."""
+
+    status: int
+    body: bytes
+    retry_after: str | None
 
 
 @dataclass
@@ -57,32 +71,54 @@ class Transport:
     def get(self, path: str) -> Any:
         """The answer to a GET, tried once. Raises `UserError` where there is none."""
         try:
-            answer = self.client.get(self.url.rstrip("/") + path, timeout=min(10.0, self.deadline))
-            answer.raise_for_status()
-            return answer.json()
-        except (httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
+            answer = self._send("GET", path, None, time.monotonic() + min(10.0, self.deadline))
+            if answer.status >= 300:
+                raise _Again(f"status {answer.status}")
+            return _json(answer.body)
+        except _Again as error:
             raise UserError(
-                f"{self.field_name}: {self.url} does not answer ({self._told(error)}); start the server, or name "
-                "another"
+                f"{self.field_name}: {self.url} does not answer ({error}); start the server, or name another"
             ) from error
 
     def _once(self, path: str, payload: dict[str, Any], end: float) -> Any:
-        left = max(0.05, end - time.monotonic())
-        try:
-            answer = self.client.post(self.url.rstrip("/") + path, json=payload, timeout=left)
-        except httpx2.HTTPError as error:
-            raise _Again(self._told(error)) from error
-        if answer.status_code == BUSY or answer.status_code >= 500:
-            raise _Again(f"status {answer.status_code}", _seconds(answer.headers.get("Retry-After")))
-        if answer.status_code >= 400:
+        answer = self._send("POST", path, payload, end)
+        if answer.status == BUSY or answer.status >= 500:
+            raise _Again(f"status {answer.status}", _seconds(answer.retry_after))
+        if answer.status >= 400:
+            told = self.without_token(answer.body.decode("utf-8", "replace"))
             raise UserError(
-                f"{self.field_name}: {self.url}{path} refused the request with status {answer.status_code}: "
-                f"{self.without_token(answer.text)[:300]}"
+                f"{self.field_name}: {self.url}{path} refused the request with status {answer.status}: {told[:300]}"
             )
+        return _json(answer.body)
+
+    def _send(self, method: str, path: str, payload: dict[str, Any] | None, end: float) -> _Answer:
+        """Raises `_Again` where no whole answer is there at `end`. A thread asks, which is then left alone: a time-out
+        of the client starts anew with every byte."""
+        found: Queue[_Answer | _Again] = Queue()
+        arguments = (method, path, payload, end, found)
+        threading.Thread(target=self._receive, args=arguments, daemon=True).start()
         try:
-            return answer.json()
-        except ValueError as error:
-            raise _Again("an answer that is not JSON") from error
+            answer = found.get(timeout=_left(end))
+        except Empty as error:
+            raise _Again("no whole answer in time") from error
+        if isinstance(answer, _Again):
+            raise answer
+        return answer
+
+    def _receive(
+        self, method: str, path: str, payload: dict[str, Any] | None, end: float, found: "Queue[_Answer | _Again]"
+    ) -> None:
+        body = bytearray()
+        try:
+            with self.client.stream(method, self.url.rstrip("/") + path, json=payload, timeout=_left(end)) as answer:
+                for part in answer.iter_bytes():
+                    body += part
+                    if len(body) > MOST or time.monotonic() > end:
+                        found.put(_Again(f"an answer that takes too long, or more than {MOST} bytes"))
+                        return
+                found.put(_Answer(answer.status_code, bytes(body), answer.headers.get("Retry-After")))
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            found.put(_Again(self._told(error)))
 
     def without_token(self, text: str) -> str:
         """`text` as it may be told: a server may repeat what it was sent, and messages end up in logs. To be shortened
@@ -96,7 +132,8 @@ class Transport:
     def _wait(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         asked = error.after if isinstance(error, _Again) else 0.0
-        return max(min(asked, self.longest_wait), wait_random_exponential(multiplier=0.2, max=self.longest_wait)(state))
+        wait = max(min(asked, self.longest_wait), wait_random_exponential(multiplier=0.2, max=self.longest_wait)(state))
+        return min(wait, _left(state.args[2]))
 
 
 def secret(variable: str) -> str | None:
@@ -109,6 +146,18 @@ def secret(variable: str) -> str | None:
             "tokens consist; set it anew, or unset it"
         )
     return found or None
+
+
+def _left(end: float) -> float:
+    """Seconds until `end`; a little where it has passed, since 0 would be no time-out."""
+    return max(0.05, end - time.monotonic())
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise _Again("an answer that is not JSON, or too deep") from error
 
 
 def _seconds(text: str | None) -> float:

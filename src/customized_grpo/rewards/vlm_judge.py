@@ -131,7 +131,7 @@ def parse(answer: Any) -> tuple[float, float] | None:
     for text in reversed(objects):
         try:
             found = [json.loads(text)[question] for question in QUESTIONS]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
         if all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= BEST for value in found):
             return float(found[0]), float(found[1])
