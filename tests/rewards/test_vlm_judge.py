@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.rewards import Task
 from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
-from customized_grpo.rewards.transport import Transport, secret
+from customized_grpo.rewards.transport import Transport, Unavailable, secret
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge, parse
 
 CPU = torch.device("cpu")
@@ -177,6 +178,37 @@ def test_a_judge_that_hangs_is_given_up(server: Callable[[Reply], Server]) -> No
 
     scores = JudgeReward(judge(server(reply).url, deadline=0.3), "prompt").score(*batch(1, 2))
     assert not scores.valid.any()
+
+
+def test_sigterm_does_not_wait_for_a_judge_that_hangs(
+    server: Callable[[Reply], Server], make_settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """Neither the run nor the end of its process: both answers under way are 60 s off."""
+    go = threading.Event()
+    running = server(lambda question, number: (200, completion("")) if go.wait(60) else (500, {}))
+    rewards = both_remote(running.url) | {"identity": "vlm_judge", "identity_model": None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(make_settings({"rewards": rewards})))
+    train = [sys.executable, "-m", "customized_grpo", "train", "--config", str(tmp_path / "run.yaml")]
+    with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while not running.asked and process.poll() is None:
+                time.sleep(0.05)
+            process.terminate()
+            said = process.communicate(timeout=15)
+        finally:
+            process.kill()
+            go.set()
+    assert process.returncode == 143 and "Traceback" not in said[1], said[1]
+
+
+def test_who_waits_while_it_is_given_up_hears_so(server: Callable[[Reply], Server]) -> None:
+    go = threading.Event()
+    running = server(lambda question, number: (200, completion("")) if go.wait(30) else (500, {}))
+    asked = Transport("rewards.vlm_judge.url", running.url, 60.0)
+    threading.Timer(0.3, asked.give_up).start()
+    with pytest.raises(Unavailable):
+        asked.post("/chat/completions", {"messages": []})
+    go.set()
 
 
 def test_a_wrong_key_is_told_at_once(server: Callable[[Reply], Server]) -> None:

@@ -4,18 +4,33 @@ import json
 import os
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from typing import Any
 
 import httpx2
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_before_delay,
+    stop_when_event_set,
+    wait_random_exponential,
+)
 
 from customized_grpo.errors import UserError
 
 BUSY = 429
 MOST = 2**24
 """Bytes of an answer; scores take a few for an image."""
+
+
+LEAST = 0.05
+"""Seconds of the shortest wait."""
+PAUSE = 0.2
+"""Seconds after which who waits looks whether that was given up."""
 
 
 class Unavailable(Exception):
@@ -51,6 +66,7 @@ class Transport:
     longest_wait: float = 20.0
     token: str | None = None
     client: httpx2.Client = field(init=False)
+    _given_up: threading.Event = field(init=False, default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -61,7 +77,11 @@ class Transport:
         limit = self.deadline if deadline is None else deadline
         end = time.monotonic() + limit
         retrying = Retrying(
-            retry=retry_if_exception_type(_Again), stop=stop_after_delay(limit), wait=self._wait, reraise=True
+            retry=retry_if_exception_type(_Again),
+            stop=stop_before_delay(limit) | stop_when_event_set(self._given_up),
+            wait=self._wait,
+            sleep=sleep_using_event(self._given_up),
+            reraise=True,
         )
         try:
             return retrying(self._once, path, payload, end)
@@ -97,13 +117,13 @@ class Transport:
         found: Queue[_Answer | _Again] = Queue()
         arguments = (method, path, payload, end, found)
         threading.Thread(target=self._receive, args=arguments, daemon=True).start()
-        try:
-            answer = found.get(timeout=_left(end))
-        except Empty as error:
-            raise _Again("no whole answer in time") from error
-        if isinstance(answer, _Again):
-            raise answer
-        return answer
+        while time.monotonic() < end and not self._given_up.is_set():
+            with suppress(Empty):
+                answer = found.get(timeout=min(PAUSE, _left(end)))
+                if isinstance(answer, _Again):
+                    raise answer
+                return answer
+        raise _Again("no whole answer in time")
 
     def _receive(
         self, method: str, path: str, payload: dict[str, Any] | None, end: float, found: "Queue[_Answer | _Again]"
@@ -120,6 +140,10 @@ class Transport:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             found.put(_Again(self._told(error)))
 
+    def give_up(self) -> None:
+        """Whoever waits for an answer, in whatever thread, soon gets `Unavailable`, and whoever asks from now on."""
+        self._given_up.set()
+
     def without_token(self, text: str) -> str:
         """`text` as it may be told: a server may repeat what it was sent, and messages end up in logs. To be shortened
         afterwards, or a part of the token stays."""
@@ -132,8 +156,8 @@ class Transport:
     def _wait(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
         asked = error.after if isinstance(error, _Again) else 0.0
-        wait = max(min(asked, self.longest_wait), wait_random_exponential(multiplier=0.2, max=self.longest_wait)(state))
-        return min(wait, _left(state.args[2]))
+        wait = min(wait_random_exponential(multiplier=0.2, max=self.longest_wait)(state), _left(state.args[2]) / 2)
+        return max(min(asked, self.longest_wait), wait, LEAST)
 
 
 def secret(variable: str) -> str | None:
@@ -150,7 +174,7 @@ def secret(variable: str) -> str | None:
 
 def _left(end: float) -> float:
     """Seconds until `end`; a little where it has passed, since 0 would be no time-out."""
-    return max(0.05, end - time.monotonic())
+    return max(LEAST, end - time.monotonic())
 
 
 def _json(body: bytes) -> Any:

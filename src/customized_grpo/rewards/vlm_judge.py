@@ -69,11 +69,17 @@ class VlmJudge:
             return last.ratings
         places = [(p, g) for p in range(images.shape[0]) for g in range(images.shape[1])]
         references = [[encoded(picture) for picture in row] for row in task.references]
-        with ThreadPoolExecutor(self._concurrency) as pool:
-            found = pool.map(
-                lambda place: self._ask(images[place], references[place[0]], task.prompts[place[0]]), places
+        pool = ThreadPoolExecutor(self._concurrency)
+        try:
+            found = list(
+                pool.map(lambda place: self._ask(images[place], references[place[0]], task.prompts[place[0]]), places)
             )
-            ratings = torch.tensor(list(found)).unflatten(0, images.shape[:2])
+        except BaseException:  # a signal's as well: nothing waits for answers that nobody wants any more
+            self._transport.give_up()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        ratings = torch.tensor(found).unflatten(0, images.shape[:2])
         self._last = Asked(images, tuple(task.prompts), ratings)
         return ratings
 
