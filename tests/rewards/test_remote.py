@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Scores, Task
+from customized_grpo.rewards import Scores, Task, TellsFailure
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
 from customized_grpo.rewards.serve import RewardServer
 from customized_grpo.rewards.transport import MOST, Transport, Unavailable
@@ -83,7 +84,8 @@ def misbehaving() -> Iterator[Callable[..., tuple[str, list[dict[str, Any]]]]]:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                with suppress(OSError):  # who asked may be gone
+                    self.wfile.write(data)
 
             def log_message(self, format: str, *args: Any) -> None:
                 pass
@@ -190,6 +192,33 @@ def test_garbage_is_no_score(answer: Any, misbehaving: Callable[..., Any]) -> No
     url, _ = misbehaving((200, answer, {}))
     found = RemoteReward(transport(url, deadline=0.5)).score(*batch(1, 1))
     assert not found.valid.any() and found.values.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ((500, {}, {}), r"^rewards\.prompt_model: http.* gave no answer within 0\.4 s \(status 500\)"),
+        ((429, {}, {"Retry-After": "20"}), r"\(status 429\)"),
+        ((200, b"garbage", {}), "an answer that is not JSON"),
+        ((200, {"values": [["tok"]], "valid": [[True]]}, {}), r"^rewards\.prompt_model: no scores .* a value is a str"),
+        ((200, {"values": [[1.0]] * 2, "valid": [[True]] * 2}, {}), r"scores of \[2, 1\] for \[1, 1\] images"),
+    ],
+)
+def test_a_failure_is_told(answer: Answer, said: str, misbehaving: Callable[..., Any]) -> None:
+    url, _ = misbehaving(answer)
+    reward = RemoteReward(Transport("rewards.prompt_model", url, 0.4))
+    assert isinstance(reward, TellsFailure) and reward.last_failure is None
+    assert not reward.score(*batch(1, 1)).valid.any()
+    assert re.search(said, reward.last_failure or "")
+
+
+def test_a_failure_is_told_until_all_is_well(misbehaving: Callable[..., Any]) -> None:
+    url, _ = misbehaving((200, {"values": "sk-secret"}, {}), (200, SCORES, {}))
+    reward = RemoteReward(transport(url, token="sk-secret"))
+    reward.score(*batch())
+    assert reward.last_failure is not None and "secret" not in reward.last_failure
+    reward.score(*batch())
+    assert reward.last_failure is None
 
 
 @pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"])

@@ -19,7 +19,7 @@ from customized_grpo.cli import main
 from customized_grpo.config import Config, RewardsConfig
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Task
+from customized_grpo.rewards import Task, TellsFailure
 from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
 from customized_grpo.rewards.transport import Transport, Unavailable, secret
@@ -153,6 +153,10 @@ def test_an_answer_without_scores_is_asked_for_again_and_then_invalid(
     stubborn = server(lambda question, number: (200, bad))
     scores = JudgeReward(judge(stubborn.url), "subject").score(*batch(1, 1))
     assert not scores.valid.any() and len(stubborn.asked) == 3
+    reward = JudgeReward(judge(stubborn.url), "subject")
+    reward.score(*batch(1, 1))
+    assert isinstance(reward, TellsFailure)
+    assert reward.last_failure == "rewards.vlm_judge.url: judge-7b gave 3 answers without two whole numbers from 0 to 4"
 
 
 @pytest.mark.parametrize("status", [429, 500, 502])
@@ -167,7 +171,9 @@ def test_one_failing_image_is_invalid_alone(server: Callable[[Reply], Server]) -
             return 500, {}
         return 200, completion('{"subject": 3, "prompt": 2}')
 
-    scores = JudgeReward(judge(server(reply).url, deadline=0.4), "prompt").score(*batch())
+    reward = JudgeReward(judge(server(reply).url, deadline=0.4), "prompt")
+    scores = reward.score(*batch())
+    assert reward.last_failure is not None and "within 0.4 s (status 500)" in reward.last_failure
     assert scores.valid.tolist() == [[True] * 3, [False] * 3] and scores.values.isfinite().all()
 
 

@@ -1,8 +1,8 @@
-"""What a reward must do, and `policies.ReadsPrompts` what it may. `toybox.rewards` holds two."""
+"""What a reward must do, and `TellsFailure` and `policies.ReadsPrompts` what it may. `toybox.rewards` holds two."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -35,4 +35,14 @@ class Reward(Protocol):
 
     def score(self, images: Tensor, task: Task) -> Scores:
         """Scores of `images` [P, G, 3, H, W] in [0, 1], higher is better."""
+        ...
+
+
+@runtime_checkable
+class TellsFailure(Protocol):
+    """A reward that others compute, and may fail to."""
+
+    @property
+    def last_failure(self) -> str | None:
+        """Why a score of its last `score` is invalid, without what is secret; None where none failed."""
         ...

@@ -26,7 +26,7 @@ TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
 
 
 class RemoteReward:
-    """A `Reward` that asks a server, as many groups at once as it takes."""
+    """A `Reward` that asks a server, as many groups at once as it takes; a `TellsFailure`."""
 
     def __init__(self, transport: Transport) -> None:
         """Raises `UserError` where no reward server answers."""
@@ -39,6 +39,7 @@ class RemoteReward:
                 "start one with: customized-grpo serve-reward NAME"
             )
         self._max_images: int = health["max_images"]
+        self.last_failure: str | None = None
 
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`: what the server could not score in time is invalid."""
@@ -48,6 +49,7 @@ class RemoteReward:
                 f"{self._transport.field_name}: the server takes {self._max_images} images at once, and a group has "
                 f"{group_size}; start it with a larger --max_images"
             )
+        self.last_failure = None
         at_once = max(1, self._max_images // group_size)
         parts = [self._ask(images, task, range(p, min(p + at_once, groups))) for p in range(0, groups, at_once)]
         values, valid = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -63,7 +65,9 @@ class RemoteReward:
         }
         try:
             return parsed(self._transport.post("/score", payload), shape)
-        except (Unavailable, ValueError):
+        except (Unavailable, ValueError) as error:
+            told = self._transport.without_token(str(error))
+            self.last_failure = told if isinstance(error, Unavailable) else f"{self._transport.field_name}: {told}"
             return torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
 
 

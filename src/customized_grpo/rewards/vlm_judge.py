@@ -61,6 +61,8 @@ class VlmJudge:
         self._transport, self._model = transport, model
         self._concurrency, self._attempts, self._reasoning = concurrency, attempts, reasoning
         self._last: Asked | None = None
+        self.last_failure: str | None = None
+        """See `TellsFailure`."""
 
     def rate(self, images: Tensor, task: Task) -> Tensor:
         """Ratings [P, G, 2] (prompt, subject) of `images` [P, G, 3, H, W], 0 to 4; NaN where there is none."""
@@ -69,6 +71,7 @@ class VlmJudge:
             return last.ratings
         places = [(p, g) for p in range(images.shape[0]) for g in range(images.shape[1])]
         references = [[encoded(picture) for picture in row] for row in task.references]
+        self.last_failure = None
         pool = ThreadPoolExecutor(self._concurrency)
         try:
             found = list(
@@ -93,11 +96,17 @@ class VlmJudge:
         for attempt in range(self._attempts):
             try:
                 answer = self._transport.post("/chat/completions", payload | {"seed": attempt})
-            except Unavailable:
+            except Unavailable as error:
+                self.last_failure = str(error)
                 break
             ratings = parse(answer)
             if ratings is not None:
                 return ratings
+        else:
+            self.last_failure = (
+                f"{self._transport.field_name}: {self._model} gave {self._attempts} answers without two whole numbers "
+                f"from 0 to {BEST}"
+            )
         return float("nan"), float("nan")
 
     def _messages(self, image: str, references: list[str], prompt: str) -> list[dict[str, Any]]:
@@ -114,11 +123,16 @@ class VlmJudge:
 
 
 class JudgeReward:
-    """One of a judge's two scores as a `Reward`, 0 to 4, higher is better."""
+    """One of a judge's two scores as a `Reward`, 0 to 4, higher is better; a `TellsFailure`."""
 
     def __init__(self, judge: VlmJudge, question: str) -> None:
         """`question`: one of QUESTIONS."""
         self._judge, self._column = judge, QUESTIONS.index(question)
+
+    @property
+    def last_failure(self) -> str | None:
+        """See `TellsFailure`."""
+        return self._judge.last_failure
 
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`."""
