@@ -1,7 +1,6 @@
 """Conflicting gradients: the cosine between the gradients of the two rewards' own objectives, by denoising step.
 
-Shape legend: N batches, B samples of a batch, S = T - 1 trainable steps, R = 2 rewards (prompt, identity), D trained
-numbers.
+Shape legend: N batches, B samples of a batch, S = T - 1 trainable steps, R = 2 rewards (prompt, identity).
 """
 
 from collections.abc import Callable, Sequence
@@ -105,27 +104,33 @@ def _batch_gradients(
 ) -> list[Array]:
     """The fields of `GradientConflict` for one batch, of `advantages` [R, B]."""
     cosines, norms = [], []
-    whole: Tensor | None = None
+    whole: list[list[Tensor]] | None = None
     for index in range(len(plan.trained)):
         gradients = step_gradients(trainer, rollout, plan, advantages, index)
-        cosine, norm = _cosine_and_norms(gradients)
+        cosine, norm = _cosine_and_norms(*gradients)
         cosines.append(cosine)
         norms.append(norm)
-        whole = gradients if whole is None else whole.add_(gradients)
+        if whole is None:
+            whole = gradients
+        else:
+            _add(whole, gradients)
         ticks.tick()
     assert whole is not None
-    whole_cosine, whole_norms = _cosine_and_norms(whole)
-    advantage_cosine, _ = _cosine_and_norms(advantages)
+    whole_cosine, whole_norms = _cosine_and_norms(*whole)
+    advantage_cosine, _ = _cosine_and_norms(*([row] for row in advantages))
     return [np.array(values) for values in (cosines, norms, whole_cosine, whole_norms, advantage_cosine)]
 
 
-def step_gradients(trainer: Trainer[Any], rollout: Rollout[Any], plan: Plan, advantages: Tensor, index: int) -> Tensor:
-    """Gradients [R, D] of `-mean_b(advantages[k, b] log p[b])` at trained step number `index`, in micro-batches.
+def step_gradients(
+    trainer: Trainer[Any], rollout: Rollout[Any], plan: Plan, advantages: Tensor, index: int
+) -> list[list[Tensor]]:
+    """Gradients of `-mean_b(advantages[k, b] log p[b])` at trained step number `index`, in micro-batches: for each
+    reward k as the parameters are, where the parameters are.
 
     `advantages` [R, B]. One forward pass serves all rewards.
     """
     parameters = [parameter for _, parameter in trainer.policy.trainable_parameters()]
-    total = torch.zeros(len(advantages), sum(parameter.numel() for parameter in parameters))
+    total = [[torch.zeros_like(parameter) for parameter in parameters] for _ in advantages]
     rows = torch.arange(advantages.shape[1])
     for chunk in rows.split(trainer.config.optimizer.micro_batch):
         log_prob = trainer.transition(rollout, plan, torch.full_like(chunk, index), chunk).log_prob
@@ -135,13 +140,25 @@ def step_gradients(trainer: Trainer[Any], rollout: Rollout[Any], plan: Plan, adv
             parts = torch.autograd.grad(
                 loss, parameters, retain_graph=not last, allow_unused=True, materialize_grads=True
             )
-            total[reward] += torch.cat([part.flatten() for part in parts]).cpu()
+            _add([total[reward]], [parts])
     return total
 
 
-def _cosine_and_norms(vectors: Tensor) -> tuple[float, list[float]]:
-    """Cosine between the two rows of `vectors` [2, *], NaN where one is zero, and their norms."""
-    first, second = vectors.double()
-    norms = [float(first.norm()), float(second.norm())]
+def _add(total: Sequence[Sequence[Tensor]], more: Sequence[Sequence[Tensor]]) -> None:
+    """Add the tensors of each reward in place."""
+    for into, parts in zip(total, more, strict=True):
+        for tensor, part in zip(into, parts, strict=True):
+            tensor.add_(part)
+
+
+def _cosine_and_norms(first: Sequence[Tensor], second: Sequence[Tensor]) -> tuple[float, list[float]]:
+    """Cosine between two vectors, each in pieces, NaN where one is zero, and their norms."""
+    norms = [_dot(each, each) ** 0.5 for each in (first, second)]
     product = norms[0] * norms[1]
-    return float(first @ second) / product if product > 0 else float("nan"), norms
+    return _dot(first, second) / product if product > 0 else float("nan"), norms
+
+
+def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
+    """Product of two vectors in pieces: that of a piece where it lies, in its precision, their sum in float64."""
+    pieces = torch.stack([a.flatten() @ b.flatten() for a, b in zip(first, second, strict=True)])
+    return float(pieces.cpu().double().sum())
