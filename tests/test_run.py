@@ -1,16 +1,21 @@
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
+from customized_grpo import build
 from customized_grpo.config import Config
 from customized_grpo.display import Display
-from customized_grpo.errors import UserError
+from customized_grpo.errors import TrainingError, UserError
 from customized_grpo.report import write_report
+from customized_grpo.rewards import Scores, Task
 from customized_grpo.run import evaluate_run, load_run_config
 from customized_grpo.trainer import Metrics, Trainer
 
@@ -87,6 +92,37 @@ def test_a_ratio_away_from_one_raises_the_alarm(
     monkeypatch.setattr(Trainer, "train_step", lambda self, *a: step(self, *a) | {"first_ratio/max": 1.00002})
     run_training(make_config({"iterations": 1}))
     assert "WARNING: iteration 1: the first-pass ratio is 2.0e-05 away from 1" in display.console.file.getvalue()
+
+
+class Away:
+    """A server's reward whose first `failing` scores of a group are missing."""
+
+    last_failure = "rewards.prompt_model: http://a:1 did not answer"
+
+    def __init__(self, failing: int) -> None:
+        self.failing = failing
+
+    def score(self, images: Tensor, task: Task) -> Scores:
+        valid = torch.ones(images.shape[:2], dtype=torch.bool)
+        valid[:, : self.failing] = False
+        return Scores(images.mean((2, 3, 4)), valid)
+
+
+@pytest.mark.parametrize("failing", [1, 4])
+def test_scores_that_are_missing_are_told_with_their_reason(
+    failing: int, make_config: MakeConfig, run_training: RunTraining, display: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = build.build_rewards
+    monkeypatch.setattr(build, "build_rewards", lambda config: (Away(failing), rewards(config)[1]))
+    config = make_config({"iterations": 1, "rollout.group_size": 4, "rewards.max_invalid_share": 0.3})
+    reason = r"rewards could not be computed.* \(rewards.prompt_model: http://a:1 did not answer\)"
+    if failing == 4:
+        with pytest.raises(TrainingError, match=f"50% of the {reason}"):
+            run_training(config)
+    else:
+        run_training(config)
+        said = display.console.file.getvalue().replace("\n", " ")
+        assert re.search(f"WARNING: iteration 1: 12.5% of the {reason}; they count in no", said)
 
 
 def test_tensorboard_events_are_written_when_asked(

@@ -176,6 +176,7 @@ class Session:
             with self.ranks.together():
                 self._log(LOGS[0], metrics)
             self._watch_ratio(metrics)
+            self._watch_rewards(metrics)
             show.iteration(metrics)
             self._updating = False
 
@@ -333,6 +334,13 @@ class Session:
                 f"iteration {metrics['iteration']}: the first-pass ratio is {off:.1e} away from 1 (more than "
                 f"{RATIO_TOLERANCE:.0e}): rollout and update do not compute the same thing. Use policy.precision=fp32, "
                 "or equal rollout.micro_batch and optimizer.micro_batch"
+            )
+
+    def _watch_rewards(self, metrics: Metrics) -> None:
+        if (share := metrics["invalid_share"]) > 0:
+            self.display.warn(
+                f"iteration {metrics['iteration']}: {share:.1%} of the rewards could not be computed"
+                f"{self.trainer.failures()}; they count in no group's statistics"
             )
 
     def _checkpoint(self) -> None:

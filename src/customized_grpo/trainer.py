@@ -39,7 +39,7 @@ from customized_grpo.distributed import Ranks
 from customized_grpo.errors import TrainingError
 from customized_grpo.policies import ConditionT, Policy, in_step
 from customized_grpo.randomness import generator
-from customized_grpo.rewards import Reward, Task
+from customized_grpo.rewards import Reward, Task, TellsFailure
 from customized_grpo.rollout import Plan, Rollout, plan_steps, sample_groups
 
 REWARD_NAMES = ("prompt", "identity")
@@ -157,8 +157,15 @@ class Trainer(Generic[ConditionT]):
         if failed > limit:
             raise TrainingError(
                 f"after iteration {self.iteration}: {failed:.0%} of the rewards could not be computed, more than "
-                f"rewards.max_invalid_share={limit:.0%}. Mend the reward; a run goes on with train --resume"
+                f"rewards.max_invalid_share={limit:.0%}{self.failures()}. Mend the reward; a run goes on with "
+                "train --resume"
             )
+
+    def failures(self) -> str:
+        """Why rewards of this process could not be computed last, as ' (reason; reason)', where they tell."""
+        told = [reward.last_failure for reward in self.rewards if isinstance(reward, TellsFailure)]
+        reasons = dict.fromkeys(reason for reason in told if reason)
+        return f" ({'; '.join(reasons)})" if reasons else ""
 
     def _advantages(self, rewards: Tensor, valid: Tensor, plan: Plan) -> Tensor:
         """Advantages [P, G, S]: weights are looked up by the true step, whatever the order of training.
