@@ -129,7 +129,9 @@ def measure(
     flops, seconds = sum(expected.flops.values()) - expected.recomputed, runs[-1]["seconds/total"]
     gemm = _matmul_rate(device)
     single = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"micro_batch": 1})})
-    alone = Trainer(single, policy, trainer.rewards, dataset, iteration=iterations).train_step()
+    rewards = trainer.rewards
+    del trainer  # and the moments with it: those of two are more than a GPU may have
+    alone = Trainer(single, policy, rewards, dataset, iteration=iterations).train_step()
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
         "parameters, B": expected.parameters / 1e9,
