@@ -1,5 +1,7 @@
 """HPSv2 on a tiny CLIP: in transformers' layout, and as a file in open_clip's names, read by its own arithmetic."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +70,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"clip": folder, "file": root / "hps.safetensors", "dino": save_tiny_reward("dino", root / "dino")}
 
 
-def load(tiny: dict[str, Path], model: Path, **more: Any) -> Any:
+def load(tiny: dict[str, Path], model: Path | str, **more: Any) -> Any:
     settings = {
         "prompt": "hpsv2", "prompt_model": str(model), "hpsv2": {"backbone": str(tiny["clip"])}, "identity": "dino",
         "identity_model": str(tiny["dino"]), **more,
@@ -144,6 +146,24 @@ def test_scores_are_those_of_the_published_scorer(layout: str, height: int, widt
             expected = by_hand(state, letterboxed(images[p, g]), tokens)
             assert scores.values[p, g] == pytest.approx(float(expected), abs=1e-5)
     assert scores.valid.all() and scores.values.std() > 1e-2
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_model_on_the_hub_has_its_own_processor_or_the_backbones(
+    own: bool, tiny: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it lies in the cache once it is downloaded."""
+    cached = tmp_path / "models--owner--hps"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    model = Path(shutil.copytree(tiny["clip"], cached / "snapshots" / ("0" * 40)))
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.2, 0.3]}))
+    if not own:
+        (model / "preprocessor_config.json").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = load(tiny, "owner/hps").score(*batch()).values
+    assert torch.equal(found, load(tiny, tiny["clip"]).score(*batch()).values) is not own
 
 
 def test_a_file_and_a_folder_hold_the_same(tiny: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor
+from transformers.utils.hub import cached_file
 
 from customized_grpo.config_rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
@@ -61,9 +62,10 @@ class Checkpoint:
                 f"{field}: {self._name} is a pickle, which is never read; a few lines of python make a safetensors "
                 "file of it: docs/rewards.md, HPSv2"
             )
-        complete = (Path(self._name) / "preprocessor_config.json").is_file()
-        self._processor = self._name if complete or backbone is None else backbone
         file = kind == "hpsv2" and self._name.endswith(".safetensors")
+        self._processor = self._name
+        if backbone is not None and (file or not _has_processor(self._name)):
+            self._processor = backbone
         config = self._load(AutoConfig, self._processor if file else self._name)
         if config.model_type not in TYPES[kind]:
             reads = ", ".join(TYPES[kind])
@@ -144,3 +146,12 @@ class Checkpoint:
                 f"{self._field}: {name} could not be loaded ({first_line(error)}); name a folder, or a hub id that can "
                 "be reached"
             ) from error
+
+
+def _has_processor(name: str) -> bool:
+    """Whether the model in a folder, or on the hub, has an image processor of its own; where neither is there, what
+    loads the model tells."""
+    try:
+        return cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+    except OSError:
+        return False
