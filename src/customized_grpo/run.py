@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from customized_grpo import build
 from customized_grpo.before_after import write_evaluation
@@ -16,6 +17,7 @@ from customized_grpo.config import Config
 from customized_grpo.display import Display
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError
+from customized_grpo.messages import worded
 from customized_grpo.report import write_report
 from customized_grpo.runtime import configure
 from customized_grpo.session import EMA, LOGS, Session
@@ -170,6 +172,9 @@ def load_run_config(run: Path) -> Config:
         )
     try:
         return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        wrong = "; ".join(worded(each) for each in error.errors())
+        raise UserError(f"{path}: not the configuration that train wrote ({wrong}); restore it") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not the configuration that train wrote ({error}); restore it") from error
 

@@ -178,7 +178,7 @@ def test_a_folder_that_another_process_works_on_is_refused(make: Make, display: 
     config.output.mkdir()
     with (config.output / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"worked on by another compare, or by runs that a killed one left"):
+        with pytest.raises(UserError, match=r"worked on by another compare, or by processes that a killed one left"):
             run_grid(config, cells_of(config), display)
     assert sorted(path.name for path in config.output.iterdir()) == [".lock"]
 
