@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,24 @@ def test_checkpointing_changes_no_gradient(
         gradients.append(found)
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_not_given_up(load: Load, picture: Picture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced, but not translated, which takes minutes. At its limit torch warns, and runs uncompiled; here it fails."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    plain, policy = load("flux1-kontext"), load("flux1-kontext", compile=True)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for count, size in ((3, (64, 64)), (2, (48, 80)), (1, (64, 64))):
+            condition = policy.encode(["a cat"], [[picture(*size)]]).take(torch.zeros(count, dtype=torch.long))
+            latents, sigma = torch.randn(count, *policy.latent_shape), torch.full((count,), 0.6)
+            velocity = policy.velocity(latents, sigma, condition)
+            velocity.mean().backward()
+            with torch.no_grad():
+                expected = plain.velocity(latents, sigma, condition)
+                assert torch.equal(policy.velocity(latents, sigma, condition), velocity)
+            assert torch.allclose(velocity, expected, atol=1e-5)
 
 
 @EVERY

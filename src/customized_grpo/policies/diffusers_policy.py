@@ -23,6 +23,11 @@ from customized_grpo.policies.shard import shard
 from customized_grpo.policies.sizes import token_count
 from customized_grpo.runtime import CPU
 
+MOST_GRAPHS = 64
+"""Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled anew
+with gradients and without, with the adapter and without, for one sample and for several. Beyond, blocks run
+uncompiled."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -62,7 +67,7 @@ class DiffusersPolicy:
         if settings.attention_backend is not None:
             self._use_backend(settings.attention_backend)
         if settings.compile:
-            self._transformer.compile_repeated_blocks()
+            self._transformer.compile_repeated_blocks(dynamic=True, recompile_limit=MOST_GRAPHS)
         self._placed = False
         self._phase: Phase | None = None
 
