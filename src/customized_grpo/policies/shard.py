@@ -29,6 +29,5 @@ def shard(transformer: Any, kept: Iterable[nn.Parameter], device: torch.device) 
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     for part in (*blocks, transformer):
         # What of it is not sharded yet comes to the device whole, and all but this process's rows is let go: the device
-        # never holds more than its share and one block, or what is outside of blocks. The machine's memory did hold
-        # the whole, once for each of its processes.
+        # never holds more than its share and one block, or what is outside of blocks.
         fully_shard(part, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
