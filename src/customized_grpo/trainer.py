@@ -82,6 +82,8 @@ class Trainer(Generic[ConditionT]):
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
+            # On a GPU the usual way makes a copy as large as the weights at every step.
+            fused=True if self.policy.device.type == "cuda" else None,
         )
         rollout = self.config.rollout
         self.sigmas = self.policy.sigmas(rollout.num_steps, rollout.shift)
