@@ -139,7 +139,7 @@ def failed_rewards(ranks: Ranks, settings: dict[str, Any]) -> None:
     try:
         trainer.train_step()
     except TrainingError as error:
-        assert ranks.first and "67% of the rewards could not be computed" in str(error), error
+        assert ranks.first and "67% of the prompt rewards could not be computed" in str(error), error
     except SystemExit:
         assert not ranks.first
     else:

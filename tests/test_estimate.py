@@ -69,6 +69,16 @@ def test_operations_are_those_of_the_layers() -> None:
     assert estimated.parameters == (DEPTH - 1) * WIDTH * WIDTH and estimated.trainable == WIDTH * WIDTH
 
 
+def test_all_weights_trained_are_all_weights() -> None:
+    config = Config.model_validate({"policy": {"adapter": "full"}})
+    policy = LinearPolicy()
+    policy.network.requires_grad_(True)
+    subject = Subject(policy, policy.network, None, 0.0, 0, 0.0)  # type: ignore[arg-type]
+    estimated = estimate(config, subject)
+    assert estimated.parameters == estimated.trainable == DEPTH * WIDTH * WIDTH
+    assert "(100.00%)" in estimated.rows()["trained"]
+
+
 def test_checkpointing_computes_each_forward_again() -> None:
     assert found(checkpointed=DEPTH).flops["update"] == 3 * 4 * 3 * (2 * DEPTH + 1) * ONE
 

@@ -117,7 +117,7 @@ def test_scores_that_are_missing_are_told_with_their_reason(
     config = make_config({"iterations": 1, "rollout.group_size": 4, "rewards.max_invalid_share": 0.3})
     reason = r"rewards could not be computed.* \(rewards.prompt_model: http://a:1 did not answer\)"
     if failing == 4:
-        with pytest.raises(TrainingError, match=f"50% of the {reason}"):
+        with pytest.raises(TrainingError, match=f"100% of the prompt {reason}"):
             run_training(config)
     else:
         run_training(config)

@@ -119,7 +119,8 @@ def same(first: Path, second: Path) -> None:
     ("where", "iteration", "kept"),
     [
         ("sampling", 2, 2), ("scoring", 3, 3), ("update", 2, 2), ("between updates", 4, 5), ("validation", 4, 4),
-        ("averaged weights", 4, 4), ("saving", 3, 3), ("sampling", 0, None), ("validation", 0, None),
+        ("averaged weights", 4, 4), ("saving", 3, 3), ("sampling", 0, None),
+        pytest.param("validation", 0, None, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_sigterm_leaves_a_checkpoint_of_the_last_whole_iteration(
@@ -151,7 +152,7 @@ def test_sigterm_before_training_ends_at_once(settings: Callable[..., Path], tmp
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_moments_comes_to_the_same_end(
     seed: int, straight: Path, settings: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -259,9 +259,9 @@ def test_failed_rewards_are_counted_and_left_out_of_the_means(make_trainer: Make
 
 def test_too_many_failed_rewards_stop_the_run(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     failing = reward_of(lambda images: torch.full(images.shape[:2], torch.nan))
-    trainer = make_trainer({"rewards.max_invalid_share": 0.4}, [failing, reward_of(brightness)])
+    trainer = make_trainer(None, [failing, reward_of(brightness)])
     before = weights(trainer)
-    with pytest.raises(TrainingError, match=r"after iteration 0: 50% of the rewards.*max_invalid_share=40%"):
+    with pytest.raises(TrainingError, match=r"after iteration 0: 100% of the prompt rewards.*max_invalid_share=50%"):
         trainer.train_step()
     assert torch.equal(weights(trainer), before) and trainer.iteration == 0
 

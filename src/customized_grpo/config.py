@@ -297,7 +297,7 @@ class Config(Section):
     """Folder of results; must be empty or absent, unless --resume or --overwrite."""
     iterations: int = Field(50, ge=1)
     """Training iterations."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**64)
     """Seed of everything random."""
     threads: int | None = Field(None, ge=1)
     """CPU threads; unset: as many as there are cores."""

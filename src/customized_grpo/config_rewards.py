@@ -94,7 +94,7 @@ class RewardsConfig(Section):
     vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
     """The judge, where one of the rewards is vlm_judge."""
     max_invalid_share: Share = 0.5
-    """Stop when more than this share of an iteration's scores could not be computed."""
+    """Stop when more than this share of an iteration's scores of one of the rewards could not be computed."""
 
     def reads(self, name: str) -> bool:
         """Whether one of the two rewards reads the setting `name`, of READ_BY."""

@@ -90,8 +90,9 @@ def estimate(config: Config, subject: Subject) -> Estimate:
     an_item = both.get_total_flops() + extra_forwards * forward.get_total_flops()
     items = images * len(plan.trained)
     trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
+    lora = config.policy.adapter == "lora"
     return Estimate(
-        parameters=sum(parameter.numel() for parameter in subject.network.parameters()) - trained,
+        parameters=sum(p.numel() for p in subject.network.parameters()) - (trained if lora else 0),
         trainable=trained,
         flops={
             "rollout": float(forwards * forward.get_total_flops()),

@@ -154,14 +154,15 @@ class Trainer(Generic[ConditionT]):
         return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1) & rewards.isfinite()
 
     def check_valid(self, valid: Tensor) -> None:
-        """Raise `TrainingError` when too many rewards failed."""
-        failed, limit = 1 - float(valid.float().mean()), self.config.rewards.max_invalid_share
-        if failed > limit:
-            raise TrainingError(
-                f"after iteration {self.iteration}: {failed:.0%} of the rewards could not be computed, more than "
-                f"rewards.max_invalid_share={limit:.0%}{self.failures()}. Mend the reward; a run goes on with "
-                "train --resume"
-            )
+        """Raise `TrainingError` when too many scores of one of the rewards are missing in `valid` [P, G, R]."""
+        limit = self.config.rewards.max_invalid_share
+        for name, failed in zip(REWARD_NAMES, (1 - valid.float().mean((0, 1))).tolist(), strict=True):
+            if failed > limit:
+                raise TrainingError(
+                    f"after iteration {self.iteration}: {failed:.0%} of the {name} rewards could not be computed, more "
+                    f"than rewards.max_invalid_share={limit:.0%}{self.failures()}. Mend the reward; a run goes on with "
+                    "train --resume"
+                )
 
     def failures(self) -> str:
         """Why rewards of this process could not be computed last, as ' (reason; reason)', where they tell."""

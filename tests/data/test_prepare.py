@@ -81,6 +81,14 @@ def test_a_folder_per_subject(tmp_path: Path) -> None:
     assert not any(sample.masks for sample in every)
 
 
+@pytest.mark.parametrize("output", ["out", "./out", "deep/out"])
+def test_a_relative_output(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "deep").mkdir()
+    monkeypatch.chdir(tmp_path)
+    data = made(folders(tmp_path / "src"), Path(output))
+    assert len(data) == 3 and data[0].references[0].is_relative_to(tmp_path / output)
+
+
 def test_masks_beside_pictures_are_kept(tmp_path: Path) -> None:
     source = folders(tmp_path / "src")
     mask(source / "cup" / "cup_mask.png")

@@ -73,7 +73,7 @@ class BenchmarkConfig(Section):
     """Guidance scale; unset: 4 (paper), and for flux2-klein the pipeline's own. Not for toybox."""
     shift: float | None = Field(None, gt=0)
     """Shift of the sigma schedule; unset: the generator's own schedule."""
-    seed: int = Field(3407, ge=0)
+    seed: int = Field(3407, ge=0, lt=2**64)
     """Seed of the noise (paper: 3407)."""
     micro_batch: int = Field(4, ge=1)
     """Pictures drawn at once: bounds memory, does not change the result."""

@@ -64,6 +64,7 @@ def prepare(
     `max_bad` entries are unusable: then nothing is left behind.
     """
     _check(source, output, options)
+    output = None if output is None else output.absolute()  # a manifest's relative paths count from its folder
     name = recognise(source) if options.format == "auto" else options.format
     total, reading = _reading(name, source, options)
     segment = _segmenter() if options.segment and output is not None else None
