@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from customized_grpo.ema import Average
 from customized_grpo.environment import library_versions
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.storage import writing
+from customized_grpo.storage import file_sha256, writing
 
 TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -144,7 +144,7 @@ def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], state:
                 _clear(left)
             temporary.mkdir(parents=True)
             save_file(tensors, temporary / TENSORS)
-            hashes = Hashes(config=_config_sha256(config), tensors=_sha256(temporary / TENSORS))
+            hashes = Hashes(config=_config_sha256(config), tensors=file_sha256(temporary / TENSORS))
             manifest = Manifest(iteration=iteration, config=config, libraries=library_versions(), sha256=hashes)
             (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
             for path in (*temporary.iterdir(), temporary):
@@ -222,7 +222,7 @@ def read_manifest(path: Path) -> Manifest:
 
 def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
-        if _sha256(path) != sha256:
+        if file_sha256(path) != sha256:
             raise DamagedCheckpoint(f"{path}: damaged (not what the manifest's hash is of)")
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -253,11 +253,6 @@ def _described(tensor: Tensor) -> str:
 
 def _config_sha256(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

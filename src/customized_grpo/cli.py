@@ -99,7 +99,7 @@ def _settings(model: type[SectionT], options: Namespace, *flags: str) -> Section
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        raise UserError("; ".join(worded(each) for each in error.errors())) from error
+        raise UserError(worded(error)) from error
 
 
 def _compare(options: Namespace) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from customized_grpo.config import Config
 
@@ -35,8 +35,12 @@ def explain(message: str, arguments: Sequence[str], model: type[BaseModel] = Con
     return f"{_file_of(field, arguments)}{text}\n{HELP}"
 
 
-def worded(error: Any) -> str:
-    """One error of pydantic's `ValidationError.errors()` in our words: field, what is wrong, what was found."""
+def worded(error: ValidationError) -> str:
+    """All that pydantic found wrong, in our words: field, what is wrong, what was found."""
+    return "; ".join(_worded(each) for each in error.errors())
+
+
+def _worded(error: Any) -> str:
     place = ".".join(str(part) for part in error["loc"])
     text = error["msg"].removeprefix("Value error, ")
     found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"

@@ -173,8 +173,7 @@ def load_run_config(run: Path) -> Config:
     try:
         return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        wrong = "; ".join(worded(each) for each in error.errors())
-        raise UserError(f"{path}: not the configuration that train wrote ({wrong}); restore it") from error
+        raise UserError(f"{path}: not the configuration that train wrote ({worded(error)}); restore it") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not the configuration that train wrote ({error}); restore it") from error
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there, and words for a disk that takes no more."""
 
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -50,6 +51,12 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """What the bytes of a file hash to; they are never all in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -31,10 +31,6 @@ class Termination:
         """Whether it came, and nothing has to be whole now."""
         return self._asked and not self._whole
 
-    def ask(self) -> None:
-        """As if SIGTERM came."""
-        self._asked = True
-
     def defer(self) -> None:
         """From now on `Terminated` is only raised by `poll`: where processes wait for each other, none leaves alone."""
         self._deferred = True

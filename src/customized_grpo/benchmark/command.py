@@ -27,7 +27,7 @@ from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
 from customized_grpo.runtime import configure
 from customized_grpo.statistics import bootstrap_interval
-from customized_grpo.storage import write_whole, writing
+from customized_grpo.storage import file_sha256, write_whole, writing
 from customized_grpo.termination import Termination
 from customized_grpo.toybox.copying import layout
 
@@ -184,7 +184,7 @@ def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Ite
 
 def _items_hash(items: Sequence[Item]) -> str:
     """Of names, prompts and the bytes of what is drawn from."""
-    references = {path: hashlib.sha256(path.read_bytes()).hexdigest() for item in items for path in item.references}
+    references = {path: file_sha256(path) for path in {path for item in items for path in item.references}}
     told = [[item.id, item.prompt, *(references[path] for path in item.references)] for item in items]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 

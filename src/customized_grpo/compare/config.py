@@ -99,7 +99,7 @@ def run_settings(
         return Config.model_validate(tree | {"seed": seed}).model_dump(mode="json")
     except ValidationError as error:
         where = f"settings '{setting}', preset '{preset}'" if setting else f"preset '{preset}'"
-        raise UserError(f"{where}: " + "; ".join(worded(each) for each in error.errors())) from error
+        raise UserError(f"{where}: {worded(error)}") from error
 
 
 def _merged(tree: dict[str, Any], changes: Any) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from customized_grpo.data.images import (
 )
 from customized_grpo.errors import UserError, shortened
 from customized_grpo.randomness import generator
+from customized_grpo.storage import file_sha256
 
 METADATA = "metadata.jsonl"
 
@@ -80,7 +81,7 @@ class SubjectDataset:
         """Of its samples in their order, with their pictures, wherever the folder lies."""
         digest = hashlib.sha256()
         pictures = {path for sample in self for path in (*sample.references, *sample.masks)}
-        hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures}
+        hashes = {path: file_sha256(path) for path in pictures}
         for sample in self:
             paths = (sample.references, sample.masks)
             told = [sample.id, sample.prompt, sample.subject, *([hashes[path] for path in row] for row in paths)]

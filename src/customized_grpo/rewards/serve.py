@@ -214,5 +214,4 @@ def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward
     try:
         return RewardsConfig.model_validate({side: name, f"{side}_model": model, **settings})
     except ValidationError as error:
-        told = "; ".join(worded(each) for each in error.errors())
-        raise UserError(f"--{told.replace(f'{side}_model', 'model')}") from error
+        raise UserError(f"--{worded(error).replace(f'{side}_model', 'model')}") from error

@@ -25,8 +25,6 @@ from customized_grpo.errors import UserError
 BUSY = 429
 MOST = 2**24
 """Bytes of an answer; scores take a few for an image."""
-
-
 LEAST = 0.05
 """Seconds of the shortest wait."""
 PAUSE = 0.2
