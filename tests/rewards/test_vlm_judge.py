@@ -173,18 +173,21 @@ def test_one_failing_image_is_invalid_alone(server: Callable[[Reply], Server]) -
             return 500, {}
         return 200, completion('{"subject": 3, "prompt": 2}')
 
-    reward = JudgeReward(judge(server(reply).url, deadline=0.4), "prompt")
+    reward = JudgeReward(judge(server(reply).url, deadline=3.0), "prompt")
     scores = reward.score(*batch())
-    assert reward.last_failure is not None and "within 0.4 s (status 500)" in reward.last_failure
+    assert reward.last_failure is not None and "within 3 s (status 500" in reward.last_failure
     assert scores.valid.tolist() == [[True] * 3, [False] * 3] and scores.values.isfinite().all()
 
 
 def test_a_judge_that_hangs_is_given_up(server: Callable[[Reply], Server]) -> None:
+    go = threading.Event()
+
     def reply(question: dict[str, Any], number: int) -> tuple[int, Any]:
-        time.sleep(1.5)
+        go.wait(60)
         return 200, completion('{"subject": 3, "prompt": 2}')
 
     scores = JudgeReward(judge(server(reply).url, deadline=0.3), "prompt").score(*batch(1, 2))
+    go.set()
     assert not scores.valid.any()
 
 
@@ -202,7 +205,7 @@ def test_sigterm_does_not_wait_for_a_judge_that_hangs(
             while not running.asked and process.poll() is None:
                 time.sleep(0.05)
             process.terminate()
-            said = process.communicate(timeout=15)
+            said = process.communicate(timeout=45)
         finally:
             process.kill()
             go.set()

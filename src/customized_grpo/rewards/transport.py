@@ -74,17 +74,28 @@ class Transport:
         """The answer to `payload`. Raises `Unavailable` at the deadline, `UserError` on a 4xx other than 429."""
         limit = self.deadline if deadline is None else deadline
         end = time.monotonic() + limit
+        reasons: list[str] = []
+
+        def once() -> Any:
+            try:
+                return self._once(path, payload, end)
+            except _Again as error:
+                if str(error) not in reasons:
+                    reasons.append(str(error))
+                raise
+
         retrying = Retrying(
             retry=retry_if_exception_type(_Again),
             stop=stop_before_delay(limit) | stop_when_event_set(self._given_up),
-            wait=self._wait,
+            wait=lambda state: self._wait(state, end),
             sleep=sleep_using_event(self._given_up),
             reraise=True,
         )
         try:
-            return retrying(self._once, path, payload, end)
+            return retrying(once)
         except _Again as error:
-            raise Unavailable(f"{self.field_name}: {self.url} gave no answer within {limit:g} s ({error})") from error
+            told = "; ".join(reasons)
+            raise Unavailable(f"{self.field_name}: {self.url} gave no answer within {limit:g} s ({told})") from error
 
     def get(self, path: str) -> Any:
         """The answer to a GET, tried once. Raises `UserError` where there is none."""
@@ -151,10 +162,10 @@ class Transport:
         lines = self.without_token(str(error)).splitlines()
         return lines[0][:200] if lines else type(error).__name__
 
-    def _wait(self, state: RetryCallState) -> float:
+    def _wait(self, state: RetryCallState, end: float) -> float:
         error = state.outcome.exception() if state.outcome else None
         asked = error.after if isinstance(error, _Again) else 0.0
-        wait = min(wait_random_exponential(multiplier=0.2, max=self.longest_wait)(state), _left(state.args[2]) / 2)
+        wait = min(wait_random_exponential(multiplier=0.2, max=self.longest_wait)(state), _left(end) / 2)
         return max(min(asked, self.longest_wait), wait, LEAST)
 
 
