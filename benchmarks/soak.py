@@ -38,8 +38,8 @@ SETTINGS: dict[str, Any] = {
 FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP")
 """Drawn from; a process that was stopped goes on after a while."""
 QUIET, FROZEN = (1.0, 30.0), (1.0, 8.0)
-"""Seconds from a start, or a fault, to the next fault, and from SIGSTOP to SIGCONT: bounds of what is drawn. A process is
-frozen for less than `ranks.silence`, or for more: then the others give it up, and the run is started anew."""
+"""Seconds from a start, or a fault, to the next fault, and from SIGSTOP to SIGCONT: bounds of what is drawn. A process
+may be frozen for more than `ranks.silence`: then the others give it up, and the run is started anew."""
 MOST = 200
 """Starts of an episode after which it is taken to lead nowhere."""
 COMPARED = ("adapter_model.safetensors", "ema/adapter_model.safetensors", "weights.json")

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 from customized_grpo import config as config_module
 from customized_grpo import config_rewards
 from customized_grpo.compare.config import CompareConfig, run_settings
-from customized_grpo.config import Config
+from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.section import Section
 
 SECTIONS = {
@@ -181,7 +181,27 @@ def test_a_configuration_is_fixed() -> None:
         ({"rollout": {"steps": "window", "window_size": 10}}, "does not fit"),
         ({"rollout": {"steps": "window", "window_size": 4, "window_start": 6}}, "does not fit.*0 to 8 are trainable"),
         ({"advantages": {"weights": "table"}}, "advantages.table has 0 rows, but rollout.num_steps is 10"),
-        ({"advantages": {"constant": [0.5, -0.5]}}, "greater than or equal to 0"),
+        ({"advantages": {"weights": "constant", "constant": [0.5, -0.5]}}, "greater than or equal to 0"),
+        ({"advantages": {"weights": "table", "table": [[0.5, -0.5]] * 10}}, "greater than or equal to 0"),
+        ({"advantages": {"weights": "constant", "constant": [0, 0]}}, "constant: all weights are 0"),
+        ({"advantages": {"weights": "table", "table": [[0, 0]] * 10}}, "table: all weights are 0"),
+        (
+            {"optimizer": {"updates_per_iteration": 61}},
+            "updates_per_iteration=61 is more than an iteration's 60 images",
+        ),
+        ({"rollout": {"window_start": 0, "window_period": 2, "steps": "window"}}, "leave one of them out"),
+        # What nothing reads:
+        ({"advantages": {"constant": [0.6, 0.4]}}, "constant: only with weights=constant or table .found tdw."),
+        ({"advantages": {"table": [[1, 1]]}}, "table: only with weights=table"),
+        ({"advantages": {"tdw": {"early": 0.6}, "weights": "constant"}}, "tdw: only with weights=tdw"),
+        ({"advantages": {"lookup": "counter", "weights": "constant"}}, "lookup: only with weights=tdw or table"),
+        ({"advantages": {"gamma": 0.3, "shape": "min"}}, "gamma: only with shape=sars .found min.; leave it out"),
+        ({"rollout": {"window_start": 0}}, "window_start: only with steps=window"),
+        ({"rollout": {"window_size": 3}}, "window_size: only with steps=window"),
+        ({"rollout": {"window_period": 3}}, "window_period: only with steps=window"),
+        ({"rollout": {"steps": "window", "subset_share": 0.5}}, "subset_share: only with steps=subset"),
+        ({"policy": {"adapter": "full", "lora_rank": 8}}, "lora_rank: only with adapter=lora"),
+        ({"policy": {"adapter": "full", "lora_alpha": 8}}, "lora_alpha: only with adapter=lora"),
         ({"advantages": {"tdw": {"start": 23}}}, "start=23.0 comes after end=22.0"),
         ({"advantages": {"shape": "sarz"}}, "sars"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "less than 1"),
@@ -195,9 +215,16 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
         Config.model_validate(settings)
 
 
+def test_a_home_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ada")
+    config = Config.model_validate({"data": {"path": "~/data"}, "output": "a~/b"})
+    assert (config.data.path, config.output) == (Path("/home/ada/data"), Path("a~/b"))
+    policy = PolicyConfig.model_validate({"kind": "uno", "model": "~/flux", "base_adapter": "owner/name~/file"})
+    assert (policy.model, policy.base_adapter) == ("/home/ada/flux", "owner/name~/file")
+
+
 def test_the_last_window_that_fits_is_accepted() -> None:
     Config.model_validate({"rollout": {"steps": "window", "window_size": 4, "window_start": 5}})
-    Config.model_validate({"rollout": {"steps": "subset", "window_size": 40}})
 
 
 def test_the_weight_decay_is_the_papers() -> None:

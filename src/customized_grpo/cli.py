@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config import Config, flatten
+from customized_grpo.config_files import check_file
 from customized_grpo.errors import TrainingError, UserError
 from customized_grpo.launch import is_launched, launch
 from customized_grpo.messages import explain, worded
@@ -22,8 +24,10 @@ DIAGNOSE = ("prompts", "group_size", "batches")
 USAGE_ERROR = 2
 FAILURE = 1
 INTERRUPTED = 130
-SETTINGS: dict[str, type[Section]] = {"compare": CompareConfig, "evaluate": BenchmarkConfig}
-"""Whose fields a command's options are, where they are not those of `train`."""
+SETTINGS: dict[str, type[Section]] = {
+    "train": Config, "diagnose": Config, "compare": CompareConfig, "evaluate": BenchmarkConfig,
+}  # fmt: skip
+"""Whose fields a command takes as options, and in the file of --config."""
 GOES_ON = {
     "train": "; `train --resume` goes on from the last checkpoint",
     "evaluate": "; of a benchmark, the same command goes on with the pictures that are left",
@@ -39,21 +43,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments = ["--help"]
     try:
         arguments = [_underscored(argument) for argument in arguments]
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        _check_files(arguments)
+        options = parser.parse_args(arguments)
         count = options[options.subcommand].get("num_processes", 1)
         if not is_launched(count):
             raise SystemExit(launch(arguments, count))
         _run(options)
     except BadArguments as error:
-        _fail(explain(str(error), arguments, SETTINGS.get(arguments[0], Config)))
+        words, command = parser.command_of(arguments)
+        told = explain(str(error), arguments, SETTINGS.get(arguments[0], Section), command.options())
+        _fail(f"{told}\nSee {' '.join([parser.prog, *words])} --help for all options.")
     except UserError as error:
         _fail(str(error))
     except TrainingError as error:
         _fail(str(error), FAILURE)
     except OSError as error:
         _fail(f"{error.filename or 'input'}: {error.strerror or error}")
-    except UnicodeDecodeError as error:
-        _fail(f"a configuration file is not UTF-8 text ({error}); save it as UTF-8")
     except KeyboardInterrupt:
         _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", INTERRUPTED)
 
@@ -91,6 +97,16 @@ def _run(options: Namespace) -> None:
             print(f"{name}: {value}")
     else:
         _toybox(chosen)
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Each by itself, before all are merged: afterwards nothing tells where a setting came from."""
+    if arguments[0] not in SETTINGS:
+        return
+    files = [value for name, value in pairwise(arguments) if name == "--config"]
+    files += [name.partition("=")[2] for name in arguments if name.startswith("--config=")]
+    for path in files:
+        check_file(Path(path), SETTINGS[arguments[0]])
 
 
 def _settings(model: type[SectionT], options: Namespace, *flags: str) -> SectionT:

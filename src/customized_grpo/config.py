@@ -4,15 +4,16 @@ Nothing here loads torch: the command line builds its help from these models.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from customized_grpo.config_rewards import RewardsConfig as RewardsConfig
-from customized_grpo.section import Section, Share
+from customized_grpo.section import ReadWith, Section, Share
 
 Weight = Annotated[float, Field(ge=0)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+
+Pair = tuple[float, float]
 
 
 class PolicyConfig(Section):
@@ -62,11 +63,11 @@ class PolicyConfig(Section):
     cache: Path = Path("runs/conditions")
     """Folder of encoded prompts and references, shared by runs; may be deleted between runs. Not for toybox."""
 
+    READ_WITH: ClassVar[ReadWith] = {"lora_rank": ("adapter", ["lora"]), "lora_alpha": ("adapter", ["lora"])}
+
     @model_validator(mode="after")
     def _for_this_kind(self) -> "PolicyConfig":
-        usual = PolicyConfig.model_fields
-        taken = NOT_FOR_TOYBOX if self.kind == "toybox" else ONLY_FOR_TOYBOX
-        given = [name for name in taken if getattr(self, name) != usual[name].default]
+        given = [name for name in (NOT_FOR_TOYBOX if self.kind == "toybox" else ONLY_FOR_TOYBOX) if self.is_given(name)]
         if given:
             raise ValueError(f"{', '.join(given)}: not for kind='{self.kind}'; leave it out")
         if self.kind == "toybox" and self.device not in ("auto", "cpu"):
@@ -130,6 +131,13 @@ class RolloutConfig(Section):
     micro_batch: int = Field(30, ge=1)
     """Images that go through the generator at once: bounds memory, does not change the result."""
 
+    READ_WITH: ClassVar[ReadWith] = {
+        "subset_share": ("steps", ["subset"]),
+        "window_size": ("steps", ["window"]),
+        "window_start": ("steps", ["window"]),
+        "window_period": ("steps", ["window"]),
+    }
+
     @model_validator(mode="after")
     def _window_inside(self) -> "RolloutConfig":
         start = self.window_start or 0
@@ -139,6 +147,8 @@ class RolloutConfig(Section):
                 f"of num_steps={self.num_steps} steps, 0 to {self.num_steps - 2} are trainable"
                 " (the last is deterministic). Make the window smaller or start it earlier"
             )
+        if self.window_start is not None and self.is_given("window_period"):
+            raise ValueError("window_period: a window with a window_start stays there; leave one of them out")
         if self.sde == "cps" and self.eta > 1:
             raise ValueError(f"eta={self.eta} is too large for sde='cps': it must be in (0, 1]")
         return self
@@ -184,7 +194,7 @@ class AdvantagesConfig(Section):
     """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
     weights: Literal["constant", "tdw", "table"] = "tdw"
     """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
-    constant: tuple[Weight, Weight] = (0.5, 0.5)
+    constant: Pair = (0.5, 0.5)
     """(prompt, identity) weights for weights='constant'; naive 1:1 is [0.5, 0.5]; the paper's tuned
     1:1.5, which is identity:prompt, is [0.6, 0.4]."""
     lookup: Literal["step", "counter"] = "step"
@@ -192,10 +202,35 @@ class AdvantagesConfig(Section):
     published code does (docs/differences.md, 1), to reproduce it."""
     tdw: TimeWeightsConfig = TimeWeightsConfig()
     """Constants of weights='tdw'."""
-    table: tuple[tuple[Weight, Weight], ...] | None = None
+    table: tuple[Pair, ...] | None = None
     """One (prompt, identity) row per denoising step for weights='table'."""
     clamp: float = Field(5.0, gt=0)
     """Advantages are clamped to [-clamp, clamp] (paper: 5)."""
+
+    READ_WITH: ClassVar[ReadWith] = {
+        "gamma": ("shape", ["sars"]),
+        "constant": ("weights", ["constant", "table"]),  # calibrated tables start from it
+        "lookup": ("weights", ["tdw", "table"]),
+        "tdw": ("weights", ["tdw"]),
+        "table": ("weights", ["table"]),
+    }
+
+    @field_validator("constant", "table")
+    @classmethod
+    def _not_negative(cls, weights: Any) -> Any:
+        rows = weights if weights and isinstance(weights[0], tuple) else [weights or ()]
+        if any(weight < 0 for row in rows for weight in row):
+            raise ValueError("weights must be greater than or equal to 0")
+        return weights
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "AdvantagesConfig":
+        """Nothing would be learned from rewards that weigh nothing."""
+        rows = {"constant": [self.constant], "table": self.table or ()}.get(self.weights, ())
+        if rows and not any(prompt or identity for prompt, identity in rows):
+            name = "constant" if self.weights == "constant" else "table"
+            raise ValueError(f"{name}: all weights are 0, so nothing would be learned; give one of the rewards some")
+        return self
 
 
 class ObjectiveConfig(Section):
@@ -214,7 +249,7 @@ class OptimizerConfig(Section):
     """Learning rate (paper: 2e-5 for a 12 B model)."""
     weight_decay: Weight = 1e-4
     """Weight decay (paper: 1e-4)."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    betas: Pair = (0.9, 0.999)
     """Decay rates of the moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm (paper: 1.0)."""
@@ -222,6 +257,13 @@ class OptimizerConfig(Section):
     """Optimizer steps per iteration, each on its share of the images."""
     micro_batch: int = Field(30, ge=1)
     """(image, step) pairs per backward pass: bounds memory, does not change the result."""
+
+    @field_validator("betas")
+    @classmethod
+    def _rates(cls, betas: Pair) -> Pair:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("decay rates must be at least 0, and less than 1")
+        return betas
 
 
 class CheckpointConfig(Section):
@@ -339,6 +381,16 @@ class Config(Section):
             raise ValueError(
                 f"{', '.join(strangers)}: toybox does not read the pictures of policy.kind={self.policy.kind}; choose "
                 "other rewards (docs/rewards.md), and none for the judge"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _each_update_has_images(self) -> "Config":
+        images = self.rollout.prompts_per_iteration * self.rollout.group_size
+        if self.optimizer.updates_per_iteration > images:
+            raise ValueError(
+                f"optimizer.updates_per_iteration={self.optimizer.updates_per_iteration} is more than an iteration's "
+                f"{images} images (rollout.prompts_per_iteration x group_size), on which updates are shared out"
             )
         return self
 

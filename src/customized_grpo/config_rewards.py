@@ -1,13 +1,19 @@
 """The settings of the rewards. Nothing here loads torch."""
 
+import re
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from customized_grpo.section import Section, Share
 
-OwnReward = Annotated[str, Field(pattern=r"^python:\w+(\.\w+)+$")]
+OWN = r"python:\w+(\.\w+)+"
+"""How a reward of one's own is named."""
+PROMPT_REWARDS = ("toybox", "hpsv3", "hpsv2", "pickscore", "clip_t", "siglip", "vlm_judge", "remote")
+IDENTITY_REWARDS = ("toybox", "dino", "clip_i", "vlm_judge", "remote")
 IDENTITY_ENCODERS = ("dino", "clip_i")
 ENCODERS = (*IDENTITY_ENCODERS, "clip_t", "siglip", "pickscore", "hpsv2")
 """Rewards that are cosines in a pretrained encoder's space."""
@@ -18,6 +24,12 @@ READ_BY = {
     "deadline": ("vlm_judge", "remote"),
 }
 """Settings that some rewards read, on either side, and the others do not."""
+
+
+def _known(rewards: Sequence[str], name: str) -> str:
+    if name not in rewards and not re.fullmatch(OWN, name):
+        raise ValueError(f"expected one of {', '.join(rewards)}, or python:module.function")
+    return name
 
 
 class VlmJudgeConfig(Section):
@@ -58,14 +70,12 @@ class HPSv3Config(Section):
 class RewardsConfig(Section):
     """The two rewards, in the order (prompt, identity)."""
 
-    prompt: Literal["toybox", "hpsv3", "hpsv2", "pickscore", "clip_t", "siglip", "vlm_judge", "remote"] | OwnReward = (
-        "toybox"
-    )
-    """Prompt reward: HPSv3 (paper); cosine of image and prompt in ToyBox's shipped encoder, HPSv2, PickScore, CLIP or
-    SigLIP; a judge; a server; or python:module.function of your own (docs/rewards.md)."""
-    identity: Literal["toybox", "dino", "clip_i", "vlm_judge", "remote"] | OwnReward = "toybox"
-    """Identity reward: cosine to the reference in ToyBox's shipped encoder, DINO (paper: DINOv2) or CLIP; a judge; a
-    server; or python:module.function of your own (docs/rewards.md)."""
+    prompt: Annotated[str, AfterValidator(partial(_known, PROMPT_REWARDS))] = "toybox"
+    """Prompt reward: hpsv3 (paper); cosine of image and prompt in the encoder of toybox, hpsv2, pickscore, clip_t or
+    siglip; a judge, vlm_judge; a server, remote; or python:module.function of your own (docs/rewards.md)."""
+    identity: Annotated[str, AfterValidator(partial(_known, IDENTITY_REWARDS))] = "toybox"
+    """Identity reward: cosine to the reference in the encoder of toybox, dino (paper: DINOv2) or clip_i; a judge,
+    vlm_judge; a server, remote; or python:module.function of your own (docs/rewards.md)."""
     prompt_model: str | None = None
     """Folder or hub id of the prompt reward's model (hpsv2, hpsv3: or a safetensors file), or the URL of a remote one;
     unset: the usual model."""
@@ -128,14 +138,14 @@ class RewardsConfig(Section):
         if not judged and self.vlm_judge != VlmJudgeConfig():
             raise ValueError("vlm_judge: neither reward is vlm_judge; leave it out")
         for name in ("hpsv2", "hpsv3"):
-            if self.prompt != name and self._is_given(name):
+            if self.prompt != name and self.is_given(name):
                 raise ValueError(f"{name}: only for prompt={name} (found {self.prompt}); leave it out")
         return self
 
     @model_validator(mode="after")
     def _for_these_rewards(self) -> "RewardsConfig":
         for name, readers in READ_BY.items():
-            if self._is_given(name) and not self.reads(name):
+            if self.is_given(name) and not self.reads(name):
                 raise ValueError(
                     f"{name}: only for {', '.join(readers)} (found prompt={self.prompt}, identity={self.identity}); "
                     "leave it out"
@@ -145,16 +155,13 @@ class RewardsConfig(Section):
             ("several_references", IDENTITY_ENCODERS),
             ("background", IDENTITY_ENCODERS),
         ):
-            if self._is_given(name) and self.identity not in takers:
+            if self.is_given(name) and self.identity not in takers:
                 raise ValueError(
                     f"{name}: only for identity={' or '.join(takers)} (found {self.identity}); leave it out"
                 )
         if self.background != 1.0 and self.identity_reference != "segmented":
             raise ValueError("background: only behind segmented references; set identity_reference to segmented")
         return self
-
-    def _is_given(self, name: str) -> bool:
-        return bool(getattr(self, name) != RewardsConfig.model_fields[name].default)
 
 
 def _check_address(field: str, url: str | None) -> None:

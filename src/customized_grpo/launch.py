@@ -22,8 +22,11 @@ PATIENCE = 30.0
 
 
 def world_size() -> int:
-    """How many processes were launched together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes were launched together. Raises `UserError` where what launched them says no number."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise UserError(f"WORLD_SIZE: the environment variable is {said!r}, expected a number of processes; unset it")
+    return int(said)
 
 
 def is_launched(count: int) -> bool:

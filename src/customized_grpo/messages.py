@@ -1,95 +1,114 @@
-"""Words for bad configurations: the field, its file, what was found, what was expected, the nearest name."""
+"""Words for bad settings: the field, what was found, what was expected, the nearest name."""
 
 import difflib
 import re
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from customized_grpo.config import Config
 
-WORDS: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
-HELP = "See --help for all options."
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
-def explain(message: str, arguments: Sequence[str], model: type[BaseModel] = Config) -> str:
-    """An error of the argument parser in one line; `arguments` tell which configuration file a field stands in, `model`
-    which fields there are."""
+def explain(
+    message: str, arguments: Sequence[str], model: type[BaseModel] = Config, options: Sequence[str] = ()
+) -> str:
+    """An error of the argument parser in one line; `arguments` are what it was given, and it has the fields of `model`
+    as options and the others named."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line)
-    text = re.sub(r" \[type=\w+, input_value=(.*?), input_type=\w+\]", r" (found \1)", text)
-    text = re.sub(r"Expected a typing\.Literal\[(.*?)\]\. Got value: (\S*)", r"expected one of \1 (found '\2')", text)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
-    text = text.replace(' in "<unicode string>",', "")
-    text = re.sub(r"^([\w.]+): Does not validate.*Given value: (.*)", partial(_none_of_its_types, model), text)
-    unknown = re.search(r"does not accept (?:option|nested key) '([\w.]+)'", text)
-    unknown = unknown or re.search(r"[Uu]nrecognized arguments: --([\w.]+)", text)
-    if unknown:
-        text = f"unknown option or configuration field '{unknown[1]}'.{_nearest(unknown[1], model)}"
-    place = re.match(r"([\w.]+):", text)
-    field = unknown[1] if unknown else place[1] if place else ""
-    return f"{_file_of(field, arguments)}{text}\n{HELP}"
+    text = re.sub(r"the following arguments are required: (.*)", partial(_missing, options), text)
+    text = re.sub(r"^([\w.]+): .*?Expected an? <class '(\w+)'>.*(?:Got|Given) value: (.*)", _of_its_type, text)
+    field = re.match(r"([\w.]+):", text)
+    stranger = re.search(r"(?:does not accept (?:option|nested key) '|[Uu]nrecognized arguments: --)([\w.]+)", text)
+    if stranger:
+        text = unknown(stranger[1], [*field_names(model), *options])
+    elif field and field[1] in field_names(model):
+        text = _of_field(field[1], arguments, model) or text
+    return text
 
 
-def worded(error: ValidationError) -> str:
-    """All that pydantic found wrong, in our words: field, what is wrong, what was found."""
-    return "; ".join(_worded(each) for each in error.errors())
+def worded(error: ValidationError, fields_of: type[BaseModel] | None = None) -> str:
+    """All that pydantic found wrong, in our words: field, what is wrong, what was found. With `fields_of`, the model
+    that was validated: what is wrong with single fields alone."""
+    return "; ".join(
+        _worded(each) for each in error.errors() if fields_of is None or section_at(fields_of, _place(each)) is None
+    )
 
 
-def _worded(error: Any) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    text = error["msg"].removeprefix("Value error, ")
-    found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
-    return f"{place}: {text}{found}" if place else text
-
-
-def field_names(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Dotted names of all fields of the configuration, sections included."""
-    names = []
-    for name, field in model.model_fields.items():
-        names.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            names += field_names(field.annotation, f"{prefix}{name}.")
-    return names
-
-
-def _none_of_its_types(model: type[BaseModel], found: re.Match[str]) -> str:
-    """The parser names the types of a field that may be left out; a reader wants the values, where they are few."""
-    annotation: Any = model
-    for part in found[1].split("."):
-        fields = getattr(annotation, "model_fields", {})
-        if part not in fields:
-            return found[0]
-        annotation = fields[part].annotation
-    kinds = get_args(annotation)
-    choices = [repr(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
-    names = [WORDS[kind] for kind in kinds if kind in WORDS]
-    expected = f"one of {', '.join(choices)}" if choices else " or ".join(names)
-    return f"{found[1]}: expected {expected} (found '{found[2].split(' - ')[0]}')" if expected else found[0]
-
-
-def _nearest(name: str, model: type[BaseModel]) -> str:
-    """A hint at the known field most like `name`; the same last part in another section counts as near."""
-    names = field_names(model)
+def unknown(name: str, names: Sequence[str]) -> str:
+    """That there is no field or option `name`, and which of the `names` is most like it; the same last part in another
+    section counts as near."""
     last = name.split(".")[-1]
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     near = near or [known for known in names if known.split(".")[-1] == last]
     near = near or [k for k in names if difflib.get_close_matches(last, [k.split(".")[-1]], n=1, cutoff=0.75)]
-    return f" Did you mean '{near[0]}'?" if near else ""
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"unknown option or configuration field '{name}'.{hint}"
 
 
-def _file_of(field: str, arguments: Sequence[str]) -> str:
-    """'FILE: ' when `field` was not given as an option and stands in the --config file; or when the file is broken."""
-    files = [value for name, value in pairwise(arguments) if name == "--config"]
-    files += [name.removeprefix("--config=") for name in arguments if name.startswith("--config=")]
-    given = any(name.split("=")[0] == f"--{field}" for name in arguments)
-    if given or not files or not Path(files[-1]).is_file():
-        return ""
-    key = field.split(".")[-1]
-    text = Path(files[-1]).read_text(encoding="utf-8", errors="replace")
-    stands = re.search(rf"^\s*{re.escape(key)}\s*:", text, re.MULTILINE) if key else True
-    return f"{files[-1]}: " if stands or not field else ""
+def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of the configuration, sections included."""
+    names = []
+    for name in model.model_fields:
+        names.append(prefix + name)
+        section = section_at(model, name)
+        names += field_names(section, f"{prefix}{name}.") if section else []
+    return names
+
+
+def section_at(model: type[BaseModel], place: str) -> type[BaseModel] | None:
+    """The section of `model` with the dotted name `place`, itself for "", None where it is a field or unknown."""
+    section: Any = model
+    for part in place.split(".") if place else ():
+        fields = section.model_fields
+        section = fields[part].annotation if part in fields else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return None
+    found: type[BaseModel] = section
+    return found
+
+
+def _worded(error: Any) -> str:
+    place, text = _place(error), error["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
+    return f"{place}: {text}{found}" if place else text
+
+
+def _place(error: Any) -> str:
+    return ".".join(str(part) for part in error["loc"])
+
+
+def _of_field(place: str, arguments: Sequence[str], model: type[BaseModel]) -> str | None:
+    """What is wrong with the value that `arguments` give the field at `place`, None where that is not the field's."""
+    section = section_at(model, place)
+    if section is not None:
+        return f"{place}: a section; give its fields, as --{place}.{next(iter(section.model_fields))} VALUE"
+    values = [value for name, value in pairwise(arguments) if name == f"--{place}"]
+    values += [name.partition("=")[2] for name in arguments if name.startswith(f"--{place}=")]
+    try:
+        tree = yaml.safe_load(values[-1]) if values else None
+        for part in reversed(place.split(".")):
+            tree = {part: tree}
+        model.model_validate(tree)
+    except yaml.YAMLError:
+        return None
+    except ValidationError as error:
+        return worded(error, fields_of=model) if values else None
+    return None
+
+
+def _of_its_type(found: re.Match[str]) -> str:
+    return f"{found[1]}: expected {WORDS.get(found[2], found[2])} (found {found[3].split(' - ')[0]!r})"
+
+
+def _missing(options: Sequence[str], found: re.Match[str]) -> str:
+    """What was left out as it is typed: the parser calls an option of a command COMMAND.OPTION."""
+    names = [name.split(".")[-1] for name in found[1].split(", ")]
+    return f"missing: {', '.join(f'--{name}' if name in options else name.upper() for name in names)}"

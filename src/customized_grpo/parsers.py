@@ -1,7 +1,9 @@
 """What the command line takes: its commands, their options and help. Nothing here loads torch."""
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
@@ -16,13 +18,28 @@ class BadArguments(Exception):
 
 
 class Parser(ArgumentParser):
-    """Leaves the wording of errors to `main`."""
+    """Takes options by their whole names alone, and leaves the wording of errors to `main`."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+        self.commands: dict[str, Parser] = {}
+
+    def command_of(self, arguments: Sequence[str]) -> tuple[list[str], "Parser"]:
+        """The words of `arguments` that name a command, and its parser."""
+        if not arguments or arguments[0] not in self.commands:
+            return [], self
+        words, command = self.commands[arguments[0]].command_of(arguments[1:])
+        return [arguments[0], *words], command
+
+    def options(self) -> list[str]:
+        """Names of all options."""
+        return re.findall(r"^  --([\w.]+)", self.format_help(), re.MULTILINE)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadArguments(message) from ex
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all commands. Raises `BadArguments` when it parses wrong ones."""
     parser = Parser(
         prog="customized-grpo", description="Online RL for subject-driven image generators.", version=__version__
@@ -66,6 +83,7 @@ def build_parser() -> ArgumentParser:
     toybox = Parser(description="ToyBox, a small complete subject-driven world.")
     commands.add_subcommand("toybox", toybox, help="the CPU-scale subject world")
     _add_toybox_actions(toybox)
+    parser.commands = commands.choices
     return parser
 
 
@@ -186,7 +204,7 @@ def _compare_parser() -> ArgumentParser:
     return compare
 
 
-def _add_toybox_actions(toybox: ArgumentParser) -> None:
+def _add_toybox_actions(toybox: Parser) -> None:
     actions = toybox.add_subcommands(required=True, title="actions")
     export = Parser(description="Write prompts, references and masks of ToyBox as a data folder.")
     export.add_argument("folder", type=Path, help="folder to write; new or empty")
@@ -207,3 +225,4 @@ def _add_toybox_actions(toybox: ArgumentParser) -> None:
     )
     pretrain.add_argument("--threads", type=int | None, help="CPU threads; default: all cores")
     actions.add_subcommand("pretrain", pretrain, help="make the shipped weights again")
+    toybox.commands = actions.choices

@@ -206,10 +206,10 @@ class Trainer(Generic[ConditionT]):
     ) -> Metrics:
         """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples, of which this
         process has those of the prompts `mine`."""
-        num_samples, num_steps = advantages[..., 0].numel(), len(plan.trained)
+        num_steps = len(plan.trained)
         low, high = (place * self.config.rollout.group_size for place in (mine.start, mine.stop))
         dealt = self._dealt(*advantages.shape[:2])
-        updates = min(self.config.optimizer.updates_per_iteration, num_samples)
+        updates = self.config.optimizer.updates_per_iteration
         flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
         parts: list[tuple[float, ...]] = []
         norms, losses = [], []

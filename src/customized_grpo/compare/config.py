@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from customized_grpo.compare.presets import BASE, CALIBRATED, HINGE, PRESETS
-from customized_grpo.config import Config, flatten
+from customized_grpo.config import AdvantagesConfig, Config, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.messages import worded
 from customized_grpo.section import Section
@@ -96,7 +96,10 @@ def run_settings(
             # Before the calibration is measured, any table of the right length stands for it.
             table = table or [list(shared.advantages.constant)] * shared.rollout.num_steps
             tree = _merged(tree, {"advantages": {"table": table}})
-        return Config.model_validate(tree | {"seed": seed}).model_dump(mode="json")
+        # What all presets share counts not in each of them, as gamma in those without SARS.
+        unread = AdvantagesConfig.unread(tree["advantages"])
+        advantages = {name: value for name, value in tree["advantages"].items() if name not in unread}
+        return Config.model_validate(tree | {"seed": seed, "advantages": advantages}).model_dump(mode="json")
     except ValidationError as error:
         where = f"settings '{setting}', preset '{preset}'" if setting else f"preset '{preset}'"
         raise UserError(f"{where}: {worded(error)}") from error
