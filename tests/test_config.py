@@ -190,6 +190,7 @@ def test_a_configuration_is_fixed() -> None:
             "updates_per_iteration=61 is more than an iteration's 60 images",
         ),
         ({"rollout": {"window_start": 0, "window_period": 2, "steps": "window"}}, "leave one of them out"),
+        ({"data": {"max_pixels": 200_000_000}}, "max_pixels"),
         # What nothing reads:
         ({"advantages": {"constant": [0.6, 0.4]}}, "constant: only with weights=constant or table .found tdw."),
         ({"advantages": {"table": [[1, 1]]}}, "table: only with weights=table"),

@@ -116,6 +116,10 @@ def test_missing_folder_and_metadata(tmp_path: Path) -> None:
         ('{"id": "x", "prompt"', "broken JSON: Expecting ':' delimiter at column 21"),
         ("[" * 100_000, "broken JSON: "),
         (
+            '{"id": "x", "prompt": "a", "references": ["a.png"], "prompt": "b"}',
+            '"prompt" stands in it twice; remove one',
+        ),
+        (
             '["x"]',
             'expected a JSON object with "id", "prompt", "references", "masks", "subject", got a list: ["x"]',
         ),

@@ -234,7 +234,7 @@ def _parse_lines(metadata: Path, lines: Sequence[tuple[int, bytes]]) -> list[tup
 def _parse_sample(root: Path, line: bytes) -> Sample:
     """One line's sample. Raises UserError that says all that is wrong with it, without the place."""
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_twins)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -261,6 +261,16 @@ def _parse_sample(root: Path, line: bytes) -> Sample:
         masks=_inside(root, "masks", record.masks or ()),
         subject=record.subject,
     )
+
+
+def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`. Raises UserError for a field given twice, of which JSON would take the last."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f'"{twice}" stands in it twice; remove one of the two')
+    return value
 
 
 def _inside(root: Path, field: str, names: Sequence[str]) -> tuple[Path, ...]:
