@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
@@ -215,9 +216,19 @@ def test_a_run_is_evaluated_afterwards_on_any_data(
     report = evaluate_run(tmp_path / "run", toybox_data / "test", 2, display)
     base, tuned = (json.loads((tmp_path / "run" / "evaluation" / f"{n}.json").read_text()) for n in ("base", "tuned"))
     assert report == tmp_path / "run" / "report.html"
-    assert base["split"] == "test" and base["pairs"] == tuned["pairs"] == 2
+    assert base["split"] == "test" and base["iteration"] == 4 and base["pairs"] == tuned["pairs"] == 2
     assert base["summary"]["reward/prompt"] != tuned["summary"]["reward/prompt"]
     assert "before and after" in display.console.file.getvalue()
+
+
+def test_a_run_that_goes_on_is_not_evaluated_by_its_earlier_adapter(
+    four: Path, tmp_path: Path, toybox_data: Path, display: Display
+) -> None:
+    shutil.copytree(four, tmp_path / "run")
+    config = yaml.safe_load((four / "config.yaml").read_text())
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config | {"iterations": 9}))
+    with pytest.raises(UserError, match=r"is at iteration 4 of 9, .* train --resume"):
+        evaluate_run(tmp_path / "run", toybox_data / "test", 2, display)
 
 
 def test_averaged_weights_are_what_is_evaluated(

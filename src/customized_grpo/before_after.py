@@ -29,14 +29,15 @@ def write_evaluation(
     ranks: Ranks,
     on_progress: OnProgress = lambda share: None,
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the untuned ("base") and the tuned generator on equal pairs and noise; return both results, which the
-    first of the `ranks` writes."""
+    """Evaluate the untuned ("base") and the tuned generator of a finished run on equal pairs and noise; return both
+    results, which the first of the `ranks` writes."""
     with policy.untuned():
         base = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
     tuned = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
     results = {}
     for name, evaluation in (("base", base), ("tuned", tuned)):
         results[name] = {
+            "iteration": config.iterations,
             "split": dataset.folder.name,
             "pairs": len(evaluation.samples),
             "seed": config.seed,

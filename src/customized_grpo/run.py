@@ -19,6 +19,7 @@ from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError
 from customized_grpo.messages import worded
 from customized_grpo.report import write_report
+from customized_grpo.report.records import read_lines
 from customized_grpo.runtime import configure
 from customized_grpo.session import EMA, LOGS, Session
 from customized_grpo.storage import LOCK, UNFINISHED, locked, writing
@@ -130,6 +131,12 @@ def evaluate_run(
         raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
     config = load_run_config(run)
     adapter = adapter_folder(run, ema=ema)
+    rows = read_lines(run / LOGS[0])
+    if rows and rows[-1]["iteration"] < config.iterations:
+        raise UserError(
+            f"--run: {run} is at iteration {rows[-1]['iteration']} of {config.iterations}, and its adapter is written in "
+            "the end; go on with train --resume"
+        )
     configure(config.threads)
     path = data or config.data.test or config.data.validation or config.data.path
     pairs = pairs or config.evaluation.test_pairs

@@ -234,6 +234,13 @@ def test_different_pairs_are_matched_by_id(run: Path) -> None:
     assert "differences use the 30 they share" in text and "Of 30 pairs" in text
 
 
+def test_a_comparison_of_earlier_weights_is_told(run: Path) -> None:
+    """A run went on, without data to compare on."""
+    for iteration, told in ((24, False), (20, True)):
+        rewrite(run / "evaluation" / "tuned.json", lambda content, at=iteration: content.update(iteration=at))
+        assert ("are of iteration 20; training has gone on to 24 since" in report(run).text) == told
+
+
 def test_an_unfinished_last_line_is_left_out_and_a_repeated_iteration_replaced(run: Path) -> None:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines()

@@ -252,6 +252,13 @@ def remarks(run: Run) -> list[tuple[str, str]]:
         )
         found.append(("Note", text))
     base, tuned = run.final.get("base"), run.final.get("tuned")
+    done = int(metrics["iteration"].max())
+    if tuned and tuned.iteration is not None and tuned.iteration != done:
+        text = (
+            f"Before and after are of iteration {tuned.iteration}; training has gone on to {done} since. Once it has "
+            "ended, customized-grpo evaluate makes the comparison anew."
+        )
+        found.append(("WARNING", text))
     if base and tuned and base.records.keys() != tuned.records.keys():
         both = len(base.records.keys() & tuned.records.keys())
         text = (

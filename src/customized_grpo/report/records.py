@@ -38,8 +38,10 @@ class Columns:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One final evaluation: `records` by id, and what is known of the metrics on all of them."""
+    """One final evaluation: `records` by id, and what is known of the metrics on all of them. `iteration`: after which
+    the weights were so, where the file says it."""
 
+    iteration: int | None
     split: str
     seed: int | None
     records: Mapping[str, Mapping[str, Any]]
@@ -161,7 +163,11 @@ def _evaluation(path: Path) -> Evaluation:
         {name: float(value) for name, value in (content.get(key) or {}).items() if _is_number(value)}
         for key in ("chance", "ceiling")
     )
-    return Evaluation(str(content.get("split", "test")), content.get("seed"), records, intervals, chance, ceiling)
+    iteration = content.get("iteration")
+    return Evaluation(
+        iteration if isinstance(iteration, int) else None, str(content.get("split", "test")), content.get("seed"),
+        records, intervals, chance, ceiling,
+    )  # fmt: skip
 
 
 def _weights(path: Path, rows: list[dict[str, Any]]) -> Weights | None:
