@@ -154,6 +154,15 @@ def test_messages_are_of_the_command(refused: Refused, arguments: list[str], mes
     assert message in refused(*arguments)
 
 
+def test_a_dry_run_of_several_processes_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["train", "--dry-run", "--num-processes", "5"])
+    said = capsys.readouterr().out
+    assert said.count("one iteration, and what it needs of each of 5 processes") == 1
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--dry-run", "--num-processes", "6"])
+    assert "5 groups cannot be shared among 6 processes" in capsys.readouterr().err
+
+
 def test_a_number_of_processes_that_is_none(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "two")
     assert "WORLD_SIZE: the environment variable is 'two', expected a number of processes" in refused("train")

@@ -52,12 +52,12 @@ ONE = 2 * TOKENS * WIDTH * WIDTH
 """Operations of one linear layer on one sample."""
 
 
-def found(checkpointed: int = 0, **rollout: Any) -> Estimate:
+def found(checkpointed: int = 0, processes: int = 1, **rollout: Any) -> Estimate:
     settings = {"prompts_per_iteration": 3, "group_size": 4, "num_steps": 6, "subset_share": 0.6, **rollout}
     config = Config.model_validate({"rollout": settings, "optimizer": {"micro_batch": 2}})
     policy = LinearPolicy()
     subject = Subject(policy, policy.network, None, 100.0, checkpointed, 7.0)  # type: ignore[arg-type]
-    return estimate(config, subject)
+    return estimate(config, subject, processes)
 
 
 def test_operations_are_those_of_the_layers() -> None:
@@ -87,6 +87,12 @@ def test_steps_before_a_window_are_walked_once_by_a_group() -> None:
     windowed = found(steps="window", window_size=2, window_start=2)
     assert windowed.flops["rollout"] == (3 * 2 + 12 * 4) * DEPTH * ONE
     assert windowed.flops["update"] == 12 * 2 * (DEPTH + 1) * ONE
+
+
+def test_of_several_processes_it_is_of_the_one_with_the_most_groups() -> None:
+    alone, shared = found(), found(processes=2)
+    assert {name: flops * 2 / 3 for name, flops in alone.flops.items()} == pytest.approx(shared.flops)
+    assert shared.memory == alone.memory | {"trajectories": alone.memory["trajectories"] * 2 / 3}
 
 
 def test_memory_is_what_must_be_there_at_once() -> None:

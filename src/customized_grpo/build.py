@@ -58,6 +58,17 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
     return _toybox(config, precision, seed)
 
 
+def check_shares(config: Config, world: int) -> None:
+    """Raise `UserError` where `world` processes cannot share an iteration of `config`, or the generator's weights."""
+    prompts = config.rollout.prompts_per_iteration
+    if prompts < world:
+        raise UserError(
+            f"rollout.prompts_per_iteration: {prompts} groups cannot be shared among {world} processes, each of which "
+            "takes whole groups; ask for more, or start fewer processes"
+        )
+    check_shard(config.policy, world)
+
+
 def check_shard(config: PolicyConfig, world: int) -> None:
     """Raise `UserError` where `world` processes are asked to spread the generator's weights, and cannot."""
     if not config.shard:
@@ -94,17 +105,18 @@ def _device(config: PolicyConfig) -> torch.device:
     return device
 
 
-def dry_run(config: Config) -> Estimate:
-    """What a run of `config` would take. Raises `UserError` where the model cannot be had."""
+def dry_run(config: Config, processes: int = 1) -> Estimate:
+    """What a run of `config` takes of each of its `processes`. Raises `UserError` where the model cannot be had."""
+    check_shares(config, processes)
     if config.policy.kind != "toybox":
         quiet()
         from customized_grpo.policies.dry_run import dry_run as dry_run_of_pipeline
 
-        return dry_run_of_pipeline(config)
+        return dry_run_of_pipeline(config, processes)
     policy = _toybox(config.policy, "fp32", seed=0)
     condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
     frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
-    return estimate(config, Subject(policy, policy.networks[-1], condition, float(frozen)))
+    return estimate(config, Subject(policy, policy.networks[-1], condition, float(frozen)), processes)
 
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:

@@ -46,8 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser = build_parser()
         _check_files(arguments)
         options = parser.parse_args(arguments)
-        count = options[options.subcommand].get("num_processes", 1)
-        if not is_launched(count):
+        chosen = options[options.subcommand]
+        count = chosen.get("num_processes", 1)
+        if not is_launched(count) and not chosen.get("dry_run"):
             raise SystemExit(launch(arguments, count))
         _run(options)
     except BadArguments as error:
@@ -200,7 +201,9 @@ def _train(options: Namespace) -> None:
     if options.dry_run:
         from customized_grpo import build
 
-        Display().table("one iteration, and what it needs", build.dry_run(config).rows())
+        count = options.num_processes
+        whose = "" if count == 1 else f" of each of {count} processes"
+        Display().table(f"one iteration, and what it needs{whose}", build.dry_run(config, count).rows())
         return
     from customized_grpo.run import train
 

@@ -65,8 +65,9 @@ class Subject:
     no matrix of all pairs of tokens is kept then. 0: what is measured is what runs."""
 
 
-def estimate(config: Config, subject: Subject) -> Estimate:
-    """What an iteration of `config` takes. Scoring is not counted: it depends on the rewards alone."""
+def estimate(config: Config, subject: Subject, processes: int = 1) -> Estimate:
+    """What an iteration of `config` takes of that one of its `processes` which has the most groups. Scoring is not
+    counted: it depends on the rewards alone."""
     rollout, policy = config.rollout, subject.policy
     latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
     sigma = torch.full((1,), 0.5, device=policy.device)
@@ -83,7 +84,8 @@ def estimate(config: Config, subject: Subject) -> Estimate:
         kept = kept / subject.checkpointed + subject.checkpointed * subject.block_input_bytes
 
     plan = plan_steps(rollout, policy.sigmas(rollout.num_steps, rollout.shift), config.seed, 0)
-    prompts, images = rollout.prompts_per_iteration, rollout.prompts_per_iteration * rollout.group_size
+    prompts = -(-rollout.prompts_per_iteration // processes)
+    images = prompts * rollout.group_size
     shared = plan.shared_steps if rollout.initial_noise == "shared" else 0
     forwards = prompts * shared + images * (rollout.num_steps - shared)
     extra_forwards = bool(subject.checkpointed) + (config.objective.kl_weight > 0)

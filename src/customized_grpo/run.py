@@ -87,15 +87,9 @@ def train(
 
 def _session(config: Config, display: Display, termination: Termination, ranks: Ranks) -> Session:
     """All parts of a run, built and checked; nothing is written yet."""
-    prompts = config.rollout.prompts_per_iteration
-    if prompts < ranks.world:
-        raise UserError(
-            f"rollout.prompts_per_iteration: {prompts} groups cannot be shared among {ranks.world} processes, each of "
-            "which takes whole groups; ask for more, or start fewer processes"
-        )
-    build.check_shard(config.policy, ranks.world)
+    build.check_shares(config, ranks.world)
     if ranks.world > 1:
-        display.note(f"{ranks.world} processes share {prompts} groups an iteration")
+        display.note(f"{ranks.world} processes share {config.rollout.prompts_per_iteration} groups an iteration")
     # Cheapest first: what is wrong is told before the next part is paid for.
     writer = _summary_writer() if config.log.tensorboard else None
     datasets = {
@@ -134,8 +128,8 @@ def evaluate_run(
     rows = read_lines(run / LOGS[0])
     if rows and rows[-1]["iteration"] < config.iterations:
         raise UserError(
-            f"--run: {run} is at iteration {rows[-1]['iteration']} of {config.iterations}, and its adapter is written in "
-            "the end; go on with train --resume"
+            f"--run: {run} is at iteration {rows[-1]['iteration']} of {config.iterations}, and its adapter is written "
+            "in the end; go on with train --resume"
         )
     configure(config.threads)
     path = data or config.data.test or config.data.validation or config.data.path

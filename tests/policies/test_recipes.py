@@ -12,8 +12,10 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from customized_grpo import build
 from customized_grpo.cli import main
 from customized_grpo.config import Config
+from customized_grpo.errors import UserError
 from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.dry_run import dry_run
 from customized_grpo.policies.tiny import flux2_klein
@@ -193,6 +195,18 @@ def test_a_distilled_model_is_counted_with_one_pass(tmp_path: Path) -> None:
         tree = {"policy": policy, "rewards": rewards, "evaluation": {"judge": "none"}}
         operations.append(dry_run(Config.model_validate(tree)).flops["rollout"])
     assert operations[0] == pytest.approx(2 * operations[1], rel=0.01)
+
+
+def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) -> None:
+    policy = {"kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32}
+    tree = {"rewards": {"prompt": "clip_t", "identity": "dino"}, "evaluation": {"judge": "none"}}
+    whole, shard = (
+        dry_run(Config.model_validate(tree | {"policy": policy | {"shard": sharded}}), processes=2).memory
+        for sharded in (False, True)
+    )
+    assert whole["frozen weights"] / 2 < shard["frozen weights"] < whole["frozen weights"]
+    with pytest.raises(UserError, match=r"policy\.shard: a single process"):
+        build.dry_run(Config.model_validate(tree | {"policy": policy | {"shard": True}}))
 
 
 def test_every_family_but_the_largest_has_a_recipe() -> None:

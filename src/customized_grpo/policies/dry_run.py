@@ -23,8 +23,8 @@ from customized_grpo.runtime import resolve_device, resolve_precision
 META = torch.device("meta")
 
 
-def dry_run(config: Config) -> Estimate:
-    """What an iteration of `config` takes, with one reference a prompt, taken to be square.
+def dry_run(config: Config, processes: int = 1) -> Estimate:
+    """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square.
 
     Raises `UserError` where the model cannot be had, or takes no such settings.
     """
@@ -32,11 +32,14 @@ def dry_run(config: Config) -> Estimate:
     family = FAMILIES[settings.kind]
     folder = locate(settings.model or MODELS[settings.kind], family, weights=False)
     bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
-    return estimate_pipeline(config, family, outline(folder, family, torch.bfloat16 if bf16 else torch.float32))
+    return estimate_pipeline(
+        config, family, outline(folder, family, torch.bfloat16 if bf16 else torch.float32), processes
+    )
 
 
-def estimate_pipeline(config: Config, family: Family, pipe: Any) -> Estimate:
-    """What an iteration of `config` takes with `pipe`, whose transformer and VAE stand on the meta device."""
+def estimate_pipeline(config: Config, family: Family, pipe: Any, processes: int = 1) -> Estimate:
+    """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on the
+    meta device."""
     settings, network = config.policy, pipe.transformer
     # What recomputes or compiles on the way changes what is counted, not what is computed.
     plain = replace(
@@ -48,19 +51,23 @@ def estimate_pipeline(config: Config, family: Family, pipe: Any) -> Estimate:
     dtype = pipe.vae.dtype
     row = Row({name: tensor.to(dtype) for name, tensor in example.items()}, sizes)
     tokens = token_count([policy.size, *sizes]) + len(row.tensors["text"])
-    frozen = [p for module in (network, pipe.vae) for p in module.parameters() if not p.requires_grad]
+    frozen = {
+        module: sum(p.nbytes for p in module.parameters() if not p.requires_grad) for module in (network, pipe.vae)
+    }
+    if settings.shard:
+        frozen[network] /= processes
     blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
     passes = 2 if policy.guided else 1
     subject = Subject(
         policy,
         network,
         Conditions((row,), torch.zeros(1, dtype=torch.long)),
-        weight_bytes=float(sum(parameter.nbytes for parameter in frozen)),
+        weight_bytes=float(sum(frozen.values())),
         checkpointed=passes * blocks if settings.gradient_checkpointing else 0,
         block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
         fused_tokens=tokens,
     )
-    return estimate(config, subject)
+    return estimate(config, subject, processes)
 
 
 def outline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
