@@ -188,7 +188,7 @@ def test_a_save_that_fails_is_not_tried_again(
         tried.append(arguments)
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(checkpoint, "save_file", refuse)
+    monkeypatch.setattr(checkpoint, "save_tensors", refuse)
     with pytest.raises(StorageError, match="no space to write"):
         run_training(make_config(THREE))
     assert len(tried) == 1 and list((tmp_path / "run" / "checkpoints").iterdir()) == []

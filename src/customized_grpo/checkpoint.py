@@ -17,13 +17,13 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from customized_grpo.ema import Average
 from customized_grpo.environment import library_versions
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.storage import file_sha256, writing
+from customized_grpo.storage import file_sha256, save_tensors, writing
 
 TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -137,13 +137,13 @@ def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], state:
     """
     target = folder / f"{iteration:06d}"
     temporary = folder / f".{target.name}{PARTIAL}"
-    tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
+    tensors = state.tensors()
     try:
         with writing(folder, sum(tensor.nbytes for tensor in tensors.values())):
             for left in folder.glob(f".*{PARTIAL}"):
                 _clear(left)
             temporary.mkdir(parents=True)
-            save_file(tensors, temporary / TENSORS)
+            save_tensors(tensors, temporary / TENSORS)
             hashes = Hashes(config=_config_sha256(config), tensors=file_sha256(temporary / TENSORS))
             manifest = Manifest(iteration=iteration, config=config, libraries=library_versions(), sha256=hashes)
             (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")

@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from customized_grpo.errors import UserError, first_line
 
@@ -51,6 +53,21 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file of `tensors` by name."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+    follow_umask(path)
+
+
+def follow_umask(path: Path) -> None:
+    """Let those read the file `path` who may read any other that is written: safetensors leaves its files to their
+    owner alone."""
+    mask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(mask)
+    with suppress(PermissionError):  # of a disk that keeps no modes
+        path.chmod(0o666 & ~mask)
 
 
 def file_sha256(path: Path) -> str:

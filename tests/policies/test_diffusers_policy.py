@@ -240,6 +240,18 @@ def test_a_plain_pipeline_takes_the_adapter(
         assert torch.allclose(fresh.velocity(latents, sigma, condition), tuned, atol=1e-5)
 
 
+def test_what_is_written_may_be_read_by_whom_the_umask_allows(load: Load, tmp_path: Path, picture: Picture) -> None:
+    before = os.umask(0o027)
+    try:
+        policy = load("flux1-kontext")
+        policy.save_adapter(tmp_path / "run")
+        policy.encode(["a cat"], [[policy.prepare_reference(picture(64, 64), 1)]])
+    finally:
+        os.umask(before)
+    files = [*tmp_path.glob("run/*.safetensors"), *tmp_path.glob("conditions/*/*.safetensors")]
+    assert len(files) == 2 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+
+
 def test_a_plain_pipeline_takes_averaged_weights(
     load: Load, tiny_models: dict[str, Path], tmp_path: Path, picture: Picture, perturb: Callable[..., None]
 ) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from customized_grpo.errors import UserError
+from customized_grpo.storage import save_tensors
 
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) of references, in pixels."""
@@ -111,6 +111,5 @@ class ConditionCache:
         path = self.path(prompt, references)
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{uuid.uuid4().hex}.part")
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in row.tensors.items()}
-        save_file(tensors, unfinished, metadata={"sizes": json.dumps(row.sizes)})
+        save_tensors(row.tensors, unfinished, metadata={"sizes": json.dumps(row.sizes)})
         os.replace(unfinished, path)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from customized_grpo.errors import UserError
+from customized_grpo.storage import follow_umask
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 NAME = "default"
@@ -52,6 +53,7 @@ def save_lora(transformer: Any, pipeline: Any, folder: Path) -> None:
     pipeline.save_lora_weights(
         folder, transformer_lora_layers=_factors(transformer), transformer_lora_adapter_metadata=metadata
     )
+    follow_umask(folder / ADAPTER_FILE)
 
 
 def load_lora(transformer: Any, folder: Path) -> None:

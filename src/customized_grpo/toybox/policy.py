@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
@@ -17,6 +17,7 @@ from customized_grpo.data.images import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.policies import References
 from customized_grpo.runtime import resolve_precision
+from customized_grpo.storage import save_tensors
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
 from customized_grpo.toybox.network import Context, Denoiser, Generator
@@ -123,7 +124,7 @@ class ToyBoxPolicy:
         state = (
             get_peft_model_state_dict(self._tuned) if isinstance(self._tuned, PeftModel) else self._tuned.state_dict()
         )
-        save_file({name: value.detach().contiguous() for name, value in state.items()}, folder / ADAPTER_FILE)
+        save_tensors(state, folder / ADAPTER_FILE)
 
     def load_adapter(self, folder: Path) -> None:
         """See `Policy.load_adapter`."""

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from customized_grpo.errors import UserError
+from customized_grpo.storage import save_tensors
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 LEAKS = ("low", "medium", "high")
@@ -29,7 +30,7 @@ def save_network(network: nn.Module, folder: Path, name: str) -> Path:
     """Write `folder/name.safetensors` in bfloat16."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
-    save_file({key: value.detach().bfloat16().contiguous() for key, value in network.state_dict().items()}, path)
+    save_tensors({key: value.bfloat16() for key, value in network.state_dict().items()}, path)
     return path
 
 

@@ -1,0 +1,45 @@
+"""See test_full_disk.py for disks that take no more."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from customized_grpo.checkpoint import State, save_checkpoint
+from customized_grpo.storage import save_tensors
+from customized_grpo.toybox.policy import ToyBoxPolicy
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077])
+def mask(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Sets the umask of the process."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_adapters_and_checkpoints_may_be_read_by_whom_the_umask_allows(
+    mask: int, make_policy: Callable[..., ToyBoxPolicy], tmp_path: Path
+) -> None:
+    policy = make_policy()
+    policy.save_adapter(tmp_path)
+    state = State(list(policy.trainable_parameters()), torch.optim.AdamW(p for _, p in policy.trainable_parameters()))
+    checkpoint = save_checkpoint(tmp_path, 2, {}, state)
+    files = [tmp_path / "adapter_model.safetensors", *checkpoint.iterdir()]
+    assert len(files) == 3 and {mode(path) for path in files} == {0o666 & ~mask}
+    assert os.umask(mask) == mask
+
+
+def test_a_disk_that_keeps_no_modes_takes_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").is_file()
