@@ -324,12 +324,18 @@ def test_training_that_cannot_go_on_ends_with_another_status(
         (["compare", "--jbos", "2"], "unknown option or configuration field 'jbos'. Did you mean 'jobs'?"),
         (["compare", "--train.rollout.grup_size", "4"], "Did you mean 'train.rollout.group_size'?"),
         (["diagnose", "--run", "nowhere", "--rollout.eta", "0.3"], "leave out rollout.eta, or give --config"),
+        (["diagnose", "--run", "nowhere", "--output", "x"], "--output: diagnose writes to --out DIR; leave it out"),
         (["compare", "--jobs", "0"], "jobs"),
         (["compare", "--train.rollout.group_size", "1"], "group_size"),
     ],
 )
 def test_bad_input_of_comparisons_and_diagnoses(refused: Refused, arguments: list[str], message: str) -> None:
     assert message in refused(*arguments)
+
+
+def test_diagnose_takes_a_file_for_train_with_its_output(refused: Refused, settings_file: Callable[..., Path]) -> None:
+    assert "output:" in settings_file().read_text()
+    assert "--prompts: at least 2" in refused("diagnose", "--config", settings_file(), "--prompts", 1)
 
 
 COMMANDS = [

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from customized_grpo.checkpoint import State, save_checkpoint
-from customized_grpo.storage import save_tensors
+from customized_grpo.errors import UserError
+from customized_grpo.storage import check_folder, save_tensors
 from customized_grpo.toybox.policy import ToyBoxPolicy
 
 
@@ -43,3 +44,17 @@ def test_a_disk_that_keeps_no_modes_takes_tensors(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(Path, "chmod", refuse)
     save_tensors({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
     assert (tmp_path / "a.safetensors").is_file()
+
+
+def test_a_folder_must_be_one_that_can_be_made_and_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path, tmp_path / "new" / "folder"):
+        check_folder(folder, "--out")
+    with pytest.raises(UserError, match="--out: .*file is a file; name a folder elsewhere"):
+        check_folder(tmp_path / "file" / "below", "--out")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(UserError, match=f"--out: {tmp_path} cannot be written to"):
+        check_folder(tmp_path / "new", "--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

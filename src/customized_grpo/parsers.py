@@ -1,5 +1,6 @@
 """What the command line takes: its commands, their options and help. Nothing here loads torch."""
 
+import argparse
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from customized_grpo import __version__
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config import Config
+from customized_grpo.errors import UserError
 
 
 class BadArguments(Exception):
@@ -37,6 +39,13 @@ class Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadArguments(message) from ex
+
+
+class _FileOnly(argparse.Action):
+    """A setting that a configuration file for `train` has, which is no option here."""
+
+    def __call__(self, *arguments: object) -> NoReturn:
+        raise UserError("--output: diagnose writes to --out DIR; leave it out")
 
 
 def build_parser() -> Parser:
@@ -136,7 +145,10 @@ def _diagnose_parser() -> ArgumentParser:
     diagnose.add_argument("--prompts", type=int, default=24, help="prompts on which sensitivity is measured")
     diagnose.add_argument("--group_size", type=int, default=12, help="images branched off at a step, for each prompt")
     diagnose.add_argument("--batches", type=int, default=8, help="batches on which gradients are measured")
-    diagnose.add_class_arguments(Config)
+    diagnose.add_argument(
+        "--output", action=_FileOnly, default=Config.model_fields["output"].default, help=argparse.SUPPRESS
+    )
+    diagnose.add_class_arguments(Config, skip={"output"})
     return diagnose
 
 

@@ -1,6 +1,5 @@
 """The commands on a run: train it, evaluate it afterwards; and what its folder may be."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from customized_grpo.report import write_report
 from customized_grpo.report.records import read_lines
 from customized_grpo.runtime import configure
 from customized_grpo.session import EMA, LOGS, Session
-from customized_grpo.storage import LOCK, UNFINISHED, locked, writing
+from customized_grpo.storage import LOCK, UNFINISHED, check_folder, locked, writing
 from customized_grpo.termination import STATUS, Terminated, Termination
 from customized_grpo.trainer import Trainer
 
@@ -183,10 +182,7 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if resume and overwrite:
         raise UserError("--resume and --resume_from continue a run and --overwrite deletes it; pass one of them")
     passing = (LOCK, f"config.yaml{UNFINISHED}")
-    nearest = next(path for path in (output, *output.resolve().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "cannot be written to" if nearest.is_dir() else "is a file"
-        raise UserError(f"output: {nearest} {what}; name a folder elsewhere")
+    check_folder(output, "output")
     if not output.exists() or not any(path.name not in passing for path in output.iterdir()):
         return
     if not (resume or overwrite):

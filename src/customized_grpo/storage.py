@@ -42,6 +42,14 @@ def writing(folder: Path, needed: int | None = None) -> Iterator[None]:
         raise StorageError(_worded(folder, needed, error)) from error
 
 
+def check_folder(folder: Path, name: str) -> None:
+    """Raise `UserError`, naming the option `name`, where `folder` cannot be written into, or cannot be made."""
+    nearest = _nearest(folder)
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise UserError(f"{name}: {nearest} {what}; name a folder elsewhere")
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file that replaces the one before it when it is complete."""
     unfinished = path.with_name(path.name + UNFINISHED)
@@ -119,5 +127,9 @@ def _number(error: OSError | SafetensorError) -> int | None:
 
 
 def _free(folder: Path) -> int:
-    nearest = next(path for path in (folder, *folder.resolve().parents) if path.exists())
-    return shutil.disk_usage(nearest).free
+    return shutil.disk_usage(_nearest(folder)).free
+
+
+def _nearest(folder: Path) -> Path:
+    """`folder`, or of the folders that it would be made in the first that is there."""
+    return next(path for path in (folder, *folder.resolve().parents) if path.exists())

@@ -111,8 +111,9 @@ def test_a_folder_of_other_things_is_left_alone(small: MakeConfig, tmp_path: Pat
     (tmp_path / "out" / "diagnosis.json").write_text("{}")
     with pytest.raises(UserError, match=r"out holds other files than a diagnosis \(thesis.txt\)"):
         diagnose(small(), tmp_path / "out", display, **COUNTS)
-    with pytest.raises(UserError, match="thesis.txt is a file"):
-        diagnose(small(), tmp_path / "out" / "thesis.txt", display, **COUNTS)
+    for below in ("", "new"):
+        with pytest.raises(UserError, match="--out: .*thesis.txt is a file; name a folder elsewhere"):
+            diagnose(small(), tmp_path / "out" / "thesis.txt" / below, display, **COUNTS)
 
 
 # weights.yaml

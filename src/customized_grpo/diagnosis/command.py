@@ -23,6 +23,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.run import load_run_config
 from customized_grpo.runtime import configure
 from customized_grpo.statistics import t_interval
+from customized_grpo.storage import check_folder
 from customized_grpo.trainer import REWARD_NAMES
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
@@ -204,8 +205,7 @@ def _show(record: Mapping[str, Any], display: Display) -> None:
 
 
 def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--out: {output} is a file; name a folder")
+    check_folder(output, "--out")
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
     others = sorted(found - {*WRITTEN, UNFINISHED})
     if others:
