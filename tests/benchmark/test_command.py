@@ -195,7 +195,7 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
     (dreambench / "cup" / "01.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="dreambench: 1 unusable pictures:\n .*cup/01.png: not an image"):
         run_benchmark(settings(), display)
-    assert not any((tmp_path / "out" / "images").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,10 @@ def test_prompts_that_the_generator_cannot_take_are_listed(dreambench: Path, dis
     config = BenchmarkConfig(data=dreambench, output=tmp_path / "out", num_steps=2)
     with pytest.raises(UserError, match="dreambench: 5 unusable samples:\n  sample 'cup-00': "):
         run_benchmark(config, display)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="output: .*file is a file"):
+        run_benchmark(config.model_copy(update={"output": tmp_path / "file" / "out"}), display)
 
 
 def test_intervals_are_over_subjects_and_leave_out_what_has_no_score() -> None:

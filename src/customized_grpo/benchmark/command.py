@@ -27,7 +27,7 @@ from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
 from customized_grpo.runtime import configure
 from customized_grpo.statistics import bootstrap_interval
-from customized_grpo.storage import file_sha256, write_whole, writing
+from customized_grpo.storage import check_folder, file_sha256, write_whole, writing
 from customized_grpo.termination import Termination
 from customized_grpo.toybox.copying import layout
 
@@ -91,7 +91,7 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages:
     if not ranks.first:
         return _Work(items, paths, policy, {}, None, [])
     settings = _settings(config, policy, items)
-    _go_on(config.output, settings, drawing=config.images is None)
+    _check_output(config.output, settings)
     pictures = _Pictures(config.data, items, stages)
     return _Work(items, paths, policy, settings, pictures, _measures(config, policy, run, pictures))
 
@@ -108,7 +108,6 @@ def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, st
         "records": records,
     }
     with writing(config.output):
-        config.output.mkdir(parents=True, exist_ok=True)
         write_whole(config.output / RESULTS, json.dumps(results, indent=1))
         page = write_page(results, work.items, work.paths, config.output)
     display.intervals(f"{len(records)} pictures of {subjects} subjects", means)
@@ -201,8 +200,10 @@ def _adapter_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _go_on(output: Path, settings: dict[str, Any], *, drawing: bool) -> None:
-    """Begin in `output`, or go on with what was begun there. Raises `UserError` where that was another benchmark."""
+def _check_output(output: Path, settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` where `output` cannot be written into, or has other things than what was begun there with
+    `settings`."""
+    check_folder(output, "output")
     path = output / SETTINGS
     if path.is_file():
         try:
@@ -215,9 +216,6 @@ def _go_on(output: Path, settings: dict[str, Any], *, drawing: bool) -> None:
             raise UserError(f"output: {output} was begun with other settings ({fields}); use another --output")
     elif output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
-    with writing(output):
-        (output / PICTURES if drawing else output).mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(settings, indent=1))
 
 
 def _is_toybox(config: BenchmarkConfig, policy: PolicyConfig) -> bool:
@@ -243,12 +241,17 @@ def _measures(
 
 
 def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Ranks, stages: Stages) -> None:
-    """Draw the pictures with the numbers `left`, of which each process has its share."""
+    """Draw the pictures with the numbers `left`, of which each process has its share; nothing is written before all
+    have loaded what they need."""
     mine = left[ranks.rank :: ranks.world]
     policy = None
     with ranks.together():
         if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
             policy = _load_policy(config, work, mine, stages)
+    with ranks.together(), writing(config.output):
+        if ranks.first:
+            config.output.mkdir(parents=True, exist_ok=True)
+            write_whole(config.output / SETTINGS, json.dumps(work.settings, indent=1))
     with ranks.together():
         if policy is not None:
             with in_step(policy, ranks):
