@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from customized_grpo.compare.command import compare
 from customized_grpo.compare.config import CompareConfig, run_settings
-from customized_grpo.compare.grid import _reason, cells_of, check_grid, run_grid
+from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, run_grid
 from customized_grpo.compare.presets import PRESETS
 from customized_grpo.config import Config
 from customized_grpo.display import Display
@@ -39,6 +40,12 @@ def make_tree(make_settings: Callable[..., dict[str, Any]], tmp_path: Path, toyb
 @pytest.fixture
 def make(make_tree: Callable[..., Any]) -> Make:
     return lambda **changes: CompareConfig.model_validate(make_tree(**changes))
+
+
+def begin(config: CompareConfig) -> None:
+    """Leave in its folder what says that a grid was begun there."""
+    config.output.mkdir()
+    (config.output / RECORD).write_text(yaml.safe_dump(_record(config)))
 
 
 def advantages(config: CompareConfig, preset: str) -> dict[str, Any]:
@@ -152,6 +159,7 @@ def test_a_setting_that_makes_no_valid_run_is_named(make: Make) -> None:
 
 def test_a_folder_with_another_grid_is_refused(make: Make) -> None:
     config = make()
+    begin(config)
     cell = cells_of(config)[0]
     cell.folder.mkdir(parents=True)
     found = run_settings(config, "", cell.preset, cell.seed)
@@ -164,8 +172,26 @@ def test_a_folder_with_another_grid_is_refused(make: Make) -> None:
     check_grid(config, cells_of(config))
 
 
+def test_a_folder_of_other_things_is_left_alone(make: Make, display: Display) -> None:
+    config = make()
+    config.output.mkdir()
+    (config.output / ".lock").touch()
+    check_grid(config, cells_of(config))
+    with pytest.raises(UserError, match=r"output: .*grid holds no grid \(no grid.yaml\), so there is nothing to"):
+        compare(config, display, report_only=True)
+    (config.output / "thesis.txt").touch()
+    with pytest.raises(
+        UserError, match=r"output: .*grid is not empty and holds no grid \(no grid.yaml\); name another"
+    ):
+        compare(config, display)
+    assert sorted(path.name for path in config.output.iterdir()) == [".lock", "thesis.txt"]
+    with pytest.raises(UserError, match=r"output: .*thesis.txt is a file; name a folder elsewhere"):
+        compare(config.model_copy(update={"output": config.output / "thesis.txt" / "grid"}), display)
+
+
 def test_a_damaged_configuration_of_a_run_is_named(make: Make) -> None:
     config = make()
+    begin(config)
     path = cells_of(config)[0].folder / "config.yaml"
     path.parent.mkdir(parents=True)
     path.write_text("rollout: {")
@@ -203,6 +229,7 @@ def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(tree))
     grid = tmp_path / "grid"
+    begin(CompareConfig.model_validate(tree))
     stray = grid / "runs" / "naive-1-1-seed1" / "stray.txt"
     stray.parent.mkdir(parents=True)
     stray.touch()
@@ -270,5 +297,6 @@ def test_nothing_to_report_is_an_error(
 ) -> None:
     path = tmp_path / "grid.yaml"
     path.write_text(yaml.safe_dump(make_tree()))
+    begin(CompareConfig.model_validate(make_tree()))
     found = command("compare", "--config", path, "--report_only")
     assert found.returncode == 2 and "is finished, so there is nothing to report" in found.stderr

@@ -7,7 +7,7 @@ import yaml
 
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.compare.figures import write_figures
-from customized_grpo.compare.grid import cells_of, check_grid, label, run_grid
+from customized_grpo.compare.grid import RECORD, cells_of, check_grid, label, run_grid
 from customized_grpo.compare.page import write_page
 from customized_grpo.compare.presets import BASE
 from customized_grpo.compare.results import Cell, presets_in, read_csv, read_results, write_csv
@@ -27,6 +27,8 @@ def compare(config: CompareConfig, display: Display, *, report_only: bool = Fals
     `report_only` runs nothing and writes them of whatever is done. Returns the page's path. Raises `UserError` on bad
     input, before any work, and `GridError` in the end where runs failed.
     """
+    if report_only and not (config.output / RECORD).is_file():
+        raise UserError(f"output: {config.output} holds no grid (no {RECORD}), so there is nothing to report")
     cells = cells_of(config)
     check_grid(config, cells, data=not report_only)
     failures = {} if report_only else run_grid(config, cells, display)

@@ -22,7 +22,7 @@ class CompareConfig(Section):
     """A grid of training runs: presets x seeds, once for each of `settings`."""
 
     output: Path = Path("runs/compare")
-    """Folder of the grid; a grid already begun there goes on."""
+    """Folder of the grid, empty or absent; a grid already begun there goes on."""
     title: str = "Customized-GRPO against its parts and its rivals"
     """Headline of the page."""
     presets: dict[str, int] = Field(default_factory=lambda: dict.fromkeys([BASE, *PRESETS], 3) | {HINGE: 0})

@@ -25,7 +25,7 @@ from customized_grpo.config import Config, flatten
 from customized_grpo.display import Display, RunState
 from customized_grpo.errors import UserError
 from customized_grpo.run import load_run_config
-from customized_grpo.storage import locked
+from customized_grpo.storage import LOCK, check_folder, locked
 
 POLL_SECONDS = 1.0
 RECORD = "grid.yaml"
@@ -53,11 +53,12 @@ def label(cell: Cell) -> str:
 
 
 def check_grid(config: CompareConfig, cells: Sequence[Cell], *, data: bool = True) -> None:
-    """Refuse, before any work, settings that make no valid run, a folder with another grid or with runs of one, and
+    """Refuse, before any work, settings that make no valid run, a folder with another grid or with other things, and
     missing `data`. Raises `UserError`."""
     twice = [folder.name for folder, count in Counter(cell.folder for cell in cells).items() if count > 1]
     if twice:
         raise UserError(f"settings: the names of some are alike as names of folders ({twice[0]}); rename one")
+    _check_output(config.output)
     _check_record(config)
     for setting in dict.fromkeys(cell.setting for cell in cells if cell.preset == CALIBRATED):
         _check_calibration(config, _calibration(config, setting))
@@ -235,6 +236,14 @@ def _reason(log_path: Path, before: int, code: int) -> str:
 def _record(config: CompareConfig) -> dict[str, Any]:
     record = config.model_dump(mode="json", include=RECORDED)
     return record | {"settings": {name: json.dumps(changes) for name, changes in config.settings.items()}}
+
+
+def _check_output(output: Path) -> None:
+    check_folder(output, "output")
+    if output.exists() and not (output / RECORD).is_file() and any(path.name != LOCK for path in output.iterdir()):
+        raise UserError(
+            f"output: the folder {output} is not empty and holds no grid (no {RECORD}); name another folder"
+        )
 
 
 def _check_record(config: CompareConfig) -> None:
