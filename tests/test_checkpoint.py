@@ -20,6 +20,7 @@ from customized_grpo.checkpoint import (
     State,
     list_checkpoints,
     load_checkpoint,
+    load_weights,
     prune_checkpoints,
     read_manifest,
     save_checkpoint,
@@ -85,6 +86,29 @@ def test_the_average_goes_on_bitwise_too(tmp_path: Path) -> None:
     assert first.average is not None and second.average is not None
     assert all(torch.equal(tensor, second.average.tensors[name]) for name, tensor in first.average.tensors.items())
     assert any(not torch.equal(first.average.tensors[name], p) for name, p in first.network.named_parameters())
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_weights_alone_are_taken_from_a_checkpoint(average: bool, tmp_path: Path) -> None:
+    first, second = Part(0, steps=3, average=True), Part(1)
+    path = first.save(tmp_path, 3)
+    load_weights(path, CONFIG, second.network.named_parameters(), average=average)
+    assert first.average is not None
+    expected = first.average.tensors if average else dict(first.network.named_parameters())
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in second.network.named_parameters())
+
+
+def test_weights_that_a_checkpoint_does_not_have(tmp_path: Path) -> None:
+    path, part = Part(0, steps=1).save(tmp_path, 1), Part(1)
+    before = part.weights()
+    with pytest.raises(UserError, match=f"--ema: {path} holds no averaged weights"):
+        load_weights(path, CONFIG, part.network.named_parameters(), average=True)
+    with pytest.raises(DamagedCheckpoint, match=r"not the tensors of this run: it has bias"):
+        load_weights(path, CONFIG, [("weight", part.network.weight)], average=False)
+    (path / TENSORS).write_bytes(b"torn")
+    with pytest.raises(DamagedCheckpoint, match="not what the manifest's hash is of"):
+        load_weights(path, CONFIG, part.network.named_parameters(), average=False)
+    assert torch.equal(part.weights(), before)
 
 
 def test_a_checkpoint_before_the_first_step_holds_no_moments(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from customized_grpo import __version__, cli
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.config import Config
+from customized_grpo.parsers import build_parser
 from customized_grpo.session import LOGS
 from customized_grpo.toybox.language import VOCABULARY
 from customized_grpo.trainer import Trainer, TrainingError
@@ -252,6 +253,12 @@ def test_a_folder_that_is_no_run_is_refused(refused: Refused, tmp_path: Path, co
 def test_pictures_are_written_as_png(refused: Refused, tmp_path: Path) -> None:
     arguments = ["--reference", "a.png", "--prompt", "a star", "--out", "a.jpg"]
     assert "ends in .png, not a.jpg" in refused("generate", "--run", tmp_path, *arguments)
+
+
+def test_references_are_named_together_or_one_by_one() -> None:
+    arguments = ["generate", "--run", "r", "--prompt", "a star", "--reference", "a.png", "b.png", "--reference=c.png"]
+    found = build_parser().parse_args(arguments).generate.reference
+    assert [path.name for path in found] == ["a.png", "b.png", "c.png"]
 
 
 @pytest.mark.parametrize("pairs", ["0", "-1", "some"])

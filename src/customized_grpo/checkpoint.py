@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,15 +103,7 @@ class State:
             step = torch.zeros(())
             for name, parameter in own.items():
                 expected |= {f"{MOMENT}{name}/{key}": step if key == "step" else parameter for key in MOMENTS}
-        if odd := sorted(expected.keys() ^ tensors.keys()):
-            return f"it {'lacks' if odd[0] in expected else 'has'} {odd[0]}"
-        for name, tensor in tensors.items():
-            like = expected[name]
-            if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
-                return f"{name} is {_described(tensor)}, expected {_described(like)}"
-            if not tensor.isfinite().all():
-                return f"{name} has numbers that are not finite"
-        return ""
+        return _misfit(tensors, expected)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -184,17 +176,39 @@ def load_checkpoint(path: Path, config: dict[str, Any], state: State) -> Manifes
     made with, naming the fields. `state` is then as it was.
     """
     manifest = read_manifest(path)
-    changed = sorted(key for key in {*config, *manifest.config} if config.get(key) != manifest.config.get(key))
-    if changed:
-        fields = "; ".join(f"{key}: {manifest.config.get(key)} -> {config.get(key)}" for key in changed)
+    if changed := _changed(manifest.config, config, {*config, *manifest.config}):
         raise UserError(
-            f"{path}: cannot resume with another configuration ({fields}). Restore it, or use a new --output"
+            f"{path}: cannot resume with another configuration ({changed}). Restore it, or use a new --output"
         )
     tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
     if misfit := state.misfit(tensors):
         raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
     state.restore(tensors)
     return manifest
+
+
+def load_weights(
+    path: Path, config: dict[str, Any], parameters: Iterable[tuple[str, nn.Parameter]], *, average: bool
+) -> None:
+    """Give trained `parameters` the values that the checkpoint `path` has for them, or for their average.
+
+    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when it has no average, or is of another
+    generator than that of the run with `config`. `parameters` are then as they were.
+    """
+    manifest = read_manifest(path)
+    policy = [key for key in manifest.config if key.startswith("policy.")]
+    if changed := _changed(manifest.config, config, policy):
+        raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
+    tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
+    kind, own = AVERAGE if average else PARAMETER, dict(parameters)
+    found = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+    if average and not found:
+        raise UserError(f"--ema: {path} holds no averaged weights: train keeps them where ema.decay is set")
+    if misfit := _misfit(found, own):
+        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -245,6 +259,26 @@ def _clear(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> str:
+    """Those of the fields `names` that differ, and how; empty where none does."""
+    changed = sorted(name for name in names if before.get(name) != now.get(name))
+    return "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)
+
+
+def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Why `tensors` have not the names, shapes and types of those that are `expected`, or are not finite; empty where
+    all is well."""
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        return f"it {'lacks' if odd[0] in expected else 'has'} {odd[0]}"
+    for name, tensor in tensors.items():
+        like = expected[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            return f"{name} is {_described(tensor)}, expected {_described(like)}"
+        if not tensor.isfinite().all():
+            return f"{name} has numbers that are not finite"
+    return ""
 
 
 def _described(tensor: Tensor) -> str:

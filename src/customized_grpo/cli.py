@@ -79,10 +79,9 @@ def _run(options: Namespace) -> None:
     elif command == "evaluate":
         _evaluate(chosen)
     elif command == "generate":
-        from customized_grpo.generate import generate
+        from customized_grpo.generate import Options, generate
 
-        asked = (chosen.run, chosen.reference, chosen.prompt, chosen.out, chosen.base, chosen.seed, chosen.count)
-        print(generate(*asked, ema=chosen.ema))
+        print(generate(Options(**{name: chosen[name] for name in Options.__dataclass_fields__})))
     elif command == "report":
         from customized_grpo.report import write_report
 

@@ -1,52 +1,127 @@
-"""Draw pictures for one reference and one prompt."""
+"""Draw pictures of one subject for one prompt."""
 
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from customized_grpo import build
+from customized_grpo.checkpoint import list_checkpoints, load_weights, read_manifest
+from customized_grpo.config import Config, PolicyConfig, flatten
 from customized_grpo.data import image_grid, load_image, save_image
 from customized_grpo.errors import UserError
+from customized_grpo.messages import worded
 from customized_grpo.policies import EncodesAhead
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
 from customized_grpo.runtime import configure
+from customized_grpo.session import CHECKPOINTS
+from customized_grpo.storage import check_folder, writing
 
 MIN_SIDE = 256
 """Smaller pictures are written enlarged by a whole factor."""
+OF_POLICY = ("device", "precision", "height", "width")
+"""Options that take the place of the run's policy.device, ..."""
 
 
-def generate(
-    run: Path, reference: Path, prompt: str, out: Path, base: bool, seed: int, count: int, *, ema: bool = False
-) -> Path:
-    """Write to `out` (PNG) `count` pictures side by side of the subject in `reference`, as `prompt` says.
+@dataclass(frozen=True)
+class Options:
+    """What is drawn, and by which generator: the tuned one of `run`; its `base`; with `ema` the one of the averaged
+    weights; or what it was, with `ema` its average, at a `checkpoint`. `reference`: pictures of one subject.
 
-    The tuned generator of `run` draws them, its base, or with `ema` the one of the averaged weights. Equal seeds give
-    all of them the same noise. Raises `UserError` on bad input.
+    None is what the run has. `height` and `width` in pixels.
     """
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out: images are written as PNG; give a name that ends in .png, not {out}")
-    if count < 1:
-        raise UserError(f"--count: {count} pictures cannot be drawn; give 1 or more")
-    if base and ema:
-        raise UserError("--base is the generator before training and --ema the one after it; pass one of them")
-    config = load_run_config(run)
-    adapter = adapter_folder(run, ema=ema)
+
+    run: Path
+    reference: Sequence[Path]
+    prompt: str
+    out: Path = Path("out.png")
+    base: bool = False
+    ema: bool = False
+    checkpoint: Path | None = None
+    seed: int = 0
+    count: int = 1
+    num_steps: int | None = None
+    device: str | None = None
+    precision: str | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+def generate(options: Options) -> Path:
+    """Write to `options.out` (PNG) `options.count` pictures side by side, and return it.
+
+    Equal seeds give all generators of a run the same noise. Raises `UserError` on bad input; where it can, before the
+    generator is loaded.
+    """
+    _check(options)
+    config = load_run_config(options.run)
+    settings = _policy_config(config, options)
+    adapter = None if options.base or options.checkpoint else _adapter(options)
+    pictures = [load_image(path, config.data.max_pixels) for path in options.reference]
     configure(config.threads)
-    policy = build.build_policy(config.policy, config.seed)
-    policy.check(prompt, 1)
-    image = policy.prepare_reference(load_image(reference, config.data.max_pixels), 1)
-    if not base:
+    policy = build.build_policy(settings, config.seed)
+    policy.check(options.prompt, len(pictures))
+    if adapter is not None:
         policy.load_adapter(adapter)
+    if options.checkpoint is not None:
+        run = flatten(config.model_dump(mode="json"))
+        load_weights(options.checkpoint, run, policy.trainable_parameters(), average=options.ema)
+    references = [policy.prepare_reference(picture, len(pictures)) for picture in pictures]
     if isinstance(policy, EncodesAhead):
-        policy.encode_ahead([prompt], lambda index: [image], lambda done: None)
-    with policy.untuned() if base else nullcontext(), torch.no_grad():
-        condition = policy.encode([prompt], [[image]]).take(torch.zeros(count, dtype=torch.long))
-        noise = batched_normal(seed, 0, [0] * count, range(count), "generate", policy.latent_shape).to(policy.device)
-        sigmas = policy.sigmas(config.rollout.num_steps, config.rollout.shift)
-        images = sample_ode(policy, condition, noise, sigmas, config.rollout.micro_batch)
+        policy.encode_ahead([options.prompt], lambda index: references, lambda done: None)
+    count = options.count
+    with policy.untuned() if options.base else nullcontext(), torch.no_grad():
+        condition = policy.encode([options.prompt], [references]).take(torch.zeros(count, dtype=torch.long))
+        noise = batched_normal(options.seed, 0, [0] * count, range(count), "generate", policy.latent_shape)
+        sigmas = policy.sigmas(options.num_steps or config.rollout.num_steps, config.rollout.shift)
+        images = sample_ode(policy, condition, noise.to(policy.device), sigmas, config.rollout.micro_batch)
     scale = max(1, -(-MIN_SIDE // max(policy.size)))
-    save_image(image_grid(images, columns=count, scale=scale), out)
-    return out
+    with writing(options.out.parent):
+        save_image(image_grid(images, columns=count, scale=scale), options.out)
+    return options.out
+
+
+def _check(options: Options) -> None:
+    """Raise `UserError` for what is wrong whatever the run."""
+    if options.out.suffix.lower() != ".png":
+        raise UserError(f"--out: images are written as PNG; give a name that ends in .png, not {options.out}")
+    if options.out.exists() and not (options.out.is_file() and os.access(options.out, os.W_OK)):
+        raise UserError(f"--out: {options.out} is a folder, or cannot be written over; name another file")
+    check_folder(options.out.parent, "--out")
+    if options.count < 1:
+        raise UserError(f"--count: {options.count} pictures cannot be drawn; give 1 or more")
+    if options.num_steps is not None and options.num_steps < 1:
+        raise UserError(f"--num_steps: pictures cannot be drawn in {options.num_steps} steps; give 1 or more")
+    if options.base and (options.ema or options.checkpoint):
+        raise UserError(
+            "--base is the generator before training, --ema the one after it and --checkpoint the one on the way; "
+            "leave --base out, or the others"
+        )
+    if options.checkpoint is not None:
+        read_manifest(options.checkpoint)
+
+
+def _policy_config(config: Config, options: Options) -> PolicyConfig:
+    """The run's generator, where and as large as it is asked for."""
+    given = {name: getattr(options, name) for name in OF_POLICY if getattr(options, name) is not None}
+    try:
+        return PolicyConfig.model_validate(config.policy.model_dump() | given)
+    except ValidationError as error:
+        raise UserError(f"--{worded(error)}") from error
+
+
+def _adapter(options: Options) -> Path:
+    """The folder of the adapter that is asked for."""
+    checkpoints = list_checkpoints(options.run / CHECKPOINTS)
+    if checkpoints and not any(options.run.glob("*.safetensors")):
+        raise UserError(
+            f"--run: {options.run} is not finished, and has no adapter yet; draw from its newest checkpoint with "
+            f"--checkpoint {checkpoints[-1]}"
+        )
+    return adapter_folder(options.run, ema=options.ema)

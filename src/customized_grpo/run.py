@@ -20,7 +20,7 @@ from customized_grpo.messages import worded
 from customized_grpo.report import write_report
 from customized_grpo.report.records import read_lines
 from customized_grpo.runtime import configure
-from customized_grpo.session import EMA, LOGS, Session
+from customized_grpo.session import CHECKPOINTS, EMA, LOGS, Session
 from customized_grpo.storage import LOCK, UNFINISHED, check_folder, locked, writing
 from customized_grpo.termination import STATUS, Terminated, Termination
 from customized_grpo.trainer import Trainer
@@ -33,7 +33,7 @@ WRITTEN = (
     "report.html",
     "adapter_model.safetensors",
     "pytorch_lora_weights.safetensors",
-    "checkpoints",
+    CHECKPOINTS,
     "diagnosis",
     EMA,
     "evaluation",

@@ -36,6 +36,7 @@ from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
 EMA = "ema"
 """Folder, in that of a run, of the averaged weights."""
+CHECKPOINTS = "checkpoints"
 GALLERY_SIDE, GALLERY_PADDING = 128, 4
 """Smaller pictures are shown enlarged by a whole factor; both in pixels."""
 MAY_CHANGE = (
@@ -268,7 +269,7 @@ class Session:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.output / "checkpoints"
+        return self.output / CHECKPOINTS
 
     def _evaluated_weights(self) -> AbstractContextManager[None]:
         """Within it the generator has the weights that evaluations are of: the averaged ones where there are, unless
