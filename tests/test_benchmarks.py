@@ -24,6 +24,7 @@ def test_gpu_step_on_a_tiny_transformer() -> None:
     assert figures["seconds: total"] > 0 and figures["operations an iteration, none counted twice, PFLOP"] > 0
 
 
+@pytest.mark.slow
 def test_checkpoint_cost_of_one_iteration(tmp_path: Path) -> None:
     options = ["--folder", str(tmp_path), "--iterations", "1", "--threads", "1", "--json"]
     command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint_cost.py"), *options]

@@ -5,6 +5,8 @@ import pytest
 from customized_grpo.toybox.pretrain import measure_quality
 from customized_grpo.toybox.weights import IDENTITY_ENCODERS, NAMES, read_quality, shipped_folder
 
+pytestmark = pytest.mark.xdist_group("shipped weights")
+"""In one process, which measures them once."""
 Quality = dict[str, dict[str, float]]
 PAIRS = 400
 SAMPLING_ERROR = 0.06

@@ -38,8 +38,8 @@ def dry_run(config: Config, processes: int = 1) -> Estimate:
 
 
 def estimate_pipeline(config: Config, family: Family, pipe: Any, processes: int = 1) -> Estimate:
-    """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on the
-    meta device."""
+    """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on
+    the meta device."""
     settings, network = config.policy, pipe.transformer
     # What recomputes or compiles on the way changes what is counted, not what is computed.
     plain = replace(
