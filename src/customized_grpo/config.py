@@ -195,8 +195,8 @@ class AdvantagesConfig(Section):
     weights: Literal["constant", "tdw", "table"] = "tdw"
     """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
     constant: Pair = (0.5, 0.5)
-    """(prompt, identity) weights for weights='constant'; naive 1:1 is [0.5, 0.5]; the paper's tuned
-    1:1.5, which is identity:prompt, is [0.6, 0.4]."""
+    """(prompt, identity) weights for weights='constant', to whose mean `diagnose` calibrates; naive 1:1 is [0.5, 0.5];
+    the paper's tuned 1:1.5, which is identity:prompt, is [0.6, 0.4]."""
     lookup: Literal["step", "counter"] = "step"
     """Look weights up by the true denoising step; or by the loop counter over each sample's shuffled steps, as the
     published code does (docs/differences.md, 1), to reproduce it."""

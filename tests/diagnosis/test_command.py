@@ -21,7 +21,12 @@ from customized_grpo.statistics import t_interval
 
 MakeConfig = Callable[..., Config]
 COUNTS = {"prompts": 2, "group_size": 2, "batches": 2}
-SMALL = {"rollout.num_steps": 3, "rollout.group_size": 2, "advantages.constant": [0.4, 0.6]}
+SMALL = {
+    "rollout.num_steps": 3,
+    "rollout.group_size": 2,
+    "advantages.weights": "constant",
+    "advantages.constant": [0.4, 0.6],
+}
 
 
 @pytest.fixture
