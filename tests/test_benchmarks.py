@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_gpu_step_on_a_tiny_transformer() -> None:
     options = ["--tiny", "--device", "cpu", "--rank", "4", "--group_size", "2", "--steps", "3", "--micro_batch", "2"]
+    options += ["--updates", "2"]
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), *options, "--iterations", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

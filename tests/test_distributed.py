@@ -300,7 +300,10 @@ def children(process: "subprocess.Popen[bytes]") -> Sequence[int]:
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
 @pytest.mark.parametrize(
     ("number", "lost"),
-    [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow)],
+    [
+        (signal.SIGKILL, 1),
+        *(pytest.param(number, 0, marks=pytest.mark.slow) for number in (signal.SIGSTOP, signal.SIGKILL)),
+    ],
 )
 def test_the_others_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], tmp_path: Path, number: signal.Signals, lost: int

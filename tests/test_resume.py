@@ -104,7 +104,7 @@ def test_a_finished_run_resumed_stays_as_it_is(
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("rollout.eta", 0.25), ("seed", 3), ("policy.adapter", "full"), ("advantages.tdw.early", 0.6),
+    [("rollout.eta", 0.25), ("seed", 3), ("policy.lora_rank", 3), ("advantages.tdw.early", 0.6),
      ("ema.decay", 0.5)],
 )  # fmt: skip
 def test_a_run_is_not_resumed_as_another(

@@ -12,6 +12,8 @@ from customized_grpo.config import AdvantagesConfig
 from customized_grpo.rewards import Reward
 from customized_grpo.trainer import RATIO_TOLERANCE, Metrics, Trainer, TrainingError, step_weights
 
+FULL = {"policy.adapter": "full", "policy.lora_rank": 32}
+"""All weights are trained; the rank, which is then nothing's, is as it is left out."""
 MakeTrainer = Callable[..., Trainer[Any]]
 RewardOf = Callable[[Callable[[Tensor], Tensor]], Reward]
 
@@ -57,7 +59,7 @@ def advantages_of(trainer: Trainer[Any], monkeypatch: pytest.MonkeyPatch) -> Ten
 # determinism
 
 
-@pytest.mark.parametrize("changes", [{}, {"policy.adapter": "full", "policy.precision": "bf16"}], ids=["lora", "full"])
+@pytest.mark.parametrize("changes", [{}, FULL | {"policy.precision": "bf16"}], ids=["lora", "full"])
 def test_equal_seeds_train_bitwise_the_same(make_trainer: MakeTrainer, changes: dict[str, Any]) -> None:
     first, second = make_trainer(changes), make_trainer(changes)
     for _ in range(2):
@@ -289,7 +291,7 @@ def test_a_loss_that_is_not_finite_touches_nothing(make_trainer: MakeTrainer, mo
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_kl_to_the_untuned_generator_starts_at_zero_and_grows(make_trainer: MakeTrainer, adapter: str) -> None:
-    changes = {"objective.kl_weight": 0.1, "policy.adapter": adapter, "optimizer.learning_rate": 1e-3}
+    changes = {"objective.kl_weight": 0.1, "optimizer.learning_rate": 1e-3} | (FULL if adapter == "full" else {})
     trainer = make_trainer(changes)
     first, second = step(trainer), step(trainer)
     assert first["kl"] == pytest.approx(0, abs=1e-10)
@@ -307,7 +309,7 @@ def test_kl_holds_the_generator_back(make_trainer: MakeTrainer, monkeypatch: pyt
 def test_the_generator_learns_what_is_rewarded(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     """The whole chain has the right sign: the mean reward climbs far beyond its spread within a group."""
     changes = {
-        "policy.adapter": "full", "rollout.num_steps": 3, "rollout.group_size": 8, "rollout.subset_share": 1.0,
+        **FULL, "rollout.num_steps": 3, "rollout.group_size": 8, "rollout.subset_share": 1.0,
         "optimizer.learning_rate": 3e-4, "advantages.gamma": 0.0,
     }  # fmt: skip
     trainer = make_trainer(changes, [reward_of(brightness), reward_of(brightness)])
