@@ -118,8 +118,9 @@ def same(first: Path, second: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "iteration", "kept"),
     [
-        ("sampling", 2, 2), ("scoring", 3, 3), ("update", 2, 2), ("between updates", 4, 5), ("validation", 4, 4),
+        ("scoring", 3, 3), ("update", 2, 2), ("between updates", 4, 5), ("validation", 4, 4),
         ("averaged weights", 4, 4), ("saving", 3, 3), ("sampling", 0, None),
+        pytest.param("sampling", 2, 2, marks=pytest.mark.slow),
         pytest.param("validation", 0, None, marks=pytest.mark.slow),
     ],
 )  # fmt: skip

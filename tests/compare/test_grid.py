@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from customized_grpo.cli import main
 from customized_grpo.compare.command import compare
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, run_grid
@@ -256,8 +257,8 @@ def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
     assert {path.name for path in (grid / "figures").iterdir()} >= {"plane.svg", "plane.png", "curves.svg"}
 
     path.write_text(yaml.safe_dump(tree | {"calibration_prompts": 2, "title": "Another title"}))
-    again = command("compare", "--config", path, "--report_only")
-    assert again.returncode == 0 and "Another title" in (grid / "comparison.html").read_text()
+    main(["compare", "--config", str(path), "--report_only"])
+    assert "Another title" in (grid / "comparison.html").read_text()
     for change, message in (
         (
             {"train": tree["train"] | {"rollout": {}}},
@@ -269,8 +270,7 @@ def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
         config = CompareConfig.model_validate(tree | {"calibration_prompts": 2} | change)
         with pytest.raises(UserError, match=re.escape(message)):
             check_grid(config, cells_of(config))
-    drawn = command("figures", "--csv", grid / "comparison.csv", "--output", tmp_path / "drawn")
-    assert drawn.returncode == 0, drawn.stderr
+    main(["figures", "--csv", str(grid / "comparison.csv"), "--output", str(tmp_path / "drawn")])
     assert (tmp_path / "drawn" / "plane.svg").read_bytes() == (grid / "figures" / "plane.svg").read_bytes()
 
 

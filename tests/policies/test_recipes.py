@@ -115,26 +115,23 @@ def test_a_run_goes_on_draws_and_is_evaluated(
 ) -> None:
     recipe, output = "flux1-kontext", tmp_path / "run"
     arguments = command(recipe, tiny_models[recipe], rewards, data, output)
-    assert run([*arguments, "--iterations=1"]).returncode == 0
+    main([*arguments[3:], "--iterations=1"])
     one = load_file(output / "pytorch_lora_weights.safetensors")
     again = run([*arguments, "--resume"])
     assert again.returncode == 0 and "resuming after iteration 1" in again.stdout
     resumed = load_file(output / "pytorch_lora_weights.safetensors")
     straight = command(recipe, tiny_models[recipe], rewards, data, tmp_path / "straight")
-    assert run(straight).returncode == 0
+    main(straight[3:])
     expected = load_file(tmp_path / "straight" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert any(not torch.equal(one[name], expected[name]) for name in expected)
 
-    program = [sys.executable, "-m", "customized_grpo"]
-    drawn = run(
-        [*program, "generate", "--run", str(output), "--reference", str(data / "1.png"), "--prompt", "a toy",
+    main(
+        ["generate", "--run", str(output), "--reference", str(data / "1.png"), "--prompt", "a toy",
          "--out", str(tmp_path / "out.png"), "--count", "2"]
     )  # fmt: skip
-    assert drawn.returncode == 0, drawn.stderr
     assert Image.open(tmp_path / "out.png").size[0] >= 2 * 256
-    evaluated = run([*program, "evaluate", "--run", str(output), "--pairs", "2"])
-    assert evaluated.returncode == 0, evaluated.stderr
+    main(["evaluate", "--run", str(output), "--pairs", "2"])
     assert json.loads((output / "evaluation" / "tuned.json").read_text())["pairs"] == 2
 
 
