@@ -192,17 +192,17 @@ def test_a_configuration_is_fixed() -> None:
         ({"rollout": {"window_start": 0, "window_period": 2, "steps": "window"}}, "leave one of them out"),
         ({"data": {"max_pixels": 200_000_000}}, "max_pixels"),
         # What nothing reads:
-        ({"advantages": {"constant": [0.6, 0.4]}}, "constant: only with weights=constant or table .found tdw."),
-        ({"advantages": {"table": [[1, 1]]}}, "table: only with weights=table"),
-        ({"advantages": {"tdw": {"early": 0.6}, "weights": "constant"}}, "tdw: only with weights=tdw"),
-        ({"advantages": {"lookup": "counter", "weights": "constant"}}, "lookup: only with weights=tdw or table"),
-        ({"advantages": {"gamma": 0.3, "shape": "min"}}, "gamma: only with shape=sars .found min.; leave it out"),
-        ({"rollout": {"window_start": 0}}, "window_start: only with steps=window"),
-        ({"rollout": {"window_size": 3}}, "window_size: only with steps=window"),
-        ({"rollout": {"window_period": 3}}, "window_period: only with steps=window"),
-        ({"rollout": {"steps": "window", "subset_share": 0.5}}, "subset_share: only with steps=subset"),
-        ({"policy": {"adapter": "full", "lora_rank": 8}}, "lora_rank: only with adapter=lora"),
-        ({"policy": {"adapter": "full", "lora_alpha": 8}}, "lora_alpha: only with adapter=lora"),
+        ({"advantages": {"constant": [0.6, 0.4]}}, "constant: only for weights=constant or table .found tdw."),
+        ({"advantages": {"table": [[1, 1]]}}, "table: only for weights=table"),
+        ({"advantages": {"tdw": {"early": 0.6}, "weights": "constant"}}, "tdw: only for weights=tdw"),
+        ({"advantages": {"lookup": "counter", "weights": "constant"}}, "lookup: only for weights=tdw or table"),
+        ({"advantages": {"gamma": 0.3, "shape": "min"}}, "gamma: only for shape=sars .found min.; leave it out"),
+        ({"rollout": {"window_start": 0}}, "window_start: only for steps=window"),
+        ({"rollout": {"window_size": 3}}, "window_size: only for steps=window"),
+        ({"rollout": {"window_period": 3}}, "window_period: only for steps=window"),
+        ({"rollout": {"steps": "window", "subset_share": 0.5}}, "subset_share: only for steps=subset"),
+        ({"policy": {"adapter": "full", "lora_rank": 8}}, "lora_rank: only for adapter=lora"),
+        ({"policy": {"adapter": "full", "lora_alpha": 8}}, "lora_alpha: only for adapter=lora"),
         ({"advantages": {"tdw": {"start": 23}}}, "start=23.0 comes after end=22.0"),
         ({"advantages": {"shape": "sarz"}}, "sars"),
         ({"optimizer": {"betas": [0.9, 1.0]}}, "less than 1"),
@@ -216,16 +216,17 @@ def test_what_makes_no_sense_is_refused(settings: dict[str, Any], message: str) 
         Config.model_validate(settings)
 
 
-def test_a_home_folder_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", "/home/ada")
+def test_a_home_folder_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     config = Config.model_validate({"data": {"path": "~/data"}, "output": "a~/b"})
-    assert (config.data.path, config.output) == (Path("/home/ada/data"), Path("a~/b"))
+    assert (config.data.path, config.output) == (tmp_path / "data", Path("a~/b"))
     policy = PolicyConfig.model_validate({"kind": "uno", "model": "~/flux", "base_adapter": "owner/name~/file"})
-    assert (policy.model, policy.base_adapter) == ("/home/ada/flux", "owner/name~/file")
+    assert (policy.model, policy.base_adapter) == (str(tmp_path / "flux"), "owner/name~/file")
 
 
 def test_the_last_window_that_fits_is_accepted() -> None:
-    Config.model_validate({"rollout": {"steps": "window", "window_size": 4, "window_start": 5}})
+    config = Config.model_validate({"rollout": {"steps": "window", "window_size": 4, "window_start": 5}})
+    assert (config.rollout.window_start, config.rollout.num_steps) == (5, 10)
 
 
 def test_the_weight_decay_is_the_papers() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from customized_grpo.ema import Average
 from customized_grpo.environment import library_versions
-from customized_grpo.errors import UserError, first_line
+from customized_grpo.errors import UserError, first_line, told_changes
 from customized_grpo.storage import file_sha256, save_tensors, writing
 
 TENSORS = "state.safetensors"
@@ -176,7 +176,7 @@ def load_checkpoint(path: Path, config: dict[str, Any], state: State) -> Manifes
     made with, naming the fields. `state` is then as it was.
     """
     manifest = read_manifest(path)
-    if changed := _changed(manifest.config, config, {*config, *manifest.config}):
+    if changed := told_changes(manifest.config, config, {*config, *manifest.config}):
         raise UserError(
             f"{path}: cannot resume with another configuration ({changed}). Restore it, or use a new --output"
         )
@@ -197,7 +197,7 @@ def load_weights(
     """
     manifest = read_manifest(path)
     policy = [key for key in manifest.config if key.startswith("policy.")]
-    if changed := _changed(manifest.config, config, policy):
+    if changed := told_changes(manifest.config, config, policy):
         raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
     tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
     kind, own = AVERAGE if average else PARAMETER, dict(parameters)
@@ -259,12 +259,6 @@ def _clear(path: Path) -> None:
         path.unlink()
     else:
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _changed(before: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> str:
-    """Those of the fields `names` that differ, and how; empty where none does."""
-    changed = sorted(name for name in names if before.get(name) != now.get(name))
-    return "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)
 
 
 def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -15,7 +14,7 @@ from customized_grpo.config import Config, flatten
 from customized_grpo.config_files import check_file
 from customized_grpo.errors import TrainingError, UserError
 from customized_grpo.launch import is_launched, launch
-from customized_grpo.messages import explain, worded
+from customized_grpo.messages import explain, values_of, worded
 from customized_grpo.parsers import BadArguments, build_parser
 from customized_grpo.section import Section
 
@@ -103,9 +102,7 @@ def _check_files(arguments: Sequence[str]) -> None:
     """Each by itself, before all are merged: afterwards nothing tells where a setting came from."""
     if arguments[0] not in SETTINGS:
         return
-    files = [value for name, value in pairwise(arguments) if name == "--config"]
-    files += [name.partition("=")[2] for name in arguments if name.startswith("--config=")]
-    for path in files:
+    for path in values_of("config", arguments):
         check_file(Path(path), SETTINGS[arguments[0]])
 
 

@@ -228,8 +228,9 @@ class AdvantagesConfig(Section):
         """Nothing would be learned from rewards that weigh nothing."""
         rows = {"constant": [self.constant], "table": self.table or ()}.get(self.weights, ())
         if rows and not any(prompt or identity for prompt, identity in rows):
-            name = "constant" if self.weights == "constant" else "table"
-            raise ValueError(f"{name}: all weights are 0, so nothing would be learned; give one of the rewards some")
+            raise ValueError(
+                f"{self.weights}: all weights are 0, so nothing would be learned; give one of the rewards some"
+            )
         return self
 
 
@@ -296,7 +297,7 @@ class EmaConfig(Section):
 
     @model_validator(mode="after")
     def _with_an_average(self) -> "EmaConfig":
-        if self.decay is None and self.evaluate != EmaConfig.model_fields["evaluate"].default:
+        if self.decay is None and self.is_given("evaluate"):
             raise ValueError("evaluate: there is no average without a decay; set decay, or leave it out")
         return self
 

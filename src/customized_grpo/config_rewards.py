@@ -4,11 +4,11 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from customized_grpo.section import Section, Share
+from customized_grpo.section import ReadWith, Section, Share
 
 OWN = r"python:\w+(\.\w+)+"
 """How a reward of one's own is named."""
@@ -106,6 +106,14 @@ class RewardsConfig(Section):
     max_invalid_share: Share = 0.5
     """Stop when more than this share of an iteration's scores of one of the rewards could not be computed."""
 
+    READ_WITH: ClassVar[ReadWith] = {
+        "hpsv2": ("prompt", ["hpsv2"]),
+        "hpsv3": ("prompt", ["hpsv3"]),
+        "identity_leak": ("identity", ["toybox"]),
+        "several_references": ("identity", IDENTITY_ENCODERS),
+        "background": ("identity", IDENTITY_ENCODERS),
+    }
+
     def reads(self, name: str) -> bool:
         """Whether one of the two rewards reads the setting `name`, of READ_BY."""
         return self.prompt in READ_BY[name] or self.identity in READ_BY[name]
@@ -137,9 +145,6 @@ class RewardsConfig(Section):
             raise ValueError("vlm_judge.url, vlm_judge.model: name the judge's server and its model there")
         if not judged and self.vlm_judge != VlmJudgeConfig():
             raise ValueError("vlm_judge: neither reward is vlm_judge; leave it out")
-        for name in ("hpsv2", "hpsv3"):
-            if self.prompt != name and self.is_given(name):
-                raise ValueError(f"{name}: only for prompt={name} (found {self.prompt}); leave it out")
         return self
 
     @model_validator(mode="after")
@@ -150,16 +155,7 @@ class RewardsConfig(Section):
                     f"{name}: only for {', '.join(readers)} (found prompt={self.prompt}, identity={self.identity}); "
                     "leave it out"
                 )
-        for name, takers in (
-            ("identity_leak", ("toybox",)),
-            ("several_references", IDENTITY_ENCODERS),
-            ("background", IDENTITY_ENCODERS),
-        ):
-            if self.is_given(name) and self.identity not in takers:
-                raise ValueError(
-                    f"{name}: only for identity={' or '.join(takers)} (found {self.identity}); leave it out"
-                )
-        if self.background != 1.0 and self.identity_reference != "segmented":
+        if self.is_given("background") and self.identity_reference != "segmented":
             raise ValueError("background: only behind segmented references; set identity_reference to segmented")
         return self
 

@@ -1,6 +1,7 @@
 """Errors that end a command, and their words."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class UserError(Exception):
@@ -23,6 +24,12 @@ def shortened(items: Sequence[str], separator: str = "\n  ", most: int = 20) -> 
     """The first `most` items, and how many more there are."""
     more = [f"... and {len(items) - most} more"] if len(items) > most else []
     return separator.join([*items[:most], *more])
+
+
+def told_changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Those of the fields `names` that differ, and how; empty where none does."""
+    changed = sorted(name for name in names if before.get(name) != now.get(name))
+    return "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)
 
 
 def first_line(error: Exception) -> str:

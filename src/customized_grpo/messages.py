@@ -53,6 +53,12 @@ def unknown(name: str, names: Sequence[str]) -> str:
     return f"unknown option or configuration field '{name}'.{hint}"
 
 
+def values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """What `arguments` give the option, as `--option VALUE` and as `--option=VALUE`."""
+    values = [value for name, value in pairwise(arguments) if name == f"--{option}"]
+    return values + [name.partition("=")[2] for name in arguments if name.startswith(f"--{option}=")]
+
+
 def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Dotted names of all fields of the configuration, sections included."""
     names = []
@@ -90,8 +96,7 @@ def _of_field(place: str, arguments: Sequence[str], model: type[BaseModel]) -> s
     section = section_at(model, place)
     if section is not None:
         return f"{place}: a section; give its fields, as --{place}.{next(iter(section.model_fields))} VALUE"
-    values = [value for name, value in pairwise(arguments) if name == f"--{place}"]
-    values += [name.partition("=")[2] for name in arguments if name.startswith(f"--{place}=")]
+    values = values_of(place, arguments)
     try:
         tree = yaml.safe_load(values[-1]) if values else None
         for part in reversed(place.split(".")):

@@ -40,7 +40,7 @@ class Section(BaseModel):
             if self.is_given(name):
                 other, values = self.READ_WITH[name]
                 raise ValueError(
-                    f"{name}: only with {other}={' or '.join(map(str, values))} (found {getattr(self, other)}); "
+                    f"{name}: only for {other}={' or '.join(map(str, values))} (found {getattr(self, other)}); "
                     "leave it out"
                 )
         return self

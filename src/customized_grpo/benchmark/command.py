@@ -20,7 +20,7 @@ from customized_grpo.config import Config, PolicyConfig, RanksConfig, RewardsCon
 from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display, Stages
 from customized_grpo.distributed import Ranks, started
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, told_changes
 from customized_grpo.policies import EncodesAhead, Policy, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
@@ -210,10 +210,8 @@ def _check_output(output: Path, settings: Mapping[str, Any]) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: damaged ({error}); delete {output}, or use another --output") from error
-        changed = sorted(name for name in {*before, *settings} if before.get(name) != settings.get(name))
-        if changed:
-            fields = "; ".join(f"{name}: {before.get(name)} -> {settings.get(name)}" for name in changed)
-            raise UserError(f"output: {output} was begun with other settings ({fields}); use another --output")
+        if changed := told_changes(before, settings, {*before, *settings}):
+            raise UserError(f"output: {output} was begun with other settings ({changed}); use another --output")
     elif output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
 
@@ -227,10 +225,7 @@ def _measures(
     config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures
 ) -> Sequence[Measure]:
     if _is_toybox(config, policy):
-        given = [
-            name for name in sorted(MEASURED) if getattr(config, name) != BenchmarkConfig.model_fields[name].default
-        ]
-        if given:
+        if given := [name for name in sorted(MEASURED) if config.is_given(name)]:
             raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
         leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
         scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
