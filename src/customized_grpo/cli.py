@@ -12,8 +12,9 @@ from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config import Config, flatten
 from customized_grpo.config_files import check_file
-from customized_grpo.errors import TrainingError, UserError
+from customized_grpo.errors import TrainingError, UserError, first_line
 from customized_grpo.launch import is_launched, launch
+from customized_grpo.memory import is_out_of_memory
 from customized_grpo.messages import explain, values_of, worded
 from customized_grpo.parsers import BadArguments, build_parser
 from customized_grpo.section import Section
@@ -60,6 +61,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), FAILURE)
     except OSError as error:
         _fail(f"{error.filename or 'input'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(
+            f"out of memory ({first_line(error)}). Smaller micro-batches or images, or another device, need less",
+            FAILURE,
+        )
     except KeyboardInterrupt:
         _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", INTERRUPTED)
 
