@@ -1,18 +1,23 @@
 """What pins the result of a run: contents of weights, wherever they lie."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from customized_grpo.config import Config
+from customized_grpo.data import SubjectDataset
+from customized_grpo.distributed import Ranks
 from customized_grpo.errors import UserError
 from customized_grpo.fingerprints import fingerprint, fingerprints
 from customized_grpo.policies.tiny import save_tiny
 from customized_grpo.rewards.tiny import save_tiny_reward
+from customized_grpo.session import Session
 
 
 def pipeline(folder: Path, weights: bytes = b"weights") -> Path:
@@ -106,3 +111,16 @@ def test_a_run_goes_on_with_the_same_weights_from_another_path(
     generator.write_bytes(content)
     with pytest.raises(UserError, match=r"another configuration \(policy\.weights\.sha256: [0-9a-f]{64} -> "):
         run_training(make_config(changes | {"iterations": 2, "policy.weights": moved}), resume=True)
+
+
+def test_machines_with_other_data_or_weights_are_told_apart(
+    make_config: Callable[..., Config], toybox_data: Path
+) -> None:
+    class Second(Ranks):
+        def of_first(self, text: str) -> str:
+            return json.dumps(json.loads(text) | {"policy.weights.sha256": "0" * 64})
+
+    dataset = SubjectDataset.open(toybox_data / "train")
+    session: Any = SimpleNamespace(ranks=Second(), config=make_config(), trainer=SimpleNamespace(dataset=dataset))
+    with pytest.raises(UserError, match=r"other data or weights .*\(policy\.weights\.sha256: 0{64} -> "):
+        Session._pin(session)
