@@ -36,7 +36,7 @@ from customized_grpo.algorithm import (
 from customized_grpo.config import AdvantagesConfig, Config
 from customized_grpo.data import SubjectDataset, batch_indices
 from customized_grpo.distributed import Ranks
-from customized_grpo.errors import TrainingError
+from customized_grpo.errors import TrainingError, telling_where
 from customized_grpo.policies import ConditionT, Policy, in_step
 from customized_grpo.randomness import generator
 from customized_grpo.rewards import Reward, Task, TellsFailure
@@ -96,6 +96,7 @@ class Trainer(Generic[ConditionT]):
         metrics.
 
         Before each change of the weights `before_update` is called. Up to the first, they are of the iteration before.
+        Raises `TrainingError` before any change where a picture, too many rewards or the gradient are not finite.
         """
         config, iteration = self.config, self.iteration
         clock = _Clock(on_phase, self.policy.device)
@@ -107,10 +108,11 @@ class Trainer(Generic[ConditionT]):
                 clock.start("rollout")
                 task = self.task(iteration, mine)
                 condition = self.policy.encode(task.prompts, task.references)
-                rollout = sample_groups(
-                    self.policy, condition, len(task.prompts), plan, config.rollout,
-                    seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
-                )  # fmt: skip
+                with telling_where(f"iteration {iteration + 1}"):
+                    rollout = sample_groups(
+                        self.policy, condition, len(task.prompts), plan, config.rollout,
+                        seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
+                    )  # fmt: skip
             clock.start("score")
             with self.ranks.alone():
                 rewards, valid = self.score(rollout.images, task)
