@@ -296,7 +296,8 @@ class Trainer(Generic[ConditionT]):
             where = f" (process {', '.join(bad)} of {self.ranks.world})" if self.ranks.world > 1 else ""
             raise TrainingError(
                 f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}{where}; this "
-                "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta"
+                "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta, and "
+                "with train --init_from the last checkpoint's `export` where what was learned is to be kept"
             )
         before()
         self.optimizer.step()
