@@ -140,6 +140,10 @@ FIRST = {
                                 "single_transformer_blocks.1.attn.to_v", "single_transformer_blocks.1.proj_mlp"],
     "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
     "single_blocks.0.modulation.lin": ["single_transformer_blocks.0.norm.linear"],
+    "img_in": ["x_embedder"],
+    "time_in.out_layer": ["time_text_embed.timestep_embedder.linear_2"],
+    "vector_in.in_layer": ["time_text_embed.text_embedder.linear_1"],
+    "final_layer.linear": ["proj_out"],
 }  # fmt: skip
 FIRST_2 = {
     "double_blocks.0.img_attn.qkv": ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k",
@@ -148,6 +152,9 @@ FIRST_2 = {
     "double_blocks.0.txt_mlp.2": ["transformer_blocks.0.ff_context.linear_out"],
     "single_blocks.1.linear1": ["single_transformer_blocks.1.attn.to_qkv_mlp_proj"],
     "single_blocks.1.linear2": ["single_transformer_blocks.1.attn.to_out"],
+    "txt_in": ["context_embedder"],
+    "time_in.in_layer": ["time_guidance_embed.timestep_embedder.linear_1"],
+    "double_stream_modulation_img.lin": ["double_stream_modulation_img.linear"],
 }  # fmt: skip
 
 

@@ -35,6 +35,23 @@ FIRST_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
 }
 """Layers of a block in the names of FLUX's first release, and of UNO's and XLabs' processors, to those that they are in
 diffusers (of FLUX.1, and of FLUX.2): the rows of one are those of the others, one after the other."""
+OUTSIDE_OF_BLOCKS: dict[str, tuple[str, ...]] = {
+    "img_in": ("x_embedder",),
+    "txt_in": ("context_embedder",),
+    "final_layer.linear": ("proj_out",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "vector_in.in_layer": ("time_text_embed.text_embedder.linear_1",),
+    "vector_in.out_layer": ("time_text_embed.text_embedder.linear_2",),
+} | {
+    f"{first}_in.{place}_layer": tuple(
+        f"{part}.{ours}_embedder.linear_{number}" for part in ("time_text_embed", "time_guidance_embed")
+    )
+    for first, ours in (("time", "timestep"), ("guidance", "guidance"))
+    for place, number in (("in", 1), ("out", 2))
+}
+"""The same for the other layers. The last norm's is left out: diffusers has its halves in another order."""
 BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 
 
@@ -112,6 +129,8 @@ def _places(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[str, ...]]:
 
 
 def _first_names(layers: Mapping[str, nn.Linear]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for first, names in OUTSIDE_OF_BLOCKS.items():
+        yield from ((first.replace(".", "_"), (name,)) for name in names if name in layers)
     blocks = {match[0] for name in layers if (match := re.match(r"(single_)?transformer_blocks\.\d+", name))}
     for first, alternatives in FIRST_NAMES.items():
         kind, _, layer = first.partition(".")
