@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from customized_grpo.errors import UserError
+from customized_grpo.policies import loading
 from customized_grpo.policies.base_adapter import locate_adapter, merge_base_adapter
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.lora import lora_config
@@ -341,3 +342,20 @@ def test_a_run_takes_a_lora_in_any_layout(load: Load, tmp_path: Path, perturb: C
 def test_the_settings_that_are_written_are_the_ones_that_peft_trains_with(load: Load) -> None:
     found = load("uno")._transformer.peft_config["default"]
     assert found.to_dict() == lora_config(Uno.lora_targets, 4, 4).to_dict()
+
+
+def test_the_settings_of_an_adapter_on_the_hub_come_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / Path(file).name)
+
+    monkeypatch.setattr(loading, "hf_hub_download", download)
+    path = locate_adapter("owner/name/best/adapter_model.safetensors", "policy.base_adapter")
+    assert path == tmp_path / "adapter_model.safetensors"
+    assert asked == [
+        ("owner/name", "best/adapter_model.safetensors"), ("owner/name", "best/adapter_config.json"),
+    ]  # fmt: skip
+    locate_adapter("owner/name/lora.safetensors", "policy.base_adapter")
+    assert asked[2:] == [("owner/name", "lora.safetensors")]
