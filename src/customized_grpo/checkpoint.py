@@ -209,7 +209,8 @@ def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[s
     generator than that of the run with `config`.
     """
     manifest = read_manifest(path)
-    policy = [key for key in manifest.config if key.startswith("policy.")]
+    # Where training started decides nothing: the trained values are here.
+    policy = [key for key in manifest.config if key.startswith("policy.") and key != "policy.init_from"]
     if changed := told_changes(manifest.config, config, policy):
         raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
     tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
