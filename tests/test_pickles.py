@@ -108,7 +108,7 @@ def test_an_adapter_of_toybox(
     adapter: str, plant: PickleBomb, make_policy: Callable[..., ToyBoxPolicy], tmp_path: Path
 ) -> None:
     plant(tmp_path / "run" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors: this adapter does not fit"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: damaged, or no safetensors file"):
         make_policy(adapter=adapter).load_adapter(tmp_path / "run")
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.data import SubjectDataset
@@ -13,6 +14,7 @@ from customized_grpo.errors import UserError, shortened
 from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.libraries import quiet
 from customized_grpo.policies import EncodesAhead, Policy, ReadsPrompts
+from customized_grpo.policies.lora_files import adapter_file
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.runtime import (
@@ -26,7 +28,7 @@ from customized_grpo.runtime import (
     resolve_precision,
 )
 from customized_grpo.toybox.judge import Judge
-from customized_grpo.toybox.policy import ToyBoxPolicy
+from customized_grpo.toybox.policy import ADAPTER_FILE, ToyBoxPolicy, save_weights
 
 
 def resolved(config: Config) -> Config:
@@ -57,6 +59,52 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
 
         return load_policy(config, seed, device, bf16=precision == "bf16")
     return _toybox(config, precision, seed)
+
+
+def build_start(config: PolicyConfig, seed: int) -> Policy[Any]:
+    """Build the generator as training starts from it: its trained values are those of `policy.init_from`, if given.
+
+    Raises `UserError`, before the generator is loaded where it can, for an adapter that is missing or does not fit.
+    """
+    adapter = init_adapter(config)
+    policy = build_policy(config, seed)
+    if adapter is not None:
+        try:
+            policy.load_adapter(adapter)
+        except UserError as error:
+            raise UserError(f"policy.init_from: {error}") from error
+    return policy
+
+
+def init_adapter(config: PolicyConfig) -> Path | None:
+    """Return the file that `policy.init_from` names, downloaded where need be; None where it names none."""
+    if config.init_from is None:
+        return None
+    if config.kind != "toybox":
+        quiet()
+        from customized_grpo.policies.base_adapter import locate_adapter
+
+        return locate_adapter(config.init_from, "policy.init_from")
+    try:
+        return adapter_file(Path(config.init_from), [ADAPTER_FILE])
+    except UserError as error:
+        raise UserError(f"policy.init_from: {error}") from error
+
+
+def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write trained `parameters` of the generator of `config`, by name, as it would itself; it is not loaded."""
+    if config.kind == "toybox":
+        lora = (config.lora_rank, config.lora_alpha) if config.adapter == "lora" else None
+        save_weights(parameters, folder, lora)
+        return
+    quiet()
+    from customized_grpo.policies.catalogue import FAMILIES
+    from customized_grpo.policies.lora import lora_config, save_lora
+
+    family = FAMILIES[config.kind]
+    save_lora(
+        family.pipeline, lora_config(family.lora_targets, config.lora_rank, config.lora_alpha), parameters, folder
+    )
 
 
 def check_shares(config: Config, world: int) -> None:

@@ -93,6 +93,10 @@ def _run(options: Namespace) -> None:
         from customized_grpo.generate import Options, generate
 
         print(generate(Options(**{name: chosen[name] for name in Options.__dataclass_fields__})))
+    elif command == "export":
+        from customized_grpo.export import export
+
+        print(f"adapter: {export(chosen.source, chosen.out, ema=chosen.ema)}")
     elif command == "report":
         from customized_grpo.report import write_report
 
@@ -163,7 +167,8 @@ def _evaluate(options: Namespace) -> None:
             raise UserError(f"evaluate: --run compares a run with its base; {given} belongs to --benchmark")
         from customized_grpo.run import evaluate_run
 
-        _tell("report", evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema))
+        path = evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema)
+        _tell("report" if path and path.is_file() else "evaluation", path)
         return
     if config.benchmark is None and config.images is None:
         raise UserError(
@@ -203,7 +208,12 @@ def _figures(options: Namespace) -> None:
 
 
 def _train(options: Namespace) -> None:
-    config = _settings(Config, options, "resume", "resume_from", "overwrite", "dry_run", "num_processes")
+    if options.init_from is not None:
+        if options.policy.init_from not in (None, options.init_from):
+            raise UserError("--init_from stands for --policy.init_from, and they name two adapters; give one of them")
+        options.policy.init_from = options.init_from
+    flags = ("resume", "resume_from", "overwrite", "init_from", "dry_run", "num_processes")
+    config = _settings(Config, options, *flags)
     from customized_grpo.display import Display
 
     if options.dry_run:

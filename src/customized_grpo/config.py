@@ -27,6 +27,9 @@ class PolicyConfig(Section):
     base_adapter: str | None = None
     """LoRA merged into the model before training starts: a safetensors file, or owner/name/file.safetensors on the hub.
     Not for toybox."""
+    init_from: str | None = None
+    """Adapter whose values the trained factors (with adapter=full, the weights) start from, unmerged: the folder of a
+    run or of `export`, a LoRA file, or owner/name/file.safetensors on the hub. The base stays the model without it."""
     weights: Path | None = None
     """Folder of ToyBox weights (generator.safetensors, ...) to use instead of the shipped ones. Only for toybox."""
     adapter: Literal["lora", "full"] = "lora"

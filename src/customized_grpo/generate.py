@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from customized_grpo import build
-from customized_grpo.checkpoint import list_checkpoints, load_weights, read_manifest
+from customized_grpo.checkpoint import load_weights, read_manifest
 from customized_grpo.config import Config, PolicyConfig, flatten
 from customized_grpo.data import image_grid, load_image, save_image
 from customized_grpo.errors import UserError
@@ -18,9 +18,8 @@ from customized_grpo.messages import worded
 from customized_grpo.policies import EncodesAhead
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
-from customized_grpo.run import adapter_folder, load_run_config
+from customized_grpo.run import finished_adapter, load_run_config
 from customized_grpo.runtime import configure
-from customized_grpo.session import CHECKPOINTS
 from customized_grpo.storage import check_folder, writing
 
 MIN_SIDE = 256
@@ -62,7 +61,11 @@ def generate(options: Options) -> Path:
     _check(options)
     config = load_run_config(options.run)
     settings = _policy_config(config, options)
-    adapter = None if options.base or options.checkpoint else _adapter(options)
+    adapter = None
+    if not (options.base or options.checkpoint):
+        adapter = finished_adapter(
+            options.run, "--run", "draw from its newest checkpoint with --checkpoint", ema=options.ema
+        )
     pictures = [load_image(path, config.data.max_pixels) for path in options.reference]
     configure(config.threads)
     policy = build.build_policy(settings, config.seed)
@@ -114,14 +117,3 @@ def _policy_config(config: Config, options: Options) -> PolicyConfig:
         return PolicyConfig.model_validate(config.policy.model_dump() | given)
     except ValidationError as error:
         raise UserError(f"--{worded(error)}") from error
-
-
-def _adapter(options: Options) -> Path:
-    """The folder of the adapter that is asked for."""
-    checkpoints = list_checkpoints(options.run / CHECKPOINTS)
-    if checkpoints and not any(options.run.glob("*.safetensors")):
-        raise UserError(
-            f"--run: {options.run} is not finished, and has no adapter yet; draw from its newest checkpoint with "
-            f"--checkpoint {checkpoints[-1]}"
-        )
-    return adapter_folder(options.run, ema=options.ema)

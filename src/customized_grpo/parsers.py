@@ -71,6 +71,8 @@ def build_parser() -> Parser:
     commands.add_subcommand("prepare", _prepare_parser(), help="make a data folder of data as others lay it out")
     commands.add_subcommand("serve-reward", _serve_parser(), help="serve a reward to trainers on other machines")
 
+    commands.add_subcommand("export", _export_parser(), help="write the adapter of a checkpoint")
+
     report = Parser(description="Write a run's report.html anew.")
     report.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
     commands.add_subcommand("report", report, help="write a run's report anew")
@@ -94,6 +96,9 @@ def _train_parser() -> ArgumentParser:
     train.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     train.add_argument("--resume_from", type=Path | None, help="go on from this checkpoint: RUN/checkpoints/000020")
+    train.add_argument(
+        "--init_from", type=str | None, help="start from the values of an adapter: stands for --policy.init_from"
+    )
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
     train.add_argument(
         "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
@@ -146,6 +151,17 @@ def _generate_parser() -> ArgumentParser:
         help_ = f"{name} in pixels, a multiple of 16, not of ToyBox; default: the run's"
         generate.add_argument(f"--{name}", type=int | None, help=help_)
     return generate
+
+
+def _export_parser() -> ArgumentParser:
+    export = Parser(
+        description="Write the adapter of a checkpoint as `train` writes a finished run's. Diffusers loads the folder "
+        "with pipe.load_lora_weights(OUT), and generate, evaluate and train --init_from take it as a run's.",
+    )
+    export.add_argument("source", type=Path, help="checkpoint RUN/checkpoints/000020, or the folder of a finished run")
+    export.add_argument("out", type=Path, help="folder to write; new or empty")
+    export.add_argument("--ema", action="store_true", help="write the averaged weights, of a run with ema.decay")
+    return export
 
 
 def _diagnose_parser() -> ArgumentParser:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from customized_grpo import build
 from customized_grpo.before_after import write_evaluation
-from customized_grpo.checkpoint import read_manifest
+from customized_grpo.checkpoint import list_checkpoints, read_manifest
 from customized_grpo.config import Config
 from customized_grpo.display import Display
 from customized_grpo.distributed import Ranks, started
@@ -97,7 +97,7 @@ def _session(config: Config, display: Display, termination: Termination, ranks: 
         if path is not None
     }
     rewards, judge = build.build_rewards(config), build.build_judge(config)
-    policy = build.build_policy(config.policy, config.seed)
+    policy = build.build_start(config.policy, config.seed)
     for dataset in datasets.values():
         build.check_prompts(dataset.folder, dataset, policy)
     evaluation = config.evaluation
@@ -119,7 +119,7 @@ def evaluate_run(
 ) -> Path | None:
     """Evaluate a finished run's base and tuned generator on `data` (default: the run's test, validation or training
     data), write `evaluation/` and the report; with `ema`, the averaged weights are the tuned ones. Returns the report's
-    path, None in processes other than the first."""
+    path, that of `evaluation/` for an exported adapter, None in processes other than the first."""
     if pairs is not None and pairs < 1:
         raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
     config = load_run_config(run)
@@ -146,8 +146,12 @@ def evaluate_run(
         parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
         with ranks.together():
             display.comparison(write_evaluation(*parts))
+            if not ranks.first:
+                return None
+            if not rows:  # of an exported adapter: it has no training to report
+                return run / "evaluation"
             with writing(run):
-                return write_report(run) if ranks.first else None
+                return write_report(run)
 
 
 def adapter_folder(run: Path, *, ema: bool) -> Path:
@@ -161,6 +165,18 @@ def adapter_folder(run: Path, *, ema: bool) -> Path:
             "and writes them when it ends. Leave --ema out for the trained ones"
         )
     return run / EMA
+
+
+def finished_adapter(run: Path, option: str, instead: str, *, ema: bool) -> Path:
+    """Return where the finished run in the folder `run` has its adapter, or that of the averaged weights.
+
+    Raises `UserError` where the run is not finished: names the `option` that named the run, and what to do `instead`
+    with its newest checkpoint.
+    """
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    if checkpoints and not any(run.glob("*.safetensors")):
+        raise UserError(f"{option}: {run} is not finished, and has no adapter yet; {instead} {checkpoints[-1]}")
+    return adapter_folder(run, ema=ema)
 
 
 def load_run_config(run: Path) -> Config:

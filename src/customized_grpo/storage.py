@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customized_grpo.errors import UserError, first_line
+from customized_grpo.errors import UserError, first_line, shortened
 
 if sys.platform != "win32":
     import fcntl
@@ -67,6 +67,21 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     """Write a safetensors file of `tensors` by name."""
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
     follow_umask(path)
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `UserError`, naming the file `path` and the tensors, where some hold numbers that are not finite."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} of its {len(tensors)} tensors hold numbers that are not finite "
+            f"({shortened(bad, ', ', 3)}): the run that wrote it diverged, or the file is damaged; take an earlier one"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Of types of one byte there is no test.
+    return bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())
 
 
 def follow_umask(path: Path) -> None:

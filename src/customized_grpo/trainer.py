@@ -37,7 +37,7 @@ from customized_grpo.algorithm import (
 from customized_grpo.config import AdvantagesConfig, Config
 from customized_grpo.data import SubjectDataset, batch_indices
 from customized_grpo.distributed import Ranks
-from customized_grpo.errors import TrainingError
+from customized_grpo.errors import TrainingError, telling_where
 from customized_grpo.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
 from customized_grpo.policies import ConditionT, Policy, in_step
 from customized_grpo.randomness import generator
@@ -105,6 +105,7 @@ class Trainer(Generic[ConditionT]):
         metrics.
 
         Before each change of the weights `before_update` is called. Up to the first, they are of the iteration before.
+        Raises `TrainingError` before any change where a picture, too many rewards or the gradient are not finite.
         """
         config, iteration = self.config, self.iteration
         clock = _Clock(on_phase, self.policy.device)
@@ -116,10 +117,11 @@ class Trainer(Generic[ConditionT]):
                 clock.start("rollout")
                 task = self.task(iteration, mine)
                 condition = self.policy.encode(task.prompts, task.references)
-                rollout = sample_groups(
-                    self.policy, condition, len(task.prompts), plan, config.rollout,
-                    seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
-                )  # fmt: skip
+                with telling_where(f"iteration {iteration + 1}"):
+                    rollout = sample_groups(
+                        self.policy, condition, len(task.prompts), plan, config.rollout,
+                        seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
+                    )  # fmt: skip
             clock.start("score")
             with self.ranks.alone(), self._memory("scoring images", SCORING):
                 rewards, valid = self.score(rollout.images, task)
@@ -310,7 +312,8 @@ class Trainer(Generic[ConditionT]):
             where = f" (process {', '.join(bad)} of {self.ranks.world})" if self.ranks.world > 1 else ""
             raise TrainingError(
                 f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}{where}; this "
-                "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta"
+                "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta, and "
+                "with train --init_from the last checkpoint's `export` where what was learned is to be kept"
             )
         before()
         self.optimizer.step()

@@ -147,7 +147,7 @@ def test_a_base_adapter_of_another_model(load: Load, tmp_path: Path) -> None:
 def test_a_base_adapter_of_other_widths(load: Load, tmp_path: Path) -> None:
     load("flux1-kontext").save_adapter(tmp_path)
     path = tmp_path / "pytorch_lora_weights.safetensors"
-    save_file({name: tensor.repeat(1, 2) for name, tensor in load_file(path).items()}, path)
+    save_file({name: tensor.repeat(1, 2 if "lora_A" in name else 1) for name, tensor in load_file(path).items()}, path)
     with pytest.raises(UserError, match=r"policy\.base_adapter: .* does not fit the transformer"):
         load("flux1-kontext", base_adapter=str(path))
 
@@ -195,25 +195,19 @@ def test_a_base_adapter_is_merged_at_its_own_scale(
 def test_an_adapter_of_another_alpha(load: Load, tmp_path: Path) -> None:
     load("flux1-kontext", lora_alpha=8).save_adapter(tmp_path)
     load("flux1-kontext", lora_alpha=8, seed=1).load_adapter(tmp_path)
-    with pytest.raises(UserError, match=r"its alpha is 2 times its rank, expected 1\); check .* policy\.lora_alpha"):
+    with pytest.raises(UserError, match=r"rank 4 and alpha 4; set policy\.lora_rank=4 and policy\.lora_alpha=8"):
         load("flux1-kontext").load_adapter(tmp_path)
 
 
-def test_a_lora_with_scales_of_its_own(load: Load, tmp_path: Path) -> None:
-    load("flux1-kontext").save_adapter(tmp_path)
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    state = load_file(path)
-    save_file(state | {f"{next(iter(state)).split('.lora_')[0]}.alpha": torch.tensor(1.0)}, path)
-    with pytest.raises(UserError, match=r"policy\.base_adapter: .* a LoRA with scales of its own for layers"):
-        load("flux1-kontext", base_adapter=str(path))
+def test_an_adapter_of_another_rank(load: Load, tmp_path: Path) -> None:
+    load("flux1-kontext", lora_rank=8).save_adapter(tmp_path)
+    with pytest.raises(UserError, match=r"does not fit the policy .* set policy\.lora_rank=8 and policy\.lora_alpha=4"):
+        load("flux1-kontext").load_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("other", [{"lora_rank": 8}, {"kind": "flux2-klein"}])
-def test_an_adapter_of_another_rank_or_base(load: Load, tmp_path: Path, other: dict[str, Any]) -> None:
-    load(**({"kind": "flux1-kontext"} | other)).save_adapter(tmp_path)
-    with pytest.raises(
-        UserError, match=r"this adapter does not fit the policy .* check policy\.model, policy\.lora_rank and"
-    ):
+def test_an_adapter_of_another_base(load: Load, tmp_path: Path) -> None:
+    load("flux2-klein").save_adapter(tmp_path)
+    with pytest.raises(UserError, match=r"does not fit the transformer .* one that was made for this model"):
         load("flux1-kontext").load_adapter(tmp_path)
 
 

@@ -35,7 +35,7 @@ PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 MEASURED = {"identity_to", "hpsv3_as_published", "metrics"}
 """Settings of measuring."""
-UNSEEN = {"device", "offload", "shard", "cache", "gradient_checkpointing"}
+UNSEEN = {"device", "offload", "shard", "cache", "gradient_checkpointing", "init_from"}
 """Settings of a generator that its pictures do not depend on."""
 
 
@@ -154,6 +154,10 @@ class _Pictures:
 
 def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
     """The generator's settings, with the benchmark's guidance."""
+    if run is None and config.policy.init_from is not None:
+        raise UserError(
+            "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
+        )
     policy = build.resolved_policy(run.policy if run else config.policy)
     if policy.kind == "toybox":
         if config.guidance is not None:

@@ -53,8 +53,10 @@ def diagnose(
     """
     config = _check(config, run, output, {"prompts": prompts, "group_size": group_size, "batches": batches})
     configure(config.threads)
-    policy = build.build_policy(config.policy, config.seed)
-    if run is not None:
+    if run is None:
+        policy = build.build_start(config.policy, config.seed)
+    else:
+        policy = build.build_policy(config.policy, config.seed)
         policy.load_adapter(run)
     dataset = build.open_dataset(config.data.path, config, policy)
     if prompts > len(dataset):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.distributed import Ranks
+from customized_grpo.errors import telling_where
 from customized_grpo.memory import DRAWING, SCORING, explain_out_of_memory
 from customized_grpo.policies import ConditionT, Policy, References, in_step
 from customized_grpo.randomness import batched_normal
@@ -63,6 +64,7 @@ def evaluate(
     """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise.
 
     `masks`: the rewards want the references' masks. `ranks` share the pairs out, and each gets the whole evaluation.
+    Raises `NotFinite` where a picture is not finite.
     """
     ranks = ranks or Ranks()
     samples = list(dataset)[:pairs]
@@ -81,7 +83,8 @@ def evaluate(
                 noise = batched_normal(seed, 0, mine, [0] * len(own), PURPOSE, policy.latent_shape).to(policy.device)
                 condition = policy.encode(task.prompts, task.references)
                 sigmas = policy.sigmas(num_steps, shift)
-                images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
+                with telling_where("evaluation"):
+                    images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
             with ranks.alone(), explain_out_of_memory("scoring images to evaluate", SCORING):
                 metrics = measure(images, task, rewards, judge)

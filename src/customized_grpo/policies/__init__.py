@@ -92,8 +92,11 @@ class Policy(Protocol[ConditionT]):
         """Write what was trained as safetensors into `folder`."""
         ...
 
-    def load_adapter(self, folder: Path) -> None:
-        """Read what `save_adapter` wrote. Raises `UserError` where it does not fit."""
+    def load_adapter(self, place: Path) -> None:
+        """Read what `save_adapter` wrote into the folder `place`, or the file `place`.
+
+        Raises `UserError` where it does not fit, or holds numbers that are not finite.
+        """
         ...
 
 

@@ -18,6 +18,7 @@ from customized_grpo.policies import Lengths, References
 from customized_grpo.policies.conditions import Batch, ConditionCache, Conditions, Row
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
+from customized_grpo.policies.lora_files import NAME
 from customized_grpo.policies.phase import Phase, phase
 from customized_grpo.policies.shard import shard
 from customized_grpo.policies.sizes import token_count
@@ -204,11 +205,11 @@ class DiffusersPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         """See `Policy.save_adapter`: in diffusers' own format."""
-        save_lora(self._transformer, self._family.pipeline, folder)
+        save_lora(self._family.pipeline, self._transformer.peft_config[NAME], self._trainable, folder)
 
-    def load_adapter(self, folder: Path) -> None:
-        """See `Policy.load_adapter`."""
-        load_lora(self._transformer, folder)
+    def load_adapter(self, place: Path) -> None:
+        """See `Policy.load_adapter`: a LoRA in any layout that is read (docs/adapters.md)."""
+        load_lora(self._transformer, place)
 
     def _row(self, prompt: str, references: Sequence[Tensor]) -> Row:
         row = self._cache.read(prompt, references)

@@ -1,4 +1,4 @@
-"""Pipelines from a local folder or a hub id, checked before hours are spent; LoRAs to start from, merged into them."""
+"""Pipelines from a local folder or a hub id, checked before hours are spent."""
 
 import hashlib
 import json
@@ -15,12 +15,9 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
-from torch import Tensor
 
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies import uno
 from customized_grpo.policies.family import Family
-from customized_grpo.policies.lora import PREFIX, read_lora
 
 INDEX = "model_index.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -113,36 +110,6 @@ def without_pickles() -> Iterator[None]:
         torch.load = load
 
 
-def merge_base_adapter(pipe: Any, path: Path) -> None:
-    """Merge the LoRA in the safetensors file `path` into the transformer, so that training starts from it.
-
-    It is in diffusers' format, in that of UNO's published LoRA, or a whole FLUX.1 transformer in the names of its first
-    release, UNO merged in. Raises `UserError` where it does not fit.
-    """
-    state, scale = _read_adapter(path)
-    try:
-        if uno.is_fused(state):
-            pipe.transformer.load_state_dict(uno.fused_to_diffusers(state))
-            return
-        factors = uno.published_to_diffusers(state) if uno.is_published_lora(state) else state
-        _check_fits(pipe.transformer, factors, path)
-        pipe.load_lora_weights({f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in factors.items()})
-        pipe.fuse_lora(lora_scale=scale)
-        pipe.unload_lora_weights()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"policy.base_adapter: {path} does not fit the transformer ({first_line(error)}); name one that was made "
-            "for this model"
-        ) from error
-
-
-def _read_adapter(path: Path) -> tuple[dict[str, Tensor], float]:
-    try:
-        return read_lora(path)
-    except UserError as error:
-        raise UserError(f"policy.base_adapter: {error}") from error
-
-
 def fingerprint(folder: Path) -> str:
     """Stands for all that encodes in the pipeline in `folder`: the place, names, sizes and times of its files, the
     transformer's left out, and the libraries that run them."""
@@ -154,19 +121,6 @@ def fingerprint(folder: Path) -> str:
             about = path.stat()
             digest.update(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}".encode())
     return digest.hexdigest()
-
-
-def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> None:
-    """What diffusers would leave out with a warning is refused: factors of layers that the transformer lacks."""
-    layers = {name for name, _ in transformer.named_modules()}
-    known = {name for name in factors if name.removeprefix("transformer.").split(".lora_")[0] in layers}
-    unknown = [name for name in factors if ".lora_" in name and name not in known]
-    if unknown or not known:
-        example = f"no layer for '{(unknown or list(factors))[0]}'"
-        raise UserError(
-            f"policy.base_adapter: {path} does not fit the transformer ({example}); name one that was made for this "
-            "model"
-        )
 
 
 def _download(model: str, weights: bool) -> Path:
@@ -192,13 +146,22 @@ def locate_file(name: str, field: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    owner, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
-    if path.is_absolute() or not file.endswith(".safetensors"):
+    if path.is_absolute() or name.count("/") < 2 or not name.endswith(".safetensors"):
         raise UserError(
             f"{field}: {name} is neither a file nor owner/name/file.safetensors on the hub; note that only safetensors "
             "files are read"
         )
+    return _download_file(name, field)
+
+
+def download_beside(name: str, beside: str, field: str) -> None:
+    """Download the file `beside` that stands in the folder of `owner/name/file` on the hub. Raises `UserError`, naming
+    the configuration `field`, where there is none."""
+    _download_file(f"{name.rpartition('/')[0]}/{beside}", field)
+
+
+def _download_file(name: str, field: str) -> Path:
+    owner, repository, file = name.split("/", 2)
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
