@@ -24,9 +24,9 @@ BLOB = re.compile("[0-9a-f]{64}")
 THREADS = 8
 MAY_CHANGE = (
     "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.init_from", "policy.weights",
-    "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.", "rewards.prompt_model",
-    "rewards.identity_model", "rewards.hpsv3.backbone", "rewards.hpsv3.instruction", "rewards.max_invalid_share",
-    "rewards.device", "rewards.micro_batch", "rewards.deadline", "rewards.vlm_judge.url",
+    "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.",
+    "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv3.backbone", "rewards.hpsv3.instruction",
+    "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch", "rewards.deadline", "rewards.vlm_judge.url",
     "rewards.vlm_judge.concurrency", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate",
     "evaluation.", "ranks.", "log.",
 )  # fmt: skip

@@ -153,6 +153,7 @@ class Session:
                     with self.ranks.together(), self.termination.whole():
                         if self.ranks.first:
                             self._checkpoint()
+                            self._prune()
 
     def _check_equal(self, remedy: str) -> None:
         """Raise `Diverged` where the processes differ in weights or iterations."""
@@ -351,14 +352,19 @@ class Session:
 
     def _checkpoint(self) -> None:
         """Save the last whole iteration, unless that was done already: a whole checkpoint is not touched."""
-        iteration, settings = self.snapshot.iteration, self.config.checkpoint
+        iteration = self.snapshot.iteration
         if iteration is None or self._saved == iteration:
             return
         with saving():
             save_checkpoint(self._checkpoints, iteration, self.pinned, self.snapshot.tensors())
         self._saved = iteration
-        with writing(self._checkpoints):
-            prune_checkpoints(self._checkpoints, iteration, settings.keep_last, settings.keep_every)
+
+    def _prune(self) -> None:
+        """Remove old checkpoints. A run that ends early removes none: what ended it may be in the newest weights."""
+        settings = self.config.checkpoint
+        if self._saved is not None:
+            with writing(self._checkpoints):
+                prune_checkpoints(self._checkpoints, self._saved, settings.keep_last, settings.keep_every)
 
     def _keep(self, error: BaseException) -> None:
         """Save the last whole iteration of a run that `error` ends, and say where it goes on."""
