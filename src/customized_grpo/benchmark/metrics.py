@@ -71,8 +71,9 @@ def load_measures(config: MetricsConfig, layouts: Mapping[str, Tensor], *, hpsv3
 
     loaders: dict[str, Callable[[], Measure]] = {
         "dino": lambda: identity_measure("dino", checkpoint("dino", "dino").encoder(DINO_PUBLISHED)),
-        "clip_i": lambda: identity_measure("clip_i", checkpoint("clip", "clip_i").encoder()),
-        "clip_t": lambda: prompt_measure("clip_t", checkpoint("clip", "clip_t").to_prompt()),
+        # As DINO's, CLIP's published scores are of pictures that torchvision cropped.
+        "clip_i": lambda: identity_measure("clip_i", checkpoint("clip", "clip_i").encoder(half="even")),
+        "clip_t": lambda: prompt_measure("clip_t", checkpoint("clip", "clip_t").to_prompt(half="even")),
         "dinov2": lambda: identity_measure("dinov2", checkpoint("dinov2", "dino").encoder()),
         "hpsv3": hpsv3,
         COPY: lambda: copy_measure(layouts),

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from customized_grpo.data.resampling import resample, to_levels
 from customized_grpo.errors import UserError
 
 MAX_PIXELS = 50_000_000
@@ -107,19 +108,22 @@ def resize_square(image: Tensor, size: int) -> Tensor:
     return F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, H, W] resized (bicubic, antialiased) to (height, width) `size`, cropped at its centre if its shape differs.
+def resize(image: Tensor, size: tuple[int, int], kernel: str = "bicubic") -> Tensor:
+    """Resize [C, H, W] to (height, width) `size` as Pillow does, on 8-bit levels; crop its centre if its shape differs.
 
-    An image of that size is returned as it is.
+    `kernel`: one of `resampling.SUPPORT`. An image of that size is returned as it is.
     """
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    scale = max(size[0] / height, size[1] / width)
-    kept_height, kept_width = min(height, round(size[0] / scale)), min(width, round(size[1] / scale))
-    top, left = (height - kept_height) // 2, (width - kept_width) // 2
-    cut = image[:, top : top + kept_height, left : left + kept_width]
-    return F.interpolate(cut[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    kept = (height, width)
+    if size[0] * width > size[1] * height:
+        kept = (height, max(1, round(size[1] * height / size[0])))
+    elif size[0] * width < size[1] * height:
+        kept = (max(1, round(size[0] * width / size[1])), width)
+    top, left = (height - kept[0]) // 2, (width - kept[1]) // 2
+    cut = image[:, top : top + kept[0], left : left + kept[1]]
+    return resample(to_levels(cut), size, kernel).float() / 255
 
 
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -187,8 +187,10 @@ def _is_text(text: str) -> bool:
 
 def _within(image: Tensor, max_side: int) -> Tensor:
     height, width = image.shape[-2:]
-    scale = max_side / max(height, width)
-    return image if scale >= 1 else resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+    longer = max(height, width)
+    if longer <= max_side:
+        return image
+    return resize(image, (max(1, round(height * max_side / longer)), max(1, round(width * max_side / longer))))
 
 
 def _segmenter() -> Segment:
