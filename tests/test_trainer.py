@@ -337,5 +337,5 @@ def test_metrics_of_an_iteration(make_trainer: MakeTrainer, reward_of: RewardOf)
 
 def test_prompts_take_turns(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
-    asked = [prompt for iteration in range(6) for prompt in trainer.task(iteration).prompts]
+    asked = [prompt for iteration in range(6) for prompt in trainer.task(trainer.samples(iteration)).prompts]
     assert sorted(asked) == sorted(sample.prompt for sample in trainer.dataset)

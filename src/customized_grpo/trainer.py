@@ -34,7 +34,7 @@ from customized_grpo.algorithm import (
     time_weights,
 )
 from customized_grpo.config import AdvantagesConfig, Config
-from customized_grpo.data import SubjectDataset, batch_indices
+from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed import Ranks
 from customized_grpo.errors import TrainingError
 from customized_grpo.policies import ConditionT, Policy, in_step
@@ -105,15 +105,14 @@ class Trainer(Generic[ConditionT]):
         with self.ranks.together():
             with in_step(self.policy, self.ranks):
                 clock.start("rollout")
-                task = self.task(iteration, mine)
-                condition = self.policy.encode(task.prompts, task.references)
+                samples = self.samples(iteration, mine)
                 rollout = sample_groups(
-                    self.policy, condition, len(task.prompts), plan, config.rollout,
+                    self.policy, self.condition(samples), len(samples), plan, config.rollout,
                     seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
                 )  # fmt: skip
             clock.start("score")
             with self.ranks.alone():
-                rewards, valid = self.score(rollout.images, task)
+                rewards, valid = self.score(rollout.images, self.task(samples))
 
         rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
         with self.ranks.together():
@@ -134,18 +133,21 @@ class Trainer(Generic[ConditionT]):
             "forwards": int(self.ranks.rows(torch.tensor([rollout.forwards])).sum()),
         }
 
-    def task(self, iteration: int, prompts: range | None = None) -> Task:
-        """What `iteration` (0 is the first) is to draw: its `prompts` (all if None), their references and masks."""
+    def samples(self, iteration: int, prompts: range | None = None) -> list[Sample]:
+        """The samples that `iteration` (0 is the first) is to draw: those of its `prompts`, all if None."""
         wanted = batch_indices(
             len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
         )
-        samples = [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
-        prepare = self.policy.prepare_reference
-        return Task(
-            [sample.prompt for sample in samples],
-            self.dataset.references(samples, prepare),
-            self.dataset.masks(samples, prepare) if self.config.rewards.identity_reference == "segmented" else None,
-        )
+        return [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
+
+    def condition(self, samples: Sequence[Sample]) -> ConditionT:
+        """The policy's condition of `samples`, of their references in the size in which it sees them."""
+        prompts = [sample.prompt for sample in samples]
+        return self.policy.encode(prompts, self.dataset.references(samples, self.policy.prepare_reference))
+
+    def task(self, samples: Sequence[Sample]) -> Task:
+        """What the rewards are told of `samples`, with their references as the files have them."""
+        return Task.of(self.dataset, samples, masks=self.config.rewards.identity_reference == "segmented")
 
     def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid: numbers, and called valid."""

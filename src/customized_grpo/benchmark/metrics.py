@@ -12,13 +12,11 @@ from torch import Tensor
 from customized_grpo import evaluation
 from customized_grpo.benchmark.config import MetricsConfig
 from customized_grpo.config_rewards import RewardsConfig
-from customized_grpo.data import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.libraries import quiet
 from customized_grpo.rewards import Reward, Task
 from customized_grpo.runtime import resolve_device
 from customized_grpo.toybox.copying import layout
-from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.judge import Judge
 
 COPY = "copy"
@@ -127,8 +125,7 @@ def toybox_measure(rewards: Sequence[Reward], judge: Judge) -> Measure:
     """ToyBox's own: the rewards (prompt, identity), what the judge says, and its copy-paste meter."""
 
     def measure(group: Group) -> Mapping[str, Tensor]:
-        reference = resize_square(group.references[0], SIZE)
-        task = Task(group.prompts, [[reference]] * len(group.prompts), None)
+        task = Task(group.prompts, [group.references] * len(group.prompts), None)
         return evaluation.measure(group.images, task, rewards, judge)
 
     return measure

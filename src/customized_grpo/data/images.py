@@ -126,6 +126,15 @@ def resize(image: Tensor, size: tuple[int, int], kernel: str = "bicubic") -> Ten
     return resample(to_levels(cut), size, kernel).float() / 255
 
 
+def within(image: Tensor, side: int) -> Tensor:
+    """Scale [C, H, W] down to at most `side` pixels on its longer side; a smaller image is returned as it is."""
+    height, width = image.shape[-2:]
+    longer = max(height, width)
+    if longer <= side:
+        return image
+    return resize(image, (max(1, round(height * side / longer)), max(1, round(width * side / longer))))
+
+
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
     """[C, H, W] scaled to lie wholly within (height, width) `size`, centred on white."""
     height, width = image.shape[-2:]
