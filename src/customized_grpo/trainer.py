@@ -30,6 +30,7 @@ from customized_grpo.algorithm import (
     group_advantages,
     quadrants,
     sde_step,
+    silent_groups,
     table_weights,
     time_weights,
 )
@@ -127,6 +128,7 @@ class Trainer(Generic[ConditionT]):
             "iteration": self.iteration,
             "steps": list(plan.trained),
             **_reward_metrics(rewards, valid),
+            "silent_groups": silent_groups(advantages),
             **update,
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "samples_per_second": valid[..., 0].numel() / seconds["total"],
@@ -193,6 +195,7 @@ class Trainer(Generic[ConditionT]):
             normalise=settings.normalise,
             shape=settings.shape,
             gamma=settings.gamma,
+            gamma_penalty=settings.gamma_penalty,
             thresholds=thresholds,
             clamp=settings.clamp,
         )
