@@ -3,10 +3,13 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -111,6 +114,23 @@ def test_a_factor_for_each_projection_is_more_than_the_published_one() -> None:
         2 * 512 * layer.in_features for name, layer in layers.items() if name.endswith(("attn.to_q", "attn.add_q_proj"))
     )
     assert (ours, ours - shared) == (1_195_376_640, 956_301_312)
+
+
+@pytest.mark.parametrize(("height", "width"), [(600, 400), (427, 640), (1000, 301), (300, 300), (200, 330)])
+@pytest.mark.parametrize(("count", "side"), [(1, 512), (2, 320)])
+def test_references_are_prepared_as_by_the_published_code(height: int, width: int, count: int, side: int) -> None:
+    """Resized with Lanczos until the longer side fits, and then cut to whole tokens around the centre."""
+    levels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    longer = max(height, width)
+    new_height, new_width = (side * length // longer for length in (height, width))
+    resized = Image.fromarray(levels).resize((new_width, new_height), Image.Resampling.LANCZOS)
+    kept_height, kept_width = (length // 16 * 16 for length in (new_height, new_width))
+    left, top = (new_width - kept_width) // 2, (new_height - kept_height) // 2
+    cut = np.array(resized.crop((left, top, left + kept_width, top + kept_height)))
+    policy = SimpleNamespace(_family=uno.Uno(), _settings=SimpleNamespace(reference_side=None))
+    picture = torch.from_numpy(levels).permute(2, 0, 1).float() / 255
+    found = DiffusersPolicy.prepare_reference(policy, picture, count)  # type: ignore[arg-type]
+    assert torch.equal(found, torch.from_numpy(cut).permute(2, 0, 1).float() / 255)
 
 
 def test_unknown_names_are_refused() -> None:

@@ -109,21 +109,20 @@ def resize_square(image: Tensor, size: int) -> Tensor:
 
 
 def resize(image: Tensor, size: tuple[int, int], kernel: str = "bicubic") -> Tensor:
-    """Resize [C, H, W] to (height, width) `size` as Pillow does, on 8-bit levels; crop its centre if its shape differs.
+    """Resize [C, H, W] until it covers (height, width) `size`, and crop its centre to that.
 
-    `kernel`: one of `resampling.SUPPORT`. An image of that size is returned as it is.
+    Resized as Pillow does, on 8-bit levels. `kernel`: one of `resampling.SUPPORT`. An image of that size is returned as it is.
     """
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    kept = (height, width)
-    if size[0] * width > size[1] * height:
-        kept = (height, max(1, round(size[1] * height / size[0])))
-    elif size[0] * width < size[1] * height:
-        kept = (max(1, round(size[0] * width / size[1])), width)
-    top, left = (height - kept[0]) // 2, (width - kept[1]) // 2
-    cut = image[:, top : top + kept[0], left : left + kept[1]]
-    return resample(to_levels(cut), size, kernel).float() / 255
+    if size[0] * width >= size[1] * height:
+        covering = (size[0], size[0] * width // height)
+    else:
+        covering = (size[1] * height // width, size[1])
+    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    levels = resample(to_levels(image), covering, kernel)
+    return levels[:, top : top + size[0], left : left + size[1]].float() / 255
 
 
 def within(image: Tensor, side: int) -> Tensor:
