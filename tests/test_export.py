@@ -113,7 +113,9 @@ def test_a_checkpoint_of_a_pipeline_is_exported_without_the_pipeline(
     state = State(parameters, torch.optim.AdamW([parameter for _, parameter in parameters]), average)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    checkpoint = save_checkpoint(tmp_path / "run" / "checkpoints", 1, flatten(config.model_dump(mode="json")), state.tensors())
+    checkpoint = save_checkpoint(
+        tmp_path / "run" / "checkpoints", 1, flatten(config.model_dump(mode="json")), state.tensors()
+    )
     policy.save_adapter(tmp_path / "saved")
     with average.swapped():
         policy.save_adapter(tmp_path / "saved-ema")

@@ -193,6 +193,9 @@ class AdvantagesConfig(Section):
     """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
     gamma: float = Field(0.4, ge=0)
     """Strength of SARS (paper's recipe: 0.4)."""
+    gamma_penalty: float | None = Field(None, ge=0)
+    """Strength of SARS's penalties, where the rewards conflict or both are bad (the worked examples of the paper's
+    figure: about 1, with 0.5 for gamma); unset: gamma."""
     thresholds: tuple[float | None, float | None] | None = None
     """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
     weights: Literal["constant", "tdw", "table"] = "tdw"
@@ -212,6 +215,7 @@ class AdvantagesConfig(Section):
 
     READ_WITH: ClassVar[ReadWith] = {
         "gamma": ("shape", ["sars"]),
+        "gamma_penalty": ("shape", ["sars"]),
         "constant": ("weights", ["constant", "table"]),  # calibrated tables start from it
         "lookup": ("weights", ["tdw", "table"]),
         "tdw": ("weights", ["tdw"]),

@@ -349,6 +349,11 @@ class Session:
                 f"iteration {metrics['iteration']}: {share:.1%} of the rewards could not be computed"
                 f"{self.trainer.failures()}; they count in no group's statistics"
             )
+        if metrics["silent_groups"] == 1:
+            self.display.warn(
+                f"iteration {metrics['iteration']}: no group taught anything: within each all images have equal "
+                "rewards, or fewer than two have any. Check the rewards, or raise rollout.eta or rollout.group_size"
+            )
 
     def _checkpoint(self) -> None:
         """Save the last whole iteration, unless that was done already: a whole checkpoint is not touched."""

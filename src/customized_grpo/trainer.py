@@ -31,11 +31,12 @@ from customized_grpo.algorithm import (
     group_advantages,
     quadrants,
     sde_step,
+    silent_groups,
     table_weights,
     time_weights,
 )
 from customized_grpo.config import AdvantagesConfig, Config
-from customized_grpo.data import SubjectDataset, batch_indices
+from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed import Ranks
 from customized_grpo.errors import TrainingError, telling_where
 from customized_grpo.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
@@ -115,16 +116,16 @@ class Trainer(Generic[ConditionT]):
         with self.ranks.together():
             with in_step(self.policy, self.ranks), self._memory("drawing images", DRAWING):
                 clock.start("rollout")
-                task = self.task(iteration, mine)
-                condition = self.policy.encode(task.prompts, task.references)
+                samples = self.samples(iteration, mine)
+                condition = self.condition(samples)
                 with telling_where(f"iteration {iteration + 1}"):
                     rollout = sample_groups(
-                        self.policy, condition, len(task.prompts), plan, config.rollout,
+                        self.policy, condition, len(samples), plan, config.rollout,
                         seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
                     )  # fmt: skip
             clock.start("score")
             with self.ranks.alone(), self._memory("scoring images", SCORING):
-                rewards, valid = self.score(rollout.images, task)
+                rewards, valid = self.score(rollout.images, self.task(samples))
 
         rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
         with self.ranks.together():
@@ -139,24 +140,28 @@ class Trainer(Generic[ConditionT]):
             "iteration": self.iteration,
             "steps": list(plan.trained),
             **_reward_metrics(rewards, valid),
+            "silent_groups": silent_groups(advantages),
             **update,
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "samples_per_second": valid[..., 0].numel() / seconds["total"],
             "forwards": int(self.ranks.rows(torch.tensor([rollout.forwards])).sum()),
         }
 
-    def task(self, iteration: int, prompts: range | None = None) -> Task:
-        """What `iteration` (0 is the first) is to draw: its `prompts` (all if None), their references and masks."""
+    def samples(self, iteration: int, prompts: range | None = None) -> list[Sample]:
+        """The samples that `iteration` (0 is the first) is to draw: those of its `prompts`, all if None."""
         wanted = batch_indices(
             len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
         )
-        samples = [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
-        prepare = self.policy.prepare_reference
-        return Task(
-            [sample.prompt for sample in samples],
-            self.dataset.references(samples, prepare),
-            self.dataset.masks(samples, prepare) if self.config.rewards.identity_reference == "segmented" else None,
-        )
+        return [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
+
+    def condition(self, samples: Sequence[Sample]) -> ConditionT:
+        """The policy's condition of `samples`, of their references in the size in which it sees them."""
+        prompts = [sample.prompt for sample in samples]
+        return self.policy.encode(prompts, self.dataset.references(samples, self.policy.prepare_reference))
+
+    def task(self, samples: Sequence[Sample]) -> Task:
+        """What the rewards are told of `samples`, with their references as the files have them."""
+        return Task.of(self.dataset, samples, masks=self.config.rewards.identity_reference == "segmented")
 
     def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid: numbers, and called valid."""
@@ -202,6 +207,7 @@ class Trainer(Generic[ConditionT]):
             normalise=settings.normalise,
             shape=settings.shape,
             gamma=settings.gamma,
+            gamma_penalty=settings.gamma_penalty,
             thresholds=thresholds,
             clamp=settings.clamp,
         )

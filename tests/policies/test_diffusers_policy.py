@@ -123,7 +123,7 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
         name for name, _ in policy._transformer.named_parameters() if "lora_" in name
     }
 
-    task = trainer.task(0)
+    task = trainer.task(trainer.samples(0))
     captured: dict[str, Any] = {}
     update = trainer._update
 

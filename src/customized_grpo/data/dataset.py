@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -53,6 +53,7 @@ class SubjectDataset:
     def __init__(self, folder: Path, samples: Sequence[Sample], max_pixels: int, cache_bytes: int) -> None:
         self.folder = folder
         self.samples = tuple(samples)
+        self._max_pixels = max_pixels
         self._pictures = PictureCache(max_pixels, cache_bytes)
 
     @classmethod
@@ -99,10 +100,17 @@ class SubjectDataset:
 
     def references(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]]:
         """The references of B samples, for each its K pictures [3, h, w] in [0, 1], as `prepare` leaves them."""
-        return self._load(load_image, [sample.references for sample in samples], prepare)
+        return [
+            [self._pictures.get(load_image, path, prepare, len(sample.references)) for path in sample.references]
+            for sample in samples
+        ]
 
-    def masks(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]] | None:
-        """The masks of B samples, K of [1, h, w] in [0, 1] each, prepared as `references`; None if none has any.
+    def originals(self, samples: Sequence[Sample]) -> "Originals":
+        """The references of B samples in the size of their files, for each its K pictures [3, h, w] in [0, 1]."""
+        return Originals(load_image, [sample.references for sample in samples], self._max_pixels)
+
+    def masks(self, samples: Sequence[Sample]) -> "Originals | None":
+        """The masks of B samples, K of [1, h, w] in [0, 1] each, of the size of `originals`; None if none has any.
 
         Raises UserError when only some have masks.
         """
@@ -114,10 +122,30 @@ class SubjectDataset:
                 f"{self.folder / METADATA}: {len(without)} of {len(samples)} samples of one batch have no "
                 f"masks: {shortened([repr(name) for name in without], ', ')}; give masks to every sample or to none"
             )
-        return self._load(load_mask, [sample.masks for sample in samples], prepare)
+        return Originals(load_mask, [sample.masks for sample in samples], self._max_pixels)
 
-    def _load(self, load: ImageLoader, paths: Sequence[Sequence[Path]], prepare: Prepare) -> list[list[Tensor]]:
-        return [[self._pictures.get(load, path, prepare, len(row)) for path in row] for row in paths]
+
+class Originals(Sequence[list[Tensor]]):
+    """The pictures of B samples as their files have them: read each time a sample is asked for, and not kept.
+
+    Those of a whole dataset may be many times the memory of a machine.
+    """
+
+    def __init__(self, load: ImageLoader, paths: Sequence[tuple[Path, ...]], max_pixels: int) -> None:
+        self._load, self.paths, self._max_pixels = load, tuple(paths), max_pixels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Originals": ...
+    def __getitem__(self, index: int | slice) -> "list[Tensor] | Originals":
+        """The pictures [C, h, w] of a sample, or a part of the samples."""
+        if isinstance(index, slice):
+            return Originals(self._load, self.paths[index], self._max_pixels)
+        return [self._load(path, self._max_pixels) for path in self.paths[index]]
 
 
 def write_metadata(folder: str | Path, samples: Iterable[Sample]) -> Path:

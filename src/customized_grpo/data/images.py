@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
+from customized_grpo.data.resampling import resample, to_levels
 from customized_grpo.errors import UserError
 
 MAX_PIXELS = 50_000_000
@@ -107,19 +108,31 @@ def resize_square(image: Tensor, size: int) -> Tensor:
     return F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, H, W] resized (bicubic, antialiased) to (height, width) `size`, cropped at its centre if its shape differs.
+def resize(image: Tensor, size: tuple[int, int], kernel: str = "bicubic") -> Tensor:
+    """Resize [C, H, W] until it covers (height, width) `size`, and crop its centre to that.
 
-    An image of that size is returned as it is.
+    Resized as Pillow does, on 8-bit levels. `kernel`: one of `resampling.SUPPORT`. An image of that size is returned
+    unchanged.
     """
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    scale = max(size[0] / height, size[1] / width)
-    kept_height, kept_width = min(height, round(size[0] / scale)), min(width, round(size[1] / scale))
-    top, left = (height - kept_height) // 2, (width - kept_width) // 2
-    cut = image[:, top : top + kept_height, left : left + kept_width]
-    return F.interpolate(cut[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    if size[0] * width >= size[1] * height:
+        covering = (size[0], size[0] * width // height)
+    else:
+        covering = (size[1] * height // width, size[1])
+    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    levels = resample(to_levels(image), covering, kernel)
+    return levels[:, top : top + size[0], left : left + size[1]].float() / 255
+
+
+def within(image: Tensor, side: int) -> Tensor:
+    """Scale [C, H, W] down to at most `side` pixels on its longer side; a smaller image is returned as it is."""
+    height, width = image.shape[-2:]
+    longer = max(height, width)
+    if longer <= side:
+        return image
+    return resize(image, (max(1, round(height * side / longer)), max(1, round(width * side / longer))))
 
 
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:

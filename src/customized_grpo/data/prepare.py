@@ -15,7 +15,7 @@ from torch import Tensor
 from customized_grpo.data.dataset import METADATA, Sample, write_metadata
 from customized_grpo.data.entries import Entry, Found, Problem
 from customized_grpo.data.hugging_face import Named, open_tables, read_hugging_face
-from customized_grpo.data.images import MAX_PIXELS, load_image, load_mask, resize, save_image, to_pil
+from customized_grpo.data.images import MAX_PIXELS, load_image, load_mask, resize, save_image, to_pil, within
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
 from customized_grpo.errors import UserError, shortened
 
@@ -161,7 +161,7 @@ class _Pictures:
         return self._written[key]
 
     def _made(self, path: Path, mask: Path | None, name: str) -> tuple[Path, Path | None]:
-        image = _within(load_image(path, LARGEST), self._max_side)
+        image = within(load_image(path, LARGEST), self._max_side)
         cut = None if mask is None else load_mask(mask, LARGEST)
         if cut is None and self._segment is not None:
             cut = self._segment(image)
@@ -183,12 +183,6 @@ class _Pictures:
 
 def _is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _within(image: Tensor, max_side: int) -> Tensor:
-    height, width = image.shape[-2:]
-    scale = max_side / max(height, width)
-    return image if scale >= 1 else resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
 def _segmenter() -> Segment:

@@ -105,7 +105,9 @@ class DiffusersPolicy:
     def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
         """See `Policy.prepare_reference`."""
         height, width = picture.shape[-2:]
-        return resize(picture, self._family.reference_size(height, width, count, self._settings.reference_side))
+        # The pipelines resize with Lanczos.
+        size = self._family.reference_size(height, width, count, self._settings.reference_side)
+        return resize(picture, size, "lanczos")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], references: References) -> Conditions:

@@ -51,6 +51,7 @@ FACTS = (
     ("Data", "data.path"),
     ("Shaping", "advantages.shape"),
     ("SARS \u03b3", "advantages.gamma"),
+    ("SARS \u03b3 of penalties", "advantages.gamma_penalty"),
     ("Weights", "advantages.weights"),
     ("Samples per group", "rollout.group_size"),
     ("Groups per iteration", "rollout.prompts_per_iteration"),
@@ -251,6 +252,13 @@ def remarks(run: Run) -> list[tuple[str, str]]:
             f"{percent(float(np.nanmax(invalid)))} in one iteration."
         )
         found.append(("Note", text))
+    silent = metrics["silent_groups"]
+    if metrics.has("silent_groups") and (count := int((silent == 1).sum())):
+        text = (
+            f"In {count} of {metrics.length} iterations no group taught anything: within each all rewards were equal, "
+            "or missing."
+        )
+        found.append(("WARNING", text))
     base, tuned = run.final.get("base"), run.final.get("tuned")
     done = int(metrics["iteration"].max())
     if tuned and tuned.iteration is not None and tuned.iteration != done:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customized_grpo.data.images import to_pil
+from customized_grpo.data.images import to_pil, within
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import References
 from customized_grpo.rewards import Scores, Task
@@ -23,6 +23,9 @@ from customized_grpo.rewards.transport import Transport, Unavailable
 
 TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
 """Environment variable of the token, on both sides."""
+REFERENCE_SIDE = 1024
+"""References with a longer side are scaled down to it before they are sent, to a reward or to a judge: encoders look at
+a fourth of that or less, and a request stays small."""
 
 
 class RemoteReward:
@@ -71,8 +74,9 @@ class RemoteReward:
             return torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
 
 
-def encoded(image: Tensor) -> str:
-    """A picture [C, H, W] in [0, 1] as the base64 of a PNG."""
+def encoded(image: Tensor, side: int | None = None) -> str:
+    """A picture [C, H, W] in [0, 1] as the base64 of a PNG, scaled down to `side` pixels if it is larger."""
+    image = image if side is None else within(image, side)
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -107,4 +111,4 @@ def _flag(value: Any) -> bool:
 
 
 def _encoded(pictures: References, rows: Sequence[int]) -> list[list[str]]:
-    return [[encoded(picture) for picture in pictures[p]] for p in rows]
+    return [[encoded(picture, REFERENCE_SIDE) for picture in pictures[p]] for p in rows]

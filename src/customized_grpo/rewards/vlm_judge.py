@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.rewards import Scores, Task
-from customized_grpo.rewards.remote import encoded
+from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
 from customized_grpo.rewards.transport import Transport, Unavailable
 
 KEY = "OPENAI_API_KEY"
@@ -70,7 +70,7 @@ class VlmJudge:
         if last is not None and last.images is images and last.prompts == tuple(task.prompts):
             return last.ratings
         places = [(p, g) for p in range(images.shape[0]) for g in range(images.shape[1])]
-        references = [[encoded(picture) for picture in row] for row in task.references]
+        references = [[encoded(picture, REFERENCE_SIDE) for picture in row] for row in task.references]
         self.last_failure = None
         pool = ThreadPoolExecutor(self._concurrency)
         try:
