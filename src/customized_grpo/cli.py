@@ -174,7 +174,7 @@ def _tell(what: str, path: Path | None) -> None:
 def _differing(config: Section) -> str:
     """Names of the fields that are not as they are left out."""
     usual = flatten(type(config)().model_dump())
-    return ", ".join(name for name, value in flatten(config.model_dump()).items() if value != usual[name])
+    return ", ".join(name for name, value in flatten(config.model_dump()).items() if value != usual.get(name))
 
 
 def _figures(options: Namespace) -> None:

@@ -12,7 +12,7 @@ from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.distributed import Ranks
 from customized_grpo.policies import ConditionT, Policy, References, in_step
 from customized_grpo.randomness import batched_normal
-from customized_grpo.rewards import Reward, Task
+from customized_grpo.rewards import Reward, Scores, Task
 from customized_grpo.rollout import sample_ode
 from customized_grpo.statistics import mean_interval
 from customized_grpo.toybox.judge import Judge
@@ -91,7 +91,8 @@ def evaluate(
 
 def measure(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge | None) -> dict[str, Tensor]:
     """Each metric [N] of `images` [N, 3, H, W], one for each prompt of the task."""
-    metrics = {name: scores(images, task, reward) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
+    groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of both is asked once
+    metrics = {name: _known(reward.score(groups, task)) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
     if judge is not None:
         verdict = judge.judge(images, task.prompts, first_references(task.references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
@@ -100,7 +101,11 @@ def measure(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge 
 
 def scores(images: Tensor, task: Task, reward: Reward) -> Tensor:
     """The reward [N] of `images` [N, 3, H, W], one for each prompt of the task; NaN where there is none."""
-    found = reward.score(images.unsqueeze(1), task)
+    return _known(reward.score(images.unsqueeze(1), task))
+
+
+def _known(found: Scores) -> Tensor:
+    """Scores [N, 1] as values [N], NaN where they are invalid."""
     return torch.where(found.valid, found.values, torch.nan).squeeze(1).float().cpu()
 
 

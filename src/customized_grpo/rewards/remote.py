@@ -19,7 +19,7 @@ from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import References
 from customized_grpo.rewards import Scores, Task
-from customized_grpo.rewards.transport import Transport, Unavailable
+from customized_grpo.rewards.transport import Refused, Scoring, Transport, Unavailable
 
 TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
 """Environment variable of the token, on both sides."""
@@ -40,6 +40,7 @@ class RemoteReward:
             )
         self._max_images: int = health["max_images"]
         self.last_failure: str | None = None
+        self._probed = False
 
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`: what the server could not score in time is invalid."""
@@ -50,13 +51,21 @@ class RemoteReward:
                 f"{group_size}; start it with a larger --max_images"
             )
         self.last_failure = None
+        self._probed = False
+        scoring = self._transport.scoring()
         at_once = max(1, self._max_images // group_size)
-        parts = [self._ask(images, task, range(p, min(p + at_once, groups))) for p in range(0, groups, at_once)]
+        rows = [range(p, min(p + at_once, groups)) for p in range(0, groups, at_once)]
+        parts = [self._ask(images, task, part, scoring) for part in rows]
         values, valid = (torch.cat(column) for column in zip(*parts, strict=True))
         return Scores(values, valid)
 
-    def _ask(self, images: Tensor, task: Task, rows: range) -> tuple[Tensor, Tensor]:
+    def _ask(self, images: Tensor, task: Task, rows: range, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """Values and their validity of the groups `rows`. What is refused is asked again in parts, down to single
+        images: one that cannot be scored leaves the others their scores."""
         shape = (len(rows), images.shape[1])
+        missing = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+        if scoring.is_over():
+            return missing
         payload = {
             "prompts": [task.prompts[p] for p in rows],
             "images": [[encoded(image) for image in images[p]] for p in rows],
@@ -64,11 +73,42 @@ class RemoteReward:
             "masks": None if task.masks is None else _encoded(task.masks, rows),
         }
         try:
-            return parsed(self._transport.post("/score", payload), shape)
+            return parsed(self._transport.post("/score", payload, scoring), shape)
+        except Refused as error:
+            self._probe(images, task, scoring, error)
+            if shape == (1, 1):
+                self.last_failure = str(error)
+                return missing
+            return self._in_parts(images, task, rows, scoring)
         except (Unavailable, ValueError) as error:
             told = self._transport.without_token(str(error))
             self.last_failure = told if isinstance(error, Unavailable) else f"{self._transport.field_name}: {told}"
-            return torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+            return missing
+
+    def _in_parts(self, images: Tensor, task: Task, rows: range, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """Ask of several groups each, of one group each image."""
+        if len(rows) > 1:
+            parts = [self._ask(images, task, range(p, p + 1), scoring) for p in rows]
+        else:
+            parts = [self._ask(image, task, rows, scoring) for image in images.split(1, dim=1)]
+        values, valid = (torch.cat(column, dim=0 if len(rows) > 1 else 1) for column in zip(*parts, strict=True))
+        return values, valid
+
+    def _probe(self, images: Tensor, task: Task, scoring: Scoring, refusal: Refused) -> None:
+        """Find out, once a scoring, whether these images are refused or all are: ask about a grey one. Raises
+        `UserError` where that is refused too."""
+        if self._probed:
+            return
+        self._probed = True
+        grey = encoded(torch.full_like(images[0, 0], 0.5))
+        masks = None if task.masks is None else [[encoded(torch.ones_like(images[0, 0, :1]))]]
+        payload = {"prompts": ["a grey picture"], "images": [[grey]], "references": [[grey]], "masks": masks}
+        try:
+            self._transport.post("/score", payload, scoring)
+        except Refused as error:
+            raise UserError(f"{refusal}; a trial picture, all grey, was refused too: {error}") from error
+        except Unavailable:
+            pass  # it is busy, which says nothing of the refusal
 
 
 def encoded(image: Tensor) -> str:
