@@ -196,7 +196,7 @@ class Transport:
         while time.monotonic() < end and not is_over():
             with suppress(TimeoutError):
                 return found.result(timeout=min(PAUSE, _left(end)))
-        raise Failure("no whole answer in time")
+        raise Failure(f"no whole answer in time{self.route.told()}")
 
     def _receive(self, method: str, path: str, body: bytes | None, end: float, found: "Future[Answer]") -> None:
         received = bytearray()
