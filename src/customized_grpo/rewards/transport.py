@@ -131,6 +131,8 @@ class Transport:
         from 300 on that another try does not mend.
         """
         scoring = scoring or self.scoring()
+        if scoring.is_over():
+            raise Unavailable(f"{self.field_name}: {self.url} was not asked any more in this scoring")
         body = json.dumps(payload).encode()
         reasons: dict[str, str] = {}
         with scoring.question() as end:
