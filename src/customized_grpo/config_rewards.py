@@ -5,9 +5,9 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from customized_grpo.section import ReadWith, Section, Share
 
@@ -55,19 +55,22 @@ class VlmJudgeConfig(Section):
     """Of the first try at an image. Further tries, which show the model its unusable answer, are at 0.7 at least."""
     omit: tuple[Literal["temperature", "seed", "max_tokens"], ...] = ()
     """Fields that the server does not take: they are left out of every question, as [temperature, seed]."""
-    extra_body: dict[str, JsonValue] = Field({})
+    extra_body: dict[str, Any] = Field({})
     """Further fields of every question, as {chat_template_kwargs: {enable_thinking: false}}. They are written down with
     the configuration, so nothing secret belongs here."""
 
     @field_validator("extra_body")
     @classmethod
-    def _can_be_sent(cls, fields: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    def _can_be_sent(cls, fields: dict[str, Any]) -> dict[str, Any]:
         for name in fields:
             if name in ("model", "temperature", "max_tokens", "max_completion_tokens"):
                 raise ValueError(f"{name} has a setting of its own in this section; leave it out here")
             if name in ("messages", "seed", "stream", "n"):
                 raise ValueError(f"{name} is set by the judge itself, which reads one whole answer; leave it out")
-        json.dumps(fields, allow_nan=False)
+        try:
+            json.dumps(fields, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the fields are sent as JSON, which they cannot be written as ({error})") from error
         return fields
 
     @model_validator(mode="after")
