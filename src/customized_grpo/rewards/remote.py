@@ -106,7 +106,7 @@ class RemoteReward:
         try:
             self._transport.post("/score", payload, scoring)
         except Refused as error:
-            raise UserError(f"{refusal}; a trial picture, all grey, was refused too: {error}") from error
+            raise UserError(f"{refusal}; a trial image, all grey, was refused too: {error}") from error
         except Unavailable:
             pass  # it is busy, which says nothing of the refusal
 
