@@ -20,8 +20,8 @@ from customized_grpo import build
 from customized_grpo.checkpoint import State, prune_checkpoints, save_checkpoint
 from customized_grpo.config import Config
 from customized_grpo.ema import Average
+from customized_grpo.fingerprints import pinned
 from customized_grpo.runtime import configure
-from customized_grpo.session import pinned
 from customized_grpo.toybox.export import export
 from customized_grpo.trainer import Trainer
 
@@ -56,14 +56,14 @@ def measure(folder: Path, iterations: int, threads: int | None) -> dict[str, flo
     trainer = Trainer(config, policy, build.build_rewards(config), build.open_dataset(data, config, policy))
     average = Average(policy.trainable_parameters(), DECAY)
     state = State(list(policy.trainable_parameters()), trainer.optimizer, average)
-    fields = pinned(config, trainer.dataset)
+    fields = pinned(config, {})
     trained, saved = [], []
     for _ in range(iterations + 1):
         start = time.perf_counter()
         trainer.train_step()
         average.update(trainer.iteration)
         middle = time.perf_counter()
-        save_checkpoint(folder / "checkpoints", trainer.iteration, fields, state)
+        save_checkpoint(folder / "checkpoints", trainer.iteration, fields, state.tensors())
         prune_checkpoints(folder / "checkpoints", trainer.iteration, config.checkpoint.keep_last, None)
         trained.append(middle - start)
         saved.append(time.perf_counter() - middle)

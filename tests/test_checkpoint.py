@@ -57,7 +57,7 @@ class Part:
         return State(list(self.network.named_parameters()), self.optimizer, self.average)
 
     def save(self, folder: Path, iteration: int, keep: int = 2, keep_every: int | None = None) -> Path:
-        path = save_checkpoint(folder, iteration, CONFIG, self.state)
+        path = save_checkpoint(folder, iteration, CONFIG, self.state.tensors())
         prune_checkpoints(folder, iteration, keep, keep_every)
         return path
 
@@ -172,12 +172,12 @@ def test_a_checkpoint_without_its_manifest_is_damaged_and_not_overlooked(tmp_pat
         Part(1).load(path)
 
 
-def test_a_checkpoint_of_a_later_format_is_not_passed_over_as_damaged(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_format_is_not_passed_over_as_damaged(tmp_path: Path) -> None:
     path = Part(0).save(tmp_path, 2)
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest["format"] == checkpoint.FORMAT
     (path / MANIFEST).write_text(json.dumps(manifest | {"format": checkpoint.FORMAT + 1, "new": 1}))
-    with pytest.raises(UserError, match=r"of format 2, written by a later version; this one reads up to 1") as caught:
+    with pytest.raises(UserError, match=r"of format 3, written by a later version; this one reads 2") as caught:
         Part(1).load(path)
     assert not isinstance(caught.value, DamagedCheckpoint)
 

@@ -1,6 +1,7 @@
 """The command line: in this process where torch is not the point, and end to end in processes of its own."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -380,6 +381,19 @@ def test_dashes_are_underscores_in_the_names_of_options(capsys: pytest.CaptureFi
     with pytest.raises(SystemExit):
         cli.main(["prepare", "nowhere", "--check", "--max-bad=-1"])
     assert "--max_bad at least 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_has_them_spin(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP reads this when torch is loaded, which no command does before it is parsed."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert os.environ["OMP_WAIT_POLICY"] == found
 
 
 # in a process of its own

@@ -91,7 +91,7 @@ def test_a_checkpoint(plant: PickleBomb, tmp_path: Path) -> None:
     """Its manifest has the hash of the bomb: the folder was made by somebody else."""
     network = torch.nn.Linear(3, 2)
     state = State(list(network.named_parameters()), torch.optim.AdamW(network.parameters()))
-    path = save_checkpoint(tmp_path / "checkpoints", 1, {}, state)
+    path = save_checkpoint(tmp_path / "checkpoints", 1, {}, state.tensors())
     plant(path / TENSORS)
     manifest = json.loads((path / MANIFEST).read_text())
     manifest["sha256"]["tensors"] = hashlib.sha256((path / TENSORS).read_bytes()).hexdigest()

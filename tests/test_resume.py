@@ -19,6 +19,7 @@ from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.run import train
+from customized_grpo.session import Session
 from customized_grpo.storage import locked
 from customized_grpo.trainer import Trainer, TrainingError
 
@@ -27,6 +28,7 @@ RunTraining = Callable[..., Path]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
 ADAPTER = Path("adapter_model.safetensors")
 FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
+MEMORY = r"out of memory while .* in iteration [24] \(CUDA out of memory\. .*micro_batch.* train --resume"
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -157,12 +159,11 @@ def test_a_log_that_is_none_is_named(
         run_training(make_config(FOUR), resume=True)
 
 
-@pytest.mark.parametrize(("update", "kept"), [(1, "000002"), (2, None)])
+@pytest.mark.parametrize("update", [1, 2])
 def test_a_gradient_that_is_not_finite_leaves_no_half_of_an_iteration(
-    update: int, kept: str | None, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """In the third iteration: before its first update the weights are those of the second, after it of none."""
+    update: int, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the third iteration, before its first update and after it: what is saved is the second."""
     step, calls = Trainer._optimizer_step, []
 
     def poisoned(self: Trainer[Any], loss: float, *rest: Any) -> tuple[float, float]:
@@ -172,7 +173,7 @@ def test_a_gradient_that_is_not_finite_leaves_no_half_of_an_iteration(
     monkeypatch.setattr(Trainer, "_optimizer_step", poisoned)
     with pytest.raises(TrainingError, match="iteration 3: the loss is nan"):
         run_training(make_config(FOUR | {"checkpoint.every": 100}))
-    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ([kept] if kept else [])
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000002"]
 
 
 def test_another_table_of_time_weights_is_refused(make_config: MakeConfig, run_training: RunTraining) -> None:
@@ -255,22 +256,65 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert (run / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
 
 
-@pytest.mark.parametrize("error", [UserError, TrainingError])
-def test_a_reward_that_fails_costs_no_iteration(
-    error: type[Exception], four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A checkpoint of the iterations that are whole is left, and from it the run comes to its end."""
-    score = Trainer.score
+ENDS: dict[str, tuple[BaseException, type[BaseException], str]] = {
+    "a refusal": (UserError("the server refused"), UserError, "the server refused"),
+    "bad numbers": (TrainingError("not finite"), TrainingError, "not finite"),
+    "a disk error": (OSError(5, "Input/output error"), OSError, "Input/output"),
+    "a bug": (KeyError("oops"), KeyError, "oops"),
+    "a lost device": (RuntimeError("CUDA error: an illegal memory access"), RuntimeError, "illegal memory access"),
+    "Ctrl-C in a thread": (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    "device memory": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), TrainingError, MEMORY),
+    "host memory": (MemoryError(), TrainingError, "out of memory while"),
+}  # fmt: skip
+"""What may end a run: what is raised, what comes of it, and its words."""
+
+
+def failing(trainer: str, at: int, raised: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """Make a method of the trainer raise in iteration `at` + 1, at its second call there if it is called so often."""
+    original, calls = getattr(Trainer, trainer), []
 
     def fail(self: Trainer[Any], *arguments: Any) -> Any:
-        if self.iteration == 3:
-            raise error("the server refused")
-        return score(self, *arguments)
+        calls.append(1)
+        if self.iteration == at and (trainer == "score" or len(calls) % 2 == 0):
+            raise raised
+        return original(self, *arguments)
+
+    patch.setattr(Trainer, trainer, fail)
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_whatever_ends_a_run_leaves_its_last_whole_iteration(
+    end: str, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, monkeypatch: pytest.MonkeyPatch,
+    display: Display,
+) -> None:  # fmt: skip
+    raised, error, text = ENDS[end]
+    failing("score", 1, raised, monkeypatch)
+    with pytest.raises(error, match=text or "^$"):
+        run_training(make_config(FOUR | {"checkpoint.every": 100}))
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000001"]
+    assert "stopped after iteration 1; `train --resume` goes on" in display.console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("where", "end"), [("_objective", "device memory"), ("_optimizer_step", "a bug"), ("_log", "a disk error")]
+)
+def test_what_ends_a_run_in_its_updates_costs_one_iteration(
+    where: str, end: str, four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the fourth iteration: in its second update, or when its weights are there but not its line in the log."""
+    raised, error, text = ENDS[end]
+
+    def fail(self: Session, name: str, row: Any) -> None:
+        if row["iteration"] == 4:
+            raise raised
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "score", fail)
-        with pytest.raises(error, match="the server refused"):
+        if where == "_log":
+            patch.setattr(Session, "_log", fail)
+        else:
+            failing(where, 3, raised, patch)
+        with pytest.raises(error, match=text):
             run_training(make_config(FOUR))
     assert (tmp_path / "run" / "checkpoints" / "000003").is_dir()
     run_training(make_config(FOUR), resume=True)

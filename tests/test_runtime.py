@@ -1,3 +1,6 @@
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -5,9 +8,9 @@ import pytest
 import torch
 
 from customized_grpo import build
-from customized_grpo.config import PolicyConfig
+from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.errors import UserError
-from customized_grpo.runtime import local_rank, local_world, resolve_device, resolve_precision
+from customized_grpo.runtime import configure, local_rank, local_world, resolve_device, resolve_precision
 
 LAUNCHED = (
     "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -103,3 +106,29 @@ def test_a_process_alone_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (local_rank(), local_world()) == (0, 1)
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cuda:1") == torch.device("cuda:1")
+
+
+def test_freed_memory_is_kept_for_toybox_alone(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another generator frees goes back to the system."""
+    asked: list[int] = []
+    library = Mock(mallopt=lambda option, value: asked.append(value))
+    monkeypatch.setattr("customized_grpo.runtime.ctypes.CDLL", lambda name: library)
+    monkeypatch.setattr("customized_grpo.runtime.sys.platform", "linux")
+    configure(1)
+    monkeypatch.setattr("customized_grpo.policies.catalogue.load_policy", lambda *arguments, **settings: None)
+    build.build_policy(PolicyConfig(kind="uno"), 0)
+    assert asked == []
+    build.build_policy(PolicyConfig(weights=tiny_weights), 0)
+    assert asked == [1 << 30, 1 << 30]
+
+
+@pytest.mark.parametrize(("rank", "refused"), [("0", True), ("1", False)])
+def test_one_process_of_a_machine_decodes_the_pictures_for_all(
+    rank: str, refused: bool, toybox_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(toybox_data / "test", tmp_path / "data")
+    next(folder.rglob("*.png")).write_bytes(b"no picture")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="no picture|cannot|not") if refused else nullcontext():
+        build.read_dataset(folder, Config())

@@ -31,7 +31,7 @@ def test_adapters_and_checkpoints_may_be_read_by_whom_the_umask_allows(
     policy = make_policy()
     policy.save_adapter(tmp_path)
     state = State(list(policy.trainable_parameters()), torch.optim.AdamW(p for _, p in policy.trainable_parameters()))
-    checkpoint = save_checkpoint(tmp_path, 2, {}, state)
+    checkpoint = save_checkpoint(tmp_path, 2, {}, state.tensors())
     files = [tmp_path / "adapter_model.safetensors", *checkpoint.iterdir()]
     assert len(files) == 3 and {mode(path) for path in files} == {0o666 & ~mask}
     assert os.umask(mask) == mask

@@ -28,13 +28,13 @@ from customized_grpo import session
 from customized_grpo.trainer import Trainer
 from customized_grpo.cli import main
 
-place, iteration = sys.argv.pop(1), int(sys.argv.pop(1))
+place, iteration, number = sys.argv.pop(1), int(sys.argv.pop(1)), signal.Signals[sys.argv.pop(1)]
 
 def strike(owner, name, when):
     original = getattr(owner, name)
     def struck(self, *arguments, **settings):
         if when(self):
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(self, *arguments, **settings)
     setattr(owner, name, struck)
 
@@ -61,7 +61,7 @@ elif place == "saving":
     strike(session.Session, "_checkpoint", lambda run: due(run.trainer))
 main()
 """
-"""Trains as the command does, and sends itself SIGTERM at a place of an iteration."""
+"""Trains as the command does, and sends itself a signal at a place of an iteration."""
 
 
 @pytest.fixture
@@ -118,21 +118,22 @@ def same(first: Path, second: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "iteration", "kept"),
     [
-        ("scoring", 3, 3), ("update", 2, 2), ("between updates", 4, 5), ("validation", 4, 4),
+        ("scoring", 3, 3), ("update", 2, 2), ("between updates", 4, 4), ("validation", 4, 4),
         ("averaged weights", 4, 4), ("saving", 3, 3), ("sampling", 0, None),
         pytest.param("sampling", 2, 2, marks=pytest.mark.slow),
         pytest.param("validation", 0, None, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
-def test_sigterm_leaves_a_checkpoint_of_the_last_whole_iteration(
+def test_a_signal_leaves_a_checkpoint_of_the_last_whole_iteration(
     where: str, iteration: int, kept: int | None, straight: Path, settings: Callable[..., Path], tmp_path: Path
 ) -> None:
     output = tmp_path / "stopped"
     path = settings(output, **{"checkpoint.every": 3 if where == "saving" else 6})
     start = time.monotonic()
-    done = run([sys.executable, "-c", PROGRAM, where, str(iteration), *train(path)])
-    assert done.returncode == 143, done.stderr
-    assert f"stopped by SIGTERM after iteration {kept or 0}" in done.stdout and "Traceback" not in done.stderr
+    number = signal.SIGINT if where == "between updates" else signal.SIGTERM  # Ctrl-C is no other case
+    done = run([sys.executable, "-c", PROGRAM, where, str(iteration), number.name, *train(path)])
+    assert done.returncode == 128 + number, done.stderr
+    assert f"stopped by {number.name} after iteration {kept or 0}" in done.stdout and "Traceback" not in done.stderr
     assert time.monotonic() - start < 60
     checkpoints = sorted(each.name for each in (output / "checkpoints").glob("*"))
     assert checkpoints == ([] if kept is None else [f"{kept:06d}"])
@@ -148,7 +149,7 @@ def test_sigterm_before_training_ends_at_once(settings: Callable[..., Path], tmp
         "build.build_policy = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
         "main()\n",
     )
-    done = run([sys.executable, "-c", program, "nowhere", "0", *train(settings(tmp_path / "run"))])
+    done = run([sys.executable, "-c", program, "nowhere", "0", "SIGTERM", *train(settings(tmp_path / "run"))])
     assert done.returncode == 143 and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -205,6 +206,25 @@ def test_deferred_it_waits_for_a_poll_unless_nothing_else_waits() -> None:
             termination.poll()
         with pytest.raises(Terminated), termination.at_once():
             pytest.fail("it had come before")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_schedulers_keyboards_and_closed_terminals_are_heard(number: signal.Signals) -> None:
+    termination = Termination()
+    with pytest.raises(Terminated), termination.listening():
+        signal.raise_signal(number)
+    assert (termination.status, termination.name) == (128 + number, number.name)
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """Under nohup a closed terminal ends nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with (termination := Termination()).listening():
+            signal.raise_signal(signal.SIGHUP)
+        assert not termination.asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_elsewhere_it_comes_at_once_and_the_handler_is_given_back() -> None:

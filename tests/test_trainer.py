@@ -140,6 +140,54 @@ def test_every_update_has_as_much_of_every_group(make_trainer: MakeTrainer) -> N
     assert not torch.equal(before, trainer._dealt(4, 12))
 
 
+def trained_rows(trainer: Trainer[Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that the trained samples of the next iteration are added to."""
+    rows: list[int] = []
+    objective = trainer._objective
+
+    def seen(rollout: Any, plan: Any, advantages: Tensor, items: Tensor) -> Any:
+        rows.extend(items[:, 1].tolist())
+        return objective(rollout, plan, advantages, items)
+
+    monkeypatch.setattr(trainer, "_objective", seen)
+    return rows
+
+
+def test_what_has_no_advantage_costs_no_backward_pass(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A silent group and an invalid sample: loss, gradient and weights are those of training on them too."""
+    values = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 1.0, torch.nan, 2.5]])
+    changes = {"optimizer.updates_per_iteration": 2, "optimizer.micro_batch": 1}
+    found = []
+    for everything in (False, True):
+        if everything:
+            monkeypatch.setattr(trainer_module, "matters", lambda advantages, kl: torch.ones(8, dtype=torch.bool))
+        trainer = make_trainer(changes, [reward_of(lambda images: values)] * 2)
+        rows = trained_rows(trainer, monkeypatch)
+        found.append((step(trainer), weights(trainer), set(rows)))
+    (mine, own, trained), (full, others, every) = found
+    assert trained == {4, 5, 7} and every == set(range(8))
+    assert mine["loss"] == pytest.approx(full["loss"], rel=1e-6) and mine["loss"] != 0
+    assert mine["grad_norm"] == pytest.approx(full["grad_norm"], rel=1e-6)
+    assert torch.equal(own, others)
+
+
+def test_an_iteration_in_which_nothing_has_an_advantage_is_one_of_no_gradient(
+    make_trainer: MakeTrainer, reward_of: RewardOf
+) -> None:
+    trainer = make_trainer(None, [reward_of(lambda images: torch.ones(2, 4))] * 2)
+    metrics = step(trainer)
+    assert metrics["loss"] == metrics["grad_norm"] == 0 and math.isnan(metrics["first_ratio/min"])
+    assert trainer.iteration == 1
+
+
+def test_under_a_kl_penalty_every_sample_matters() -> None:
+    advantages = torch.tensor([[0.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert trainer_module.matters(advantages, 0.0).tolist() == [False, True, True]
+    assert trainer_module.matters(advantages, 0.1).all()
+
+
 # advantages
 
 

@@ -18,6 +18,7 @@ from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.runtime import (
     CPU,
     check_precision,
+    keep_freed_memory,
     local_rank,
     local_world,
     processes_here,
@@ -84,6 +85,7 @@ def check_shard(config: PolicyConfig, world: int) -> None:
 
 
 def _toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int) -> ToyBoxPolicy:
+    keep_freed_memory()
     return ToyBoxPolicy.load(
         config.weights,
         adapter=config.adapter,
@@ -141,9 +143,12 @@ def build_judge(config: Config) -> Judge | None:
 
 
 def read_dataset(path: Path, config: Config) -> SubjectDataset:
-    """The dataset in the folder `path`, with the masks that the rewards want. Raises `UserError` listing what is
-    wrong."""
-    dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels)
+    """Open the dataset in the folder `path`, with the masks that the rewards want.
+
+    Its pictures are decoded and checked by one process of a machine for all; within `Ranks.together`, all hear what is
+    wrong. Raises `UserError` listing that.
+    """
+    dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels, decode=local_rank() == 0)
     if config.rewards.identity_reference == "segmented":
         remedy = "but rewards.identity_reference is 'segmented'; add masks or set it to 'whole'"
         raise_listed(

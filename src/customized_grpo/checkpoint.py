@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,8 +30,8 @@ TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
 PARAMETER, MOMENT, AVERAGE = "parameter/", "optimizer/", "average/"
 PARTIAL = ".partial"
-FORMAT = 1
-"""Of what is written here. A checkpoint of a later one is no damage, and must not be passed over as such."""
+FORMAT = 2
+"""Version of what is written here. A checkpoint of another one is no damage, and must not be passed over as such."""
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 """What AdamW keeps of a parameter."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -54,7 +55,7 @@ class Format(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True)
 
-    format: int = FORMAT
+    format: int = Field(FORMAT, ge=1)
 
 
 class Manifest(Format):
@@ -122,24 +123,28 @@ class State:
             tensor.copy_(tensors[AVERAGE + name])
 
 
-def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], state: State) -> Path:
-    """Write `folder/<iteration>`, whole or not at all. `config` is what must be equal on resuming.
+def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write `folder/<iteration>`, whole or not at all. `config` is what must be equal on resuming; `tensors` are those
+    of `State.tensors`.
 
     Raises `StorageError` where the disk does not take it; the checkpoints before it stay as they are.
     """
     target = folder / f"{iteration:06d}"
     temporary = folder / f".{target.name}{PARTIAL}"
-    tensors = state.tensors()
     try:
         with writing(folder, sum(tensor.nbytes for tensor in tensors.values())):
             for left in folder.glob(f".*{PARTIAL}"):
                 _clear(left)
             temporary.mkdir(parents=True)
             save_tensors(tensors, temporary / TENSORS)
-            hashes = Hashes(config=_config_sha256(config), tensors=file_sha256(temporary / TENSORS))
+            with ThreadPoolExecutor(1) as pool:  # both take seconds at full size, and neither needs the other
+                flushed = pool.submit(_flush, temporary / TENSORS)
+                sha256 = file_sha256(temporary / TENSORS)
+                flushed.result()
+            hashes = Hashes(config=_config_sha256(config), tensors=sha256)
             manifest = Manifest(iteration=iteration, config=config, libraries=library_versions(), sha256=hashes)
             (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
-            for path in (*temporary.iterdir(), temporary):
+            for path in (temporary / MANIFEST, temporary):
                 _flush(path)
             remove_checkpoint(target)
             temporary.rename(target)
@@ -196,7 +201,7 @@ def load_weights(
     generator than that of the run with `config`. `parameters` are then as they were.
     """
     manifest = read_manifest(path)
-    policy = [key for key in manifest.config if key.startswith("policy.")]
+    policy = [key for key in manifest.config if key.startswith("policy.") and key in config]
     if changed := told_changes(manifest.config, config, policy):
         raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
     tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
@@ -218,7 +223,12 @@ def read_manifest(path: Path) -> Manifest:
     try:
         content = place.read_bytes()
         if (found := Format.model_validate_json(content).format) > FORMAT:
-            raise UserError(f"{place}: of format {found}, written by a later version; this one reads up to {FORMAT}")
+            raise UserError(f"{place}: of format {found}, written by a later version; this one reads {FORMAT}")
+        if found < FORMAT:
+            raise UserError(
+                f"{place}: of format {found}, written by an earlier version; this one reads {FORMAT}. Finish the run "
+                "with the version that began it, or start a new --output"
+            )
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]

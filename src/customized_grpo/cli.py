@@ -1,5 +1,6 @@
 """The command line. torch is loaded by the commands that need it, not by --help."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config import Config, flatten
 from customized_grpo.config_files import check_file
-from customized_grpo.errors import TrainingError, UserError
+from customized_grpo.errors import TrainingError, UserError, first_line
 from customized_grpo.launch import is_launched, launch
+from customized_grpo.memory import is_out_of_memory
 from customized_grpo.messages import explain, values_of, worded
 from customized_grpo.parsers import BadArguments, build_parser
 from customized_grpo.section import Section
@@ -37,6 +39,9 @@ GOES_ON = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits 0, or 2 on bad input, 1 when training cannot go on, 130 when interrupted."""
+    # Read by OpenMP when torch is loaded. Threads that spin while they wait slow ToyBox several times beside a busy
+    # process, such as a browser; those that sleep cost a tenth on an idle machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments:
         arguments = ["--help"]
@@ -60,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail(str(error), FAILURE)
     except OSError as error:
         _fail(f"{error.filename or 'input'}: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        _fail(
+            f"out of memory ({first_line(error)}). Smaller micro-batches or images, or another device, need less",
+            FAILURE,
+        )
     except KeyboardInterrupt:
         _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", INTERRUPTED)
 

@@ -43,6 +43,7 @@ class Ranks:
 
     def __init__(self, rank: int = 0, world: int = 1, watch: "Watch | None" = None) -> None:
         self.rank, self.world, self._watch = rank, world, watch
+        self._buffer: Tensor | None = None
         self.ending = False
         """Whether all processes have agreed to end."""
 
@@ -56,12 +57,21 @@ class Ranks:
         rank = self.rank if rank is None else rank
         return range(rank * count // self.world, (rank + 1) * count // self.world)
 
+    def reserve(self, tensors: Sequence[Tensor]) -> None:
+        """Allocate what `sum_` of such `tensors` needs, before training: a process that then ran out of memory would
+        leave the others waiting for its part of the sum."""
+        if self.world > 1:
+            self._buffer = tensors[0].new_empty(max(_size(bucket) for bucket in _buckets(tensors)))
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each of `tensors`, of one type and device, by its sum over the processes."""
         if self.world == 1:
             return
         for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            if self._buffer is None or len(self._buffer) < _size(bucket):
+                self.reserve(bucket)
+            assert self._buffer is not None
+            flat = torch.cat([tensor.flatten() for tensor in bucket], out=self._buffer[: _size(bucket)])
             with self._talking():
                 dist.all_reduce(flat)
             for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
@@ -78,6 +88,11 @@ class Ranks:
         padded[: len(own)] = own
         parts = self._gathered(padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(tensor.dtype)
+
+    def of_first(self, text: str) -> str:
+        """Return the `text` that the first process has."""
+        own = torch.tensor([*text.encode()] if self.first else [], dtype=torch.uint8)
+        return bytes(self.rows(own).tolist()).decode()
 
     def table(self, row: Tensor) -> Tensor:
         """The `row` [n] of each process, [N, n], on the CPU."""
@@ -241,9 +256,10 @@ class Watch:
             if silent:
                 self._gone = silent[0]
                 self._found.set()
-                if not self._done.wait(2 * GRACE):
-                    print(f"customized-grpo: error: {self._told()}", file=sys.stderr, flush=True)
-                    os._exit(1)
+                while not self._done.wait(2 * GRACE):
+                    if not self.termination.busy:  # a save is not torn, however long it takes
+                        print(f"customized-grpo: error: {self._told()}", file=sys.stderr, flush=True)
+                        os._exit(1)
                 return
 
     def _told(self) -> str:
@@ -299,12 +315,16 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     for tensor in tensors:
-        if bucket and sum(each.numel() for each in bucket) + tensor.numel() > BUCKET:
+        if bucket and _size(bucket) + tensor.numel() > BUCKET:
             yield bucket
             bucket = []
         bucket.append(tensor)
     if bucket:
         yield bucket
+
+
+def _size(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _encoded(code: int, text: str) -> Tensor:

@@ -9,16 +9,20 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from customized_grpo.errors import UserError
-from customized_grpo.termination import STATUS
+from customized_grpo.termination import SIGNALS
 
 PATIENCE = 30.0
-"""Seconds that the others have to end by themselves, and to save what they have, when one has failed."""
+"""Seconds that the others have to end by themselves when one has failed. One that saves has all the time it needs."""
+MARKER = "CUSTOMIZED_GRPO_SAVING"
+"""Environment variable with the path of a file that is there while a process saves."""
 
 
 def world_size() -> int:
@@ -39,15 +43,35 @@ def is_launched(count: int) -> bool:
     return count == 1 or world > 1
 
 
+@contextmanager
+def saving() -> Iterator[None]:
+    """Keep the launcher, if there is one, from killing this process: it writes a checkpoint."""
+    marker = os.environ.get(MARKER)
+    if marker is None:
+        yield
+        return
+    Path(marker).touch()
+    try:
+        yield
+    finally:
+        Path(marker).unlink(missing_ok=True)
+
+
 def launch(arguments: Sequence[str], count: int) -> int:
     """Run `customized-grpo` with `arguments` in `count` processes; returns the status of the run.
 
-    SIGTERM goes to all of them. When one fails the others stop by themselves, or after a while by force.
+    SIGTERM, SIGINT and SIGHUP go to all of them. When one fails the others stop by themselves, or after a while by
+    force, but never while one saves.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        return _launch(arguments, count, Path(folder) / "saving")
+
+
+def _launch(arguments: Sequence[str], count: int, marker: Path) -> int:
     command = [sys.executable, "-m", "customized_grpo", *arguments]
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     # What torch says of a lost connection is long, and says less than we do.
-    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"), MARKER: str(marker)}
     processes: list[subprocess.Popen[bytes]] = []
     try:
         with _forwarding(processes) as forward:
@@ -55,17 +79,17 @@ def launch(arguments: Sequence[str], count: int) -> int:
                 own = shared | {"RANK": rank, "LOCAL_RANK": rank}
                 environment = os.environ | quiet | {name: str(value) for name, value in own.items()}
                 processes.append(subprocess.Popen(command, env=environment))
-            if forward.asked:
-                forward()  # to those that came after it
-            _wait(processes)
+            if forward.number is not None:
+                forward(forward.number)  # to those that came after it
+            _wait(processes, marker)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
     statuses = [process.wait() for process in processes]
-    if forward.asked:
+    if forward.number is not None:
         # Those that were not yet listening end by the signal itself.
-        statuses = [STATUS if status == -signal.SIGTERM else status for status in statuses]
+        statuses = [128 - status if status == -forward.number else status for status in statuses]
     for rank, status in enumerate(statuses):
         if status < 0:
             name = signal.Signals(-status).name
@@ -74,35 +98,36 @@ def launch(arguments: Sequence[str], count: int) -> int:
     return next((status if status > 0 else 1 for status in statuses if status), 0)
 
 
-def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+def _wait(processes: Sequence["subprocess.Popen[bytes]"], marker: Path) -> None:
     failed: float | None = None
     while any(process.poll() is None for process in processes):
         if failed is None and any(process.poll() for process in processes):
             failed = time.monotonic()
-        if failed is not None and time.monotonic() - failed > PATIENCE:
+        if failed is not None and time.monotonic() - failed > PATIENCE and not marker.exists():
             return
         time.sleep(0.1)
 
 
 class _Forward:
-    """Sends SIGTERM on to the processes."""
+    """Sends a signal on to the processes."""
 
     def __init__(self, processes: Sequence["subprocess.Popen[bytes]"]) -> None:
         self._processes = processes
-        self.asked = False
+        self.number: int | None = None
 
-    def __call__(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-        self.asked = True
+    def __call__(self, number: int, frame: FrameType | None = None) -> None:
+        self.number = number
         for process in self._processes:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
 
 
 @contextmanager
 def _forwarding(processes: Sequence["subprocess.Popen[bytes]"]) -> Iterator[_Forward]:
-    """SIGTERM goes on to the processes; SIGINT, which a terminal sends to all, is theirs to answer."""
+    """Send the signals that end a run on to the processes. A terminal sends Ctrl-C to them itself: the second one that
+    they hear changes nothing."""
     forward = _Forward(processes)
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, forward)}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda number, frame: None)
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
         yield forward
     finally:

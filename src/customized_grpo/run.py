@@ -22,7 +22,7 @@ from customized_grpo.report.records import read_lines
 from customized_grpo.runtime import configure
 from customized_grpo.session import CHECKPOINTS, EMA, LOGS, Session
 from customized_grpo.storage import LOCK, UNFINISHED, check_folder, locked, writing
-from customized_grpo.termination import STATUS, Terminated, Termination
+from customized_grpo.termination import Terminated, Termination
 from customized_grpo.trainer import Trainer
 
 WRITTEN = (
@@ -81,7 +81,7 @@ def train(
                 session.loop()
                 return session.finish()
         except Terminated:
-            raise SystemExit(STATUS) from None
+            raise SystemExit(termination.status) from None
 
 
 def _session(config: Config, display: Display, termination: Termination, ranks: Ranks) -> Session:
@@ -108,7 +108,7 @@ def _session(config: Config, display: Display, termination: Termination, ranks: 
     }
     used = {dataset: wanted[name] for name, dataset in datasets.items()}
     build.tell_long_prompts(config, policy, rewards, used, display)
-    with display.stages() as stages:
+    with display.stages() as stages, ranks.alone():
         build.encode_ahead(policy, used, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"], ranks)
     return Session(config, trainer, datasets, display, judge, writer, termination)

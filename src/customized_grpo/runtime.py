@@ -102,16 +102,18 @@ def _told(names: Sequence[str]) -> str | None:
 
 
 def configure(threads: int | None) -> None:
-    """Use `threads` CPU threads (if None all cores, shared among the processes of a run), and keep freed memory in the
-    process.
-
-    glibc hands large blocks back to the system on every free, so the pages of each tensor are faulted in anew; on a
-    small model that can take as long as the arithmetic.
-    """
+    """Use `threads` CPU threads; if None all cores, shared among the processes of a run."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(threads or max(1, (cores or 1) // local_world()))
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _KEEP)
-            mallopt(_M_TRIM_THRESHOLD, _KEEP)
+
+
+def keep_freed_memory() -> None:
+    """Keep up to a gigabyte of freed memory in the process. For ToyBox alone.
+
+    glibc returns large blocks to the system when they are freed, so every tensor of a small model is paged in again,
+    which takes as long as its arithmetic. A large model would hold back gigabytes of host memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _KEEP)
+        mallopt(_M_TRIM_THRESHOLD, _KEEP)

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,18 @@ from customized_grpo.checkpoint import (
     remove_checkpoint,
     save_checkpoint,
 )
-from customized_grpo.config import Config, flatten
+from customized_grpo.config import Config
 from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
 from customized_grpo.display import Display, Training
 from customized_grpo.ema import Average
-from customized_grpo.errors import Diverged, TrainingError, UserError
+from customized_grpo.errors import Diverged, UserError, told_changes
 from customized_grpo.evaluation import Evaluation
+from customized_grpo.fingerprints import fingerprints, pinned
+from customized_grpo.launch import saving
 from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
+from customized_grpo.runtime import local_rank
+from customized_grpo.snapshot import Snapshot
 from customized_grpo.storage import StorageError, write_whole, writing
 from customized_grpo.termination import Terminated, Termination
 from customized_grpo.toybox.judge import Judge
@@ -39,13 +43,6 @@ EMA = "ema"
 CHECKPOINTS = "checkpoints"
 GALLERY_SIDE, GALLERY_PADDING = 128, 4
 """Smaller pictures are shown enlarged by a whole factor; both in pixels."""
-MAY_CHANGE = (
-    "output", "iterations", "threads", "policy.device", "policy.offload", "policy.shard",
-    "policy.gradient_checkpointing", "policy.cache", "data.", "rewards.max_invalid_share", "rewards.device",
-    "rewards.micro_batch", "rewards.deadline", "rewards.vlm_judge.url", "rewards.vlm_judge.concurrency",
-    "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
-)  # fmt: skip
-"""Fields in which a resumed run may differ from the one it resumes. The contents of the data may not: see `pinned`."""
 
 
 class Session:
@@ -70,9 +67,9 @@ class Session:
         self.ranks = trainer.ranks
         decay = config.ema.decay
         self.average = None if decay is None else Average(self.policy.trainable_parameters(), decay)
-        self.pinned = pinned(config, trainer.dataset)
+        self.pinned: dict[str, Any] = {}
         self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
-        self._updating = False
+        self.snapshot = Snapshot(self.state)
         self._saved: int | None = None
         self.base_images: torch.Tensor | None = None
         self.tensorboard: Any = None
@@ -80,15 +77,31 @@ class Session:
 
     def start(self, *, resume: bool, resume_from: Path | None = None) -> None:
         """Make the folder, or go back to the newest checkpoint in it, or to the checkpoint `resume_from`."""
+        self._pin()
         with self.ranks.together():
             if resume_from is not None:
                 self._restore(resume_from)
             elif resume:
                 self._resume(list_checkpoints(self._checkpoints))
+        self._take_snapshot()
         with self.ranks.together():
             self._check_equal("--resume: the output folder must be on a disk that all processes share")
             if self.ranks.first:
                 self._begin(resume_from)
+
+    def _pin(self) -> None:
+        """Work out what decides the result, once a machine, and check that all machines have the same."""
+        own: dict[str, Any] = {}
+        with self.ranks.together():
+            if self.ranks.first or local_rank() == 0:
+                own = pinned(self.config, fingerprints(self.config) | {"data": self.trainer.dataset.sha256()})
+        self.pinned = json.loads(self.ranks.of_first(json.dumps(own)))
+        with self.ranks.together():
+            if own and (changed := told_changes(self.pinned, own, {*own, *self.pinned})):
+                raise UserError(
+                    f"the machine of process {self.ranks.rank} has other data or weights than that of process 0 "
+                    f"({changed}); copy them there"
+                )
 
     def _begin(self, resume_from: Path | None) -> None:
         """Write what a run's folder has before the first iteration, and cut what comes after the present one."""
@@ -107,27 +120,18 @@ class Session:
             self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
 
     def loop(self) -> None:
-        """Train to the last iteration, with validations and checkpoints on the way. On SIGTERM a checkpoint of the last
-        whole iteration is left, and `Terminated` raised; and so where rewards fail, before the error goes on."""
+        """Train to the last iteration, with validations and checkpoints on the way.
+
+        Whatever ends it early - a signal, an error, a full disk - leaves a checkpoint of the last whole iteration,
+        unless the processes hold different weights (`Diverged`).
+        """
         try:
             self._loop()
-        except StorageError:
-            if any(list_checkpoints(self._checkpoints)):
-                self.display.note("what was saved before is as it was; `train --resume` goes on from it")
-            raise
         except Diverged:
             raise
-        except (UserError, TrainingError):
-            with suppress(Terminated), self.termination.whole():  # the error is what is told
-                self._keep()
-            raise
-        except Terminated:
-            if self.average is not None:
-                self.average.put_back()
-            self._keep()
-            self.display.note(
-                f"stopped by SIGTERM after iteration {self.trainer.iteration}; `train --resume` goes on from there"
-            )
+        except BaseException as error:
+            with suppress(Terminated), self.termination.whole():
+                self._keep(error)
             raise
 
     def _loop(self) -> None:
@@ -160,26 +164,25 @@ class Session:
             raise Diverged(f"the weights of process {unlike[0]} are not those of process 0; {remedy}")
 
     def _iterate(self, show: Training) -> None:
-        """One iteration: its updates and its line in the log are whole, or not there."""
-        with ExitStack() as stack:
+        """Run one iteration; it counts once its line is in the log and its weights are in the snapshot."""
 
-            def on_phase(phase: str, share: float) -> None:
-                self.termination.poll()
-                show.phase(phase, share)
+        def on_phase(phase: str, share: float) -> None:
+            self.termination.poll()
+            show.phase(phase, share)
 
-            def before_update() -> None:
-                stack.enter_context(self.termination.whole())
-                self._updating = True
-
-            metrics = self.trainer.train_step(on_phase, before_update)
+        metrics = self.trainer.train_step(on_phase, before_update=self.snapshot.wait)
+        with self.ranks.together(), self.termination.whole():
             if self.average is not None:
                 self.average.update(self.trainer.iteration)
-            with self.ranks.together():
-                self._log(LOGS[0], metrics)
-            self._watch_ratio(metrics)
-            self._watch_rewards(metrics)
-            show.iteration(metrics)
-            self._updating = False
+            self._log(LOGS[0], metrics)
+            self._take_snapshot()
+        self._watch_ratio(metrics)
+        self._watch_rewards(metrics)
+        show.iteration(metrics)
+
+    def _take_snapshot(self) -> None:
+        if self.ranks.first:  # the one that writes checkpoints
+            self.snapshot.take(self.trainer.iteration)
 
     def _validation_is_due(self) -> bool:
         """A run that was stopped may have been so between an iteration and its validation."""
@@ -244,7 +247,8 @@ class Session:
         """
         with self.ranks.together():
             if self.ranks.first:
-                self._save_adapters()
+                with saving():
+                    self._save_adapters()
         if "test" in self.datasets:
             self.display.note("evaluating before and after on the test data ...")
             folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
@@ -307,6 +311,7 @@ class Session:
             self.base_images = self._evaluate(self.config.evaluation.gallery).images
 
     def _validate(self) -> None:
+        self.snapshot.wait()
         with self._evaluated_weights():
             evaluation = self._evaluate(self.config.evaluation.pairs)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
@@ -345,19 +350,34 @@ class Session:
             )
 
     def _checkpoint(self) -> None:
-        """Save the state after the last iteration, unless that was done already: a whole checkpoint is not touched."""
-        iteration, settings = self.trainer.iteration, self.config.checkpoint
-        if self._saved == iteration:
+        """Save the last whole iteration, unless that was done already: a whole checkpoint is not touched."""
+        iteration, settings = self.snapshot.iteration, self.config.checkpoint
+        if iteration is None or self._saved == iteration:
             return
-        save_checkpoint(self._checkpoints, iteration, self.pinned, self.state)
+        with saving():
+            save_checkpoint(self._checkpoints, iteration, self.pinned, self.snapshot.tensors())
         self._saved = iteration
         with writing(self._checkpoints):
             prune_checkpoints(self._checkpoints, iteration, settings.keep_last, settings.keep_every)
 
-    def _keep(self) -> None:
-        """Save what the last whole iteration left, where the weights are still of it."""
-        if self.ranks.first and self.trainer.iteration > 0 and not self._updating:
-            self._checkpoint()
+    def _keep(self, error: BaseException) -> None:
+        """Save the last whole iteration of a run that `error` ends, and say where it goes on."""
+        if not self.ranks.first:
+            return
+        done = self.snapshot.iteration or 0
+        if done:
+            try:
+                self._checkpoint()
+            except (StorageError, RuntimeError) as failure:  # the disk, or the device of a copy that was under way
+                self._say_what_is_left(failure)
+                return
+        how = f"stopped by {self.termination.name}" if isinstance(error, Terminated) else "stopped"
+        self.display.note(f"{how} after iteration {done}; `train --resume` goes on from there")
+
+    def _say_what_is_left(self, failure: Exception) -> None:
+        self.display.warn(f"what came after the last checkpoint is lost: {failure}")
+        if any(list_checkpoints(self._checkpoints)):
+            self.display.note("what was saved before is as it was; `train --resume` goes on from it")
 
     def _log(self, name: str, row: Metrics) -> None:
         if not self.ranks.first:
@@ -388,13 +408,3 @@ def _read_log(path: Path) -> list[Metrics]:
             except (ValueError, TypeError, KeyError) as error:
                 raise UserError(f"{path}:{number}: not a row of a log; remove this line and those after it") from error
     return rows
-
-
-def pinned(config: Config, dataset: SubjectDataset) -> dict[str, Any]:
-    """What decides the result of a run: fields by dotted name, and what its data hashes to, wherever that lies."""
-    flat = flatten(config.model_dump(mode="json"))
-    # A server may come back at another address; a model may not be another.
-    sides = {"rewards.prompt_model": config.rewards.prompt, "rewards.identity_model": config.rewards.identity}
-    moved = tuple(name for name, reward in sides.items() if reward == "remote")
-    fields = {name: value for name, value in flat.items() if not name.startswith((*MAY_CHANGE, *moved))}
-    return fields | {"data.sha256": dataset.sha256()}

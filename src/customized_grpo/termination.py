@@ -1,4 +1,4 @@
-"""SIGTERM in training: what is whole is kept, and the process ends with status 143."""
+"""Signals that end training: the last whole iteration is kept, and the process ends with status 128 + signal."""
 
 import signal
 import threading
@@ -7,49 +7,68 @@ from contextlib import contextmanager
 from types import FrameType
 
 STATUS = 128 + signal.SIGTERM
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+"""What schedulers send, Ctrl-C, and what a closed terminal sends."""
 
 
 class Terminated(BaseException):
-    """SIGTERM came, and the weights are those after the last whole iteration. No error: nothing is to catch it but the
-    run."""
+    """A signal asks the run to end. No error: nothing is to catch it but the run."""
 
 
 class Termination:
-    """Raises `Terminated` where SIGTERM finds the run, but for what must not be torn: then when that is done."""
+    """Raises `Terminated` where a signal finds the run; in a critical section, at its end."""
 
     def __init__(self) -> None:
         self._whole = 0
-        self._asked = self._deferred = False
+        self._number: int | None = None
+        self._deferred = False
 
     @property
     def asked(self) -> bool:
-        """Whether SIGTERM came, to this process or to another of the run."""
-        return self._asked
+        """Whether a signal came, to this process or to another of the run."""
+        return self._number is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a critical section runs, such as a save."""
+        return self._whole > 0
 
     @property
     def due(self) -> bool:
-        """Whether it came, and nothing has to be whole now."""
-        return self._asked and not self._whole
+        """Whether a signal came, and no critical section runs."""
+        return self.asked and not self.busy
+
+    @property
+    def name(self) -> str:
+        """The name of the signal that came; SIGTERM if another process of the run heard it."""
+        return signal.Signals(self._number or signal.SIGTERM).name
+
+    @property
+    def status(self) -> int:
+        """The status with which the process ends: 128 + signal."""
+        return 128 + (self._number or signal.SIGTERM)
 
     def defer(self) -> None:
-        """From now on `Terminated` is only raised by `poll`: where processes wait for each other, none leaves alone."""
+        """From now on raise `Terminated` in `poll` alone: where processes wait for each other, none leaves alone."""
         self._deferred = True
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Hear SIGTERM within. Only a main thread can; elsewhere nothing changes."""
+        """Hear SIGNALS within, but for those that are ignored, as under nohup. Only a main thread can hear."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGTERM, self._hear)
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._hear) for number in heard}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Within, this process waits for no other: `Terminated` is raised where SIGTERM finds it, deferred or not."""
+        """Within, this process waits for no other: `Terminated` is raised where a signal finds it, deferred or not."""
         before, self._deferred = self._deferred, False
         try:
             self.check()
@@ -59,7 +78,7 @@ class Termination:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """What is within is done or not done, never half; a SIGTERM that comes in it counts at its end."""
+        """Run a critical section: it is done or not done, never half. A signal that comes in it counts at its end."""
         self._whole += 1
         try:
             yield
@@ -68,17 +87,17 @@ class Termination:
         self.check()
 
     def check(self) -> None:
-        """Raise `Terminated` if SIGTERM came and nothing has to be whole now, unless that is deferred."""
+        """Raise `Terminated` if a signal came and no critical section runs, unless that is deferred."""
         if not self._deferred:
             self.poll()
 
     def poll(self) -> None:
-        """Raise `Terminated` if SIGTERM came and nothing has to be whole now."""
+        """Raise `Terminated` if a signal came and no critical section runs."""
         if self.due:
             raise Terminated
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._asked:
+        if self.asked:
             return  # once is enough: a second one must not tear the checkpoint that the first one asked for
-        self._asked = True
+        self._number = number
         self.check()

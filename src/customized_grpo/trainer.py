@@ -13,6 +13,7 @@ p <= P and b = p * G are those of this process.
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
@@ -37,6 +38,7 @@ from customized_grpo.config import AdvantagesConfig, Config
 from customized_grpo.data import SubjectDataset, batch_indices
 from customized_grpo.distributed import Ranks
 from customized_grpo.errors import TrainingError
+from customized_grpo.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
 from customized_grpo.policies import ConditionT, Policy, in_step
 from customized_grpo.randomness import generator
 from customized_grpo.rewards import Reward, Task, TellsFailure
@@ -63,6 +65,12 @@ def step_weights(config: AdvantagesConfig, num_steps: int) -> Tensor:
     return time_weights(num_steps, **config.tdw.model_dump())
 
 
+def matters(advantages: Tensor, kl_weight: float) -> Tensor:
+    """Return which samples [b] change the gradient: those with `advantages` [b, S] other than 0 at some step, and all
+    under a KL penalty. A silent group or an invalid sample costs no backward pass."""
+    return (advantages != 0).any(-1) | (kl_weight > 0)
+
+
 @dataclass
 class Trainer(Generic[ConditionT]):
     """One iteration at a time; `iteration` counts those done."""
@@ -85,6 +93,7 @@ class Trainer(Generic[ConditionT]):
             # On a GPU the usual way makes a copy as large as the weights at every step.
             fused=True if self.policy.device.type == "cuda" else None,
         )
+        self.ranks.reserve([parameter for _, parameter in self.policy.trainable_parameters()])
         rollout = self.config.rollout
         self.sigmas = self.policy.sigmas(rollout.num_steps, rollout.shift)
         self.weights = step_weights(self.config.advantages, rollout.num_steps)
@@ -103,7 +112,7 @@ class Trainer(Generic[ConditionT]):
         mine = self.ranks.share(config.rollout.prompts_per_iteration)
         plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
         with self.ranks.together():
-            with in_step(self.policy, self.ranks):
+            with in_step(self.policy, self.ranks), self._memory("drawing images", DRAWING):
                 clock.start("rollout")
                 task = self.task(iteration, mine)
                 condition = self.policy.encode(task.prompts, task.references)
@@ -112,7 +121,7 @@ class Trainer(Generic[ConditionT]):
                     seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
                 )  # fmt: skip
             clock.start("score")
-            with self.ranks.alone():
+            with self.ranks.alone(), self._memory("scoring images", SCORING):
                 rewards, valid = self.score(rollout.images, task)
 
         rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
@@ -208,19 +217,21 @@ class Trainer(Generic[ConditionT]):
         process has those of the prompts `mine`."""
         num_steps = len(plan.trained)
         low, high = (place * self.config.rollout.group_size for place in (mine.start, mine.stop))
+        matter = matters(advantages.flatten(0, 1)[low:high], self.config.objective.kl_weight)
         dealt = self._dealt(*advantages.shape[:2])
         updates = self.config.optimizer.updates_per_iteration
         flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
         parts: list[tuple[float, ...]] = []
         norms, losses = [], []
-        done, total = 0, (high - low) * num_steps
+        done, total = 0, int(matter.sum()) * num_steps
         for number, share in enumerate(dealt.tensor_split(updates)):
             # In the rollout's order: a micro-batch then holds one prompt and one step where it can, as there, and the
             # same kernels round alike.
             rows = share[(share >= low) & (share < high)].sort().values - low
+            rows = rows[matter[rows]]
             items = torch.cartesian_prod(torch.arange(num_steps), rows)
             loss = 0.0
-            with self.ranks.together(), in_step(self.policy, self.ranks):
+            with self.ranks.together(), in_step(self.policy, self.ranks), self._memory("computing gradients", UPDATING):
                 for chunk in items.split(self.config.optimizer.micro_batch) if len(items) else ():
                     result, kl = self._objective(rollout, plan, flat, chunk)
                     part = result.loss * (len(chunk) / (len(share) * num_steps))
@@ -230,12 +241,17 @@ class Trainer(Generic[ConditionT]):
                     parts.append((number, len(chunk), *map(float, ratios), kl))
                     done += len(chunk)
                     on_progress(done / total)
-            with self.ranks.together():
+            with self.ranks.together(), self._memory("updating the weights", UPDATING):
                 loss, norm = self._optimizer_step(loss, before_update)
             losses.append(loss)
             norms.append(norm)
         table = torch.tensor(parts, dtype=torch.float64).view(-1, len(PART))
         return _update_metrics(self.ranks.rows(table), losses, norms)
+
+    def _memory(self, doing: str, remedy: str) -> AbstractContextManager[None]:
+        return explain_out_of_memory(
+            f"{doing} in iteration {self.iteration + 1}", f"{remedy}, and go on with train --resume"
+        )
 
     def _dealt(self, prompts: int, size: int) -> Tensor:
         """The places [P * G] of all samples in an order that deals each group evenly over the updates: whatever groups
@@ -346,19 +362,22 @@ def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:
 
 
 def _update_metrics(parts: Tensor, losses: Sequence[float], norms: Sequence[float]) -> Metrics:
-    """`parts` [n, PART], those of all processes."""
+    """`parts` [n, PART], those of all processes; n is 0 where no sample matters, and what it measures NaN."""
     column = dict(zip(PART, parts.unbind(1), strict=True))
     first = column["update"] == 0
 
     def mean(name: str) -> float:
         return float((column[name] * column["size"]).sum() / column["size"].sum())
 
+    def least(values: Tensor) -> float:
+        return float(values.min()) if len(values) else math.nan
+
     return {
         "ratio/mean": mean("ratio/mean"),
-        "ratio/min": float(column["ratio/min"].min()),
-        "ratio/max": float(column["ratio/max"].max()),
-        "first_ratio/min": float(column["ratio/min"][first].min()),
-        "first_ratio/max": float(column["ratio/max"][first].max()),
+        "ratio/min": least(column["ratio/min"]),
+        "ratio/max": -least(-column["ratio/max"]),
+        "first_ratio/min": least(column["ratio/min"][first]),
+        "first_ratio/max": -least(-column["ratio/max"][first]),
         "clip_fraction": mean("clip_fraction"),
         "loss": sum(losses) / len(losses),
         "kl": mean("kl"),

@@ -12,14 +12,13 @@ from customized_grpo import build, runtime
 from customized_grpo.cli import main
 from customized_grpo.config import Config, RewardsConfig
 from customized_grpo.config_rewards import ENCODERS, READ_BY
-from customized_grpo.data import SubjectDataset
 from customized_grpo.errors import UserError
+from customized_grpo.fingerprints import pinned
 from customized_grpo.rewards import Task
 from customized_grpo.rewards import hpsv3 as hpsv3_module
 from customized_grpo.rewards.catalogue import load_hpsv3_reward, load_rewards
 from customized_grpo.rewards.serve import _reward
 from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
-from customized_grpo.session import pinned
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 URL = "http://127.0.0.1:9"
@@ -70,17 +69,17 @@ def config(policy: str = "flux1-kontext", **rewards: Any) -> Config:
 
 
 def test_a_run_may_go_on_elsewhere_but_not_in_another_precision() -> None:
-    fields = pinned(config(), SubjectDataset(Path(), [], 1, 1))
+    fields = pinned(config(), {})
     assert "rewards.device" not in fields and "rewards.precision" in fields
 
 
-def test_a_server_may_come_back_elsewhere_but_a_model_may_not_be_another() -> None:
+def test_a_server_may_come_back_elsewhere_but_its_model_may_not_be_another() -> None:
     def fields(**rewards: Any) -> dict[str, Any]:
-        return pinned(config(**rewards), SubjectDataset(Path(), [], 1, 1))
+        return pinned(config(**rewards), {})
 
     served = fields(prompt="remote", prompt_model="http://a:1", deadline=60)
     assert served == fields(prompt="remote", prompt_model="http://b:2", deadline=300)
-    assert served["rewards.prompt"] == "remote" and "rewards.identity_model" in served
+    assert served["rewards.prompt"] == "remote"
     judge = {"prompt": "vlm_judge", "identity": "vlm_judge"}
     first, second = ({"url": URL + path, "model": "m", "concurrency": n} for path, n in (("", 1), ("/other", 9)))
     assert fields(**judge, vlm_judge=first) == fields(**judge, vlm_judge=second)

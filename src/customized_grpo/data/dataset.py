@@ -56,16 +56,25 @@ class SubjectDataset:
         self._pictures = PictureCache(max_pixels, cache_bytes)
 
     @classmethod
-    def open(cls, folder: str | Path, max_pixels: int = MAX_PIXELS, cache_bytes: int = CACHE_BYTES) -> "SubjectDataset":
+    def open(
+        cls,
+        folder: str | Path,
+        max_pixels: int = MAX_PIXELS,
+        cache_bytes: int = CACHE_BYTES,
+        *,
+        decode: bool = True,
+    ) -> "SubjectDataset":
         """Read and check a dataset folder: each line, each path, and each distinct picture, decoded wholly.
 
-        `max_pixels` bounds a picture's height x width, `cache_bytes` the memory that holds resized pictures.
+        `max_pixels` bounds a picture's height x width, `cache_bytes` the memory that holds resized pictures. `decode`:
+        whether to look at the pictures, which one process of a machine does for all.
         Raises UserError listing what is wrong (the first 20, and how many): with the lines, or if these are
         right, with the pictures.
         """
         folder = Path(folder)
         entries = _read_metadata(folder)
-        _check_pictures(folder / METADATA, entries, max_pixels)
+        if decode:
+            _check_pictures(folder / METADATA, entries, max_pixels)
         return cls(folder, [sample for _, sample in entries], max_pixels, cache_bytes)
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.distributed import Ranks
+from customized_grpo.memory import DRAWING, SCORING, explain_out_of_memory
 from customized_grpo.policies import ConditionT, Policy, References, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards import Reward, Scores, Task
@@ -69,7 +70,7 @@ def evaluate(
     own = samples[mine.start : mine.stop]
     with ranks.together():
         images, metrics = torch.zeros(0, 3, *policy.size), None
-        with in_step(policy, ranks):
+        with in_step(policy, ranks), explain_out_of_memory("drawing images to evaluate", DRAWING):
             references = dataset.references(samples, policy.prepare_reference)
             task = Task(
                 [sample.prompt for sample in own],
@@ -82,7 +83,7 @@ def evaluate(
                 sigmas = policy.sigmas(num_steps, shift)
                 images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
-            with ranks.alone():
+            with ranks.alone(), explain_out_of_memory("scoring images to evaluate", SCORING):
                 metrics = measure(images, task, rewards, judge)
     names = (*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS) if judge else REWARD_METRICS
     table = ranks.rows(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))

@@ -12,7 +12,7 @@ from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.display import Display, Stages
 from customized_grpo.errors import UserError
 from customized_grpo.rollout import sample_ode
-from customized_grpo.runtime import configure
+from customized_grpo.runtime import configure, keep_freed_memory
 from customized_grpo.toybox.copying import COPIED
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
@@ -64,6 +64,7 @@ def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int |
     if only is None and output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output: {output} is not empty; name a new folder, or say with --only what to make anew")
     configure(threads)
+    keep_freed_memory()
     output.mkdir(parents=True, exist_ok=True)
     with display.stages() as stages:
         for name, offset in STAGES.items():

@@ -1,0 +1,32 @@
+"""Words for memory that runs out, on a GPU or on the host."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from customized_grpo.errors import TrainingError, first_line
+
+MARKS = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch writes where an allocation fails: CUDA's allocator, the CPU's on two systems, and cuBLAS."""
+
+DRAWING = "Lower rollout.micro_batch (and, for a first-pass ratio of 1, optimizer.micro_batch with it)"
+SCORING = "Lower rewards.micro_batch, or set rewards.device to another device or to cpu"
+UPDATING = "Lower optimizer.micro_batch (and rollout.micro_batch with it), or set policy.gradient_checkpointing to true"
+"""What to do where memory runs out. A resumed run may change all of these settings."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` says that an allocation failed. Loads no torch, whose error is a RuntimeError."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
+
+
+@contextmanager
+def explain_out_of_memory(doing: str, remedy: str) -> Iterator[None]:
+    """Turn a failed allocation within into a `TrainingError`: what was being done, and which settings lower it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(f"out of memory while {doing} ({first_line(error)}). {remedy}") from error
