@@ -14,7 +14,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -177,6 +177,7 @@ def test_json_that_is_no_request_is_refused(body: bytes, status: int, start: Cal
     assert httpx2.post(start() + "/score", content=body).status_code == status
 
 
+@settings(deadline=None)
 @given(data=st.data())
 def test_a_damaged_png_is_refused_or_read(data: st.DataObject) -> None:
     buffer = io.BytesIO()

@@ -1,6 +1,6 @@
 """Groups are split into requests within a server's limits."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customized_grpo.rewards.splitting import UNLIMITED, RequestSize, split
@@ -15,6 +15,7 @@ def batches(draw: st.DrawFn) -> tuple[list[RequestSize], list[list[RequestSize]]
     return shared, [[RequestSize(1, 4, draw(SMALL)) for _ in range(group_size)] for _ in range(groups)]
 
 
+@settings(deadline=None)
 @given(batch=batches(), images=SMALL, pixels=st.integers(4, 80), size=st.integers(2, 80))
 def test_parts_are_all_images_in_order_within_the_limit(
     batch: tuple[list[RequestSize], list[list[RequestSize]]], images: int, pixels: int, size: int

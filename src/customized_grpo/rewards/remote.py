@@ -91,10 +91,12 @@ class _EncodedBatch:
 
     @classmethod
     def of(cls, images: Tensor, task: Task) -> "_EncodedBatch":
-        rows = [list(group) for group in images]
-        unique = {id(picture): picture for row in chain(rows, task.references, task.masks or ()) for picture in row}
+        rows, references = [list(group) for group in images], [list(row) for row in task.references]
+        masks = None if task.masks is None else [list(row) for row in task.masks]
+        unique = {id(picture): picture for row in chain(rows, references, masks or ()) for picture in row}
         with ThreadPoolExecutor(ENCODING_THREADS) as pool:
-            return cls(rows, task, dict(zip(unique, pool.map(encoded, unique.values()), strict=True)))
+            texts = dict(zip(unique, pool.map(encoded, unique.values()), strict=True))
+        return cls(rows, Task(task.prompts, references, masks), texts)
 
     def payload(self, part: Part) -> dict[str, Any]:
         """What is posted to /score for `part`."""
