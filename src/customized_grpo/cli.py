@@ -238,6 +238,7 @@ def _prepare(options: Namespace) -> None:
 
 
 def _serve_reward(options: Namespace) -> None:
+    from customized_grpo.rewards.score_request import Limits
     from customized_grpo.rewards.serve import serve
 
     settings = {name: options[name] for name in ("device", "precision", "micro_batch", "identity_reference")}
@@ -249,7 +250,8 @@ def _serve_reward(options: Namespace) -> None:
             settings.setdefault(options.name, {})[part] = options[part]
     serve(
         options.name, options.model, settings, (options.host, options.port),
-        max_images=options.max_images, max_bytes=options.max_bytes, on_ready=lambda text: print(text, flush=True),
+        Limits(options.max_images, options.max_pixels, options.max_bytes),
+        on_ready=lambda text: print(text, flush=True),
     )  # fmt: skip
 
 
