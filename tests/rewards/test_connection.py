@@ -9,11 +9,12 @@ from typing import Any
 
 import httpx2
 import pytest
+from huggingface_hub import constants
 
+from customized_grpo import connection
 from customized_grpo.cli import main
+from customized_grpo.connection import parsed_address, route_to
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import connection
-from customized_grpo.rewards.connection import parsed_address, route_to
 from customized_grpo.rewards.transport import Transport, Unavailable
 
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
@@ -147,7 +148,7 @@ def test_a_bad_proxy_is_told_by_its_variable(
 
 def test_a_socks_proxy_without_its_package_is_told_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks5://proxy:1080")
-    monkeypatch.setattr(connection.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(connection, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"^ALL_PROXY: .* SOCKS proxy .* pip install 'customized-grpo\[socks\]'"):
         transport(AWAY)
 
@@ -206,3 +207,36 @@ def test_the_command_names_the_variable(
 def test_what_is_no_address_of_a_server(url: str) -> None:
     with pytest.raises(UserError, match=r"^rewards\.vlm_judge\.url: .* is no address .*expected http://host:port/path"):
         parsed_address("rewards.vlm_judge.url", url)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("ALL_PROXY", "socks5://proxy:1"), ("http_proxy", "socks4://proxy"), ("SSL_CERT_FILE", "/nowhere.pem")],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        [
+            "--policy.kind=flux1-kontext",
+            "--policy.model=nobody/x",
+            "--rewards.prompt=clip_t",
+            "--rewards.identity=dino",
+        ],
+        ["--rewards.identity=dino", "--rewards.identity_model=nobody/x"],
+        ["--rewards.prompt=hpsv2", "--rewards.prompt_model=nobody/x"],
+        ["--rewards.prompt=hpsv3"],
+    ],
+    ids=["policy", "encoder", "hpsv2", "hpsv3"],
+)
+def test_the_hub_is_not_asked_over_a_bad_way(
+    options: list[str], variable: str, value: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toybox_data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(connection, "find_spec", lambda name: None)
+    monkeypatch.setattr("customized_grpo.rewards.hpsv3.read_instruction", lambda path: "")
+    monkeypatch.setenv(variable, value)
+    folders = [f"--data.path={toybox_data / 'train'}", f"--output={tmp_path / 'run'}", "--evaluation.judge=none"]
+    with pytest.raises(SystemExit) as ended:
+        main(["train", *folders, *options])
+    assert ended.value.code == 2 and f"error: {variable}: " in capsys.readouterr().err

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
 from torch import Tensor
 
+from customized_grpo.connection import check_hub
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import uno
 from customized_grpo.policies.family import Family
@@ -170,6 +171,7 @@ def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> Non
 
 
 def _download(model: str, weights: bool) -> Path:
+    check_hub()
     try:
         if not weights:
             return Path(snapshot_download(model, allow_patterns=["*.json"]))
@@ -199,6 +201,7 @@ def locate_file(name: str, field: str) -> Path:
             f"{field}: {name} is neither a file nor owner/name/file.safetensors on the hub; note that only safetensors "
             "files are read"
         )
+    check_hub()
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:

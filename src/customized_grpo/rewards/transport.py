@@ -19,9 +19,9 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from customized_grpo.connection import Route, open_client, parsed_address, route_to
 from customized_grpo.errors import UserError
 from customized_grpo.rewards.answers import Answer, Failure, content_of
-from customized_grpo.rewards.connection import Route, open_client, parsed_address, route_to
 
 PASSING = (408, 425, 429)
 """Statuses, beside 5xx, of what another try may mend."""

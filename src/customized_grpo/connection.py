@@ -1,19 +1,20 @@
-"""The way to a scorer's server: the proxy and the certificates that the environment names.
+"""The way to a server: the proxy and the certificates that the environment names.
 
 The variables are those that curl and Python's urllib read: http_proxy, https_proxy, all_proxy and no_proxy, in small or
 large letters, SSL_CERT_FILE and SSL_CERT_DIR. What is wrong with one is an error that names it, before any work.
 """
 
-import importlib.util
 import os
 import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from ipaddress import ip_address, ip_network
 from urllib.request import getproxies
 
 import httpx2
+from huggingface_hub import constants
 
 from customized_grpo.errors import UserError
 
@@ -54,10 +55,20 @@ def route_to(address: httpx2.URL) -> Route:
     port = address.port or (443 if address.scheme == "https" else 80)
     if scheme is None or _is_local(address.host) or _is_exempt(address.host, port, proxies.get("no", "")):
         return Route()
-    url = proxies[scheme]
-    names = (f"{scheme}_proxy", f"{scheme}_proxy".upper())
-    variable = next((name for name in names if os.environ.get(name) == url), f"{scheme}_proxy (of the system)")
-    return Route(_proxy(variable, url if "://" in url else f"http://{url}"), variable)
+    return _through(scheme, proxies[scheme])
+
+
+def check_hub() -> None:
+    """Raise `UserError`, naming the variable, where the client of the Hugging Face hub cannot be made: it reads all
+    proxies of the environment, and fails on any that it cannot use."""
+    if constants.HF_HUB_OFFLINE:
+        return
+    proxies = getproxies()
+    if "*" not in (entry.strip() for entry in proxies.get("no", "").split(",")):
+        for scheme in ("http", "https", "all"):
+            if proxies.get(scheme):
+                _through(scheme, proxies[scheme])
+    _certificates()
 
 
 def open_client(address: httpx2.URL, route: Route, headers: dict[str, str]) -> httpx2.Client:
@@ -66,6 +77,13 @@ def open_client(address: httpx2.URL, route: Route, headers: dict[str, str]) -> h
     # Without TLS no certificate is looked at, and reading them all takes a while.
     trusted = _certificates() if "https" in (address.scheme, through) else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     return httpx2.Client(headers=headers, verify=trusted, proxy=route.proxy, trust_env=False, limits=NO_LIMITS)
+
+
+def _through(scheme: str, url: str) -> Route:
+    """The way through the proxy that is named for a scheme."""
+    names = (f"{scheme}_proxy", f"{scheme}_proxy".upper())
+    variable = next((name for name in names if os.environ.get(name) == url), f"{scheme}_proxy (of the system)")
+    return Route(_proxy(variable, url if "://" in url else f"http://{url}"), variable)
 
 
 def _proxy(variable: str, url: str) -> httpx2.Proxy:
@@ -81,7 +99,7 @@ def _proxy(variable: str, url: str) -> httpx2.Proxy:
             f"{', '.join(f'{name}://host:port' for name in SCHEMES)}; correct it, unset it, or name the server in "
             "NO_PROXY"
         ) from error
-    if proxy.url.scheme.startswith("socks") and importlib.util.find_spec("socksio") is None:
+    if proxy.url.scheme.startswith("socks") and find_spec("socksio") is None:
         raise UserError(
             f"{variable}: the environment variable names a SOCKS proxy ({shown}), which needs the package socksio; "
             "install it with: pip install 'customized-grpo[socks]'; or unset the variable, or name the server in "
