@@ -39,6 +39,11 @@ class Evaluation:
         """The mean of each metric over the pairs whose reward could be computed."""
         return {name: float(values.nanmean()) for name, values in self.metrics.items()}
 
+    def missing_share(self) -> float:
+        """The share of the rewards, in [0, 1], that could not be computed."""
+        values = torch.stack([self.metrics[name] for name in REWARD_METRICS])
+        return float(values.isnan().float().mean())
+
     def records(self) -> list[dict[str, Any]]:
         """One JSON object for each pair."""
         rows = []

@@ -81,7 +81,7 @@ def parse(answer: Any) -> tuple[float, float]:
     except (KeyError, IndexError, TypeError, AttributeError):
         raise Unreadable("is no chat completion", json.dumps(answer)) from None
     finished = choice.get("finish_reason")
-    reason = f" (finish_reason: {finished})" if isinstance(finished, str) and finished != "stop" else ""
+    reason = f" (finish_reason: {finished[:40]})" if isinstance(finished, str) and finished != "stop" else ""
     thought = _text(message.get("reasoning_content")) or _text(message.get("reasoning"))
     if isinstance(finished, str) and finished.lower() in CUT:
         raise Unreadable(f"was cut off{reason}", said or thought, cut=True)

@@ -155,6 +155,7 @@ class VlmJudge:
 
     def _told(self, last: Unreadable, attempts: int) -> str:
         words = " ".join(self._transport.without_token(last.words).split())[:QUOTED]
+        problem = self._transport.without_token(last.problem)
         remedy = ""
         if last.cut:
             remedy = (
@@ -163,7 +164,7 @@ class VlmJudge:
             )
         return (
             f"{self._transport.field_name}: {self._settings.model} gave {attempts} answers without two whole numbers "
-            f"from 0 to {BEST}; the last {last.problem}: {words!r}{remedy}"
+            f"from 0 to {BEST}; the last {problem}: {words!r}{remedy}"
         )
 
 
