@@ -36,6 +36,15 @@ def test_checkpoint_cost_of_one_iteration(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_save_of_a_given_size(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint_cost.py"), "--gigabytes", "0.01", "--json"]
+    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert 0.0095 < figures["size of a checkpoint, GB"] < 0.0105 and figures["seconds of a save"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_a_soak_of_one_episode(tmp_path: Path) -> None:
     options = [
