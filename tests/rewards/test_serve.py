@@ -357,7 +357,7 @@ def test_headers_that_do_not_come_are_not_waited_for(beginning: bytes, start: Ca
 
 def test_one_connection_too_many_is_closed(start: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "CONNECTIONS", 2)
-    url = start()
+    url = start(patience=10 * WAIT)
     with closing(connected(url)), closing(connected(url)), closing(connected(url)) as third:
         assert third.recv(1) == b""
     assert client_when_free(url).score(*batch()).valid.all()

@@ -104,12 +104,14 @@ _Rows = list[list[_Picture]]
 class _EncodedBatch:
     """Images and their task, with every picture encoded once, however many groups and requests hold it."""
 
-    prompts: Sequence[str]
-    images: _Rows
+    images: Tensor
+    """[P, G, 3, H, W]"""
+    task: Task
+    image_rows: _Rows
     """[P][G]"""
-    references: _Rows
+    reference_rows: _Rows
     """[P][K]"""
-    masks: _Rows | None
+    mask_rows: _Rows | None
     """[P][K]"""
 
     @classmethod
@@ -118,7 +120,7 @@ class _EncodedBatch:
             found = pool.map(_Picture.of, images.flatten(0, 1))
             shared = _SharedPictures(pool)
             references, masks = shared.rows(task.references), None if task.masks is None else shared.rows(task.masks)
-            return cls(task.prompts, [[next(found) for _ in group] for group in images], references, masks)
+            return cls(images, task, [[next(found) for _ in group] for group in images], references, masks)
 
     def payload(self, part: Part) -> dict[str, Any]:
         """What is posted to /score for `part`."""
@@ -128,21 +130,22 @@ class _EncodedBatch:
             return [[picture.text for picture in pictures[p][columns]] for p in rows]
 
         return {
-            "prompts": [self.prompts[p] for p in rows],
-            "images": texts(self.images, slice(columns.start, columns.stop)),
-            "references": texts(self.references),
-            "masks": None if self.masks is None else texts(self.masks),
+            "prompts": [self.task.prompts[p] for p in rows],
+            "images": texts(self.image_rows, slice(columns.start, columns.stop)),
+            "references": texts(self.reference_rows),
+            "masks": None if self.mask_rows is None else texts(self.mask_rows),
         }
 
     def sizes(self) -> tuple[list[RequestSize], list[list[RequestSize]]]:
         """Sizes in a request of what each group shares [P], and of its images [P][G]."""
-        masks = self.masks if self.masks is not None else [[] for _ in self.prompts]
+        prompts = self.task.prompts
+        masks = self.mask_rows if self.mask_rows is not None else [[] for _ in prompts]
         shared = []
-        for prompt, *rows in zip(self.prompts, self.references, masks, strict=True):
+        for prompt, *rows in zip(prompts, self.reference_rows, masks, strict=True):
             # Escaped, a prompt is at least as long as in UTF-8.
             rest = RequestSize(bytes=ENVELOPE + len(json.dumps(prompt)))
             shared.append(sum((picture.size() for row in rows for picture in row), rest))
-        return shared, [[image.size(images=1) for image in row] for row in self.images]
+        return shared, [[image.size(images=1) for image in row] for row in self.image_rows]
 
 
 class _SharedPictures:
