@@ -321,7 +321,7 @@ def _payload(**changes: Any) -> dict[str, Any]:
         ({"images": [["not base64!"]]}, 400, "not a request for scores"),
         ({"images": [["aGVsbG8="]]}, 400, "pictures are PNGs"),
         ({"images": [[encoded(torch.rand(3, 4, 4)), encoded(torch.rand(3, 5, 4))]]}, 400, "all of one size"),
-        ({"images": [[encoded(torch.zeros(3, 1, 5000))]]}, 400, "5000x1; 4096 is the longest side taken"),
+        ({"images": [[encoded(torch.zeros(3, 1, 5000))]]}, 400, "5000x1; a side is at most 32 times the other"),
         ({"prompts": ["a", "b"]}, 400, "differ in number"),
         ({"prompts": [7]}, 400, "prompts are strings"),
         ({"references": None}, 400, "not a request for scores"),

@@ -101,12 +101,23 @@ def request(**changes: Any) -> dict[str, Any]:
     return {"prompts": ["a"], "images": [[picture]], "references": [[picture]], "masks": None} | changes
 
 
+def chunk(name: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4) + name + content + zlib.crc32(name + content).to_bytes(4)
+
+
+def header(width: int, height: int) -> bytes:
+    return chunk(b"IHDR", width.to_bytes(4) + height.to_bytes(4) + bytes([8, 0, 0, 0, 0]))
+
+
 def png(width: int, height: int, *more: bytes) -> str:
-    """The base64 of a PNG that ends after its header, and further chunks."""
-    header = b"IHDR" + width.to_bytes(4) + height.to_bytes(4) + bytes([8, 0, 0, 0, 0])
-    chunks = (header, *more)
-    data = b"".join((len(chunk) - 4).to_bytes(4) + chunk + zlib.crc32(chunk).to_bytes(4) for chunk in chunks)
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + data).decode()
+    """The base64 of a greyscale PNG that has no pixels."""
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header(width, height) + b"".join(more)).decode()
+
+
+def two_headers(width: int, height: int) -> str:
+    """A PNG that says 8 x 8 at first, with the pixels of the size that it says afterwards."""
+    pixels = chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return png(8, 8, header(width, height), pixels)
 
 
 def connected(url: str) -> socket.socket:
@@ -141,8 +152,10 @@ def test_pixels_are_counted_before_anything_is_decoded(name: str, start: Callabl
     ("changes", "status", "said"),
     [
         ({"images": [[png(8, 8)]]}, 400, "not a request for scores"),
-        ({"images": [[png(8, 8, b"IHDR" + bytes([0, 0, 1, 0] * 2 + [8, 0, 0, 0, 0]))]]}, 400, "not a request"),
+        ({"images": [[two_headers(9, 9)]]}, 400, "a picture has two headers"),
+        ({"images": [[two_headers(20000, 20000)]]}, 400, "not a request for scores"),
         ({"images": [[png(4000, 4)]]}, 400, "a picture of 4000x4; a side is at most 32 times the other"),
+        ({"images": [[png(9000, 9000)]]}, 400, "a picture of 9000x9000, more than 50,000,000 pixels"),
         ({"images": [[png(0, 0)]]}, 400, "not a request for scores"),
         ({"references": [[encoded(torch.rand(1, 1, 1))] * 4097]}, 413, "4097 references and masks, and 4096 are taken"),
         ({"prompts": ["x" * 2**17]}, 400, "at most 65536 characters"),
@@ -245,7 +258,8 @@ def test_an_image_that_the_server_never_takes_is_told_at_once(
 
 def test_each_picture_is_encoded_once(start: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     images, task = batch(groups=4)
-    task = Task(task.prompts, [task.references[0]] * 4, None)
+    # As if each were read from the same file.
+    task = Task(task.prompts, [[task.references[0][0].clone()] for _ in range(4)], None)
     seen: list[Tensor] = []
     monkeypatch.setattr(remote, "encoded", lambda picture: (seen.append(picture), encoded(picture))[1])
     reward = Brightness()
@@ -343,7 +357,7 @@ def test_headers_that_do_not_come_are_not_waited_for(beginning: bytes, start: Ca
 
 def test_one_connection_too_many_is_closed(start: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "CONNECTIONS", 2)
-    url = start()
+    url = start(patience=10 * WAIT)
     with closing(connected(url)), closing(connected(url)), closing(connected(url)) as third:
         assert third.recv(1) == b""
     assert client_when_free(url).score(*batch()).valid.all()

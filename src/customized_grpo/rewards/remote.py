@@ -8,14 +8,15 @@ TOKEN`.
 """
 
 import base64
+import hashlib
 import io
 import json
 import math
 import os
+import threading
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
+from customized_grpo.policies import References
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rewards.splitting import UNLIMITED, Part, RequestSize, split
 from customized_grpo.rewards.transport import Refused, Scoring, Transport, Unavailable
@@ -120,51 +122,92 @@ class RemoteReward:
 
 
 @dataclass(frozen=True)
+class _Picture:
+    """A picture as it is sent."""
+
+    text: str
+    pixels: int
+
+    @classmethod
+    def of(cls, picture: Tensor) -> "_Picture":
+        return cls(encoded(picture), picture.shape[-2] * picture.shape[-1])
+
+    def size(self, images: int = 0) -> RequestSize:
+        # Two quotes, a comma and a space.
+        return RequestSize(images, self.pixels, len(self.text) + 4)
+
+
+_Rows = list[list[_Picture]]
+
+
+@dataclass(frozen=True)
 class _EncodedBatch:
     """Images and their task, with every picture encoded once, however many groups and requests hold it."""
 
-    images: list[list[Tensor]]
-    """[P][G]"""
+    images: Tensor
+    """[P, G, 3, H, W]"""
     task: Task
-    texts: dict[int, str]
-    """Base64 of PNGs by the `id` of their tensor."""
+    image_rows: _Rows
+    """[P][G]"""
+    reference_rows: _Rows
+    """[P][K]"""
+    mask_rows: _Rows | None
+    """[P][K]"""
 
     @classmethod
     def of(cls, images: Tensor, task: Task) -> "_EncodedBatch":
-        rows, references = [list(group) for group in images], [list(row) for row in task.references]
-        masks = None if task.masks is None else [list(row) for row in task.masks]
-        unique = {id(picture): picture for row in chain(rows, references, masks or ()) for picture in row}
         with ThreadPoolExecutor(ENCODING_THREADS) as pool:
-            texts = dict(zip(unique, pool.map(encoded, unique.values()), strict=True))
-        return cls(rows, Task(task.prompts, references, masks), texts)
+            found = pool.map(_Picture.of, images.flatten(0, 1))
+            shared = _SharedPictures(pool)
+            references, masks = shared.rows(task.references), None if task.masks is None else shared.rows(task.masks)
+            return cls(images, task, [[next(found) for _ in group] for group in images], references, masks)
 
     def payload(self, part: Part) -> dict[str, Any]:
         """What is posted to /score for `part`."""
         rows, columns = part
+
+        def texts(pictures: _Rows, columns: slice = slice(None)) -> list[list[str]]:
+            return [[picture.text for picture in pictures[p][columns]] for p in rows]
+
         return {
             "prompts": [self.task.prompts[p] for p in rows],
-            "images": [self._texts([self.images[p][g] for g in columns]) for p in rows],
-            "references": [self._texts(self.task.references[p]) for p in rows],
-            "masks": None if self.task.masks is None else [self._texts(self.task.masks[p]) for p in rows],
+            "images": texts(self.image_rows, slice(columns.start, columns.stop)),
+            "references": texts(self.reference_rows),
+            "masks": None if self.mask_rows is None else texts(self.mask_rows),
         }
 
     def sizes(self) -> tuple[list[RequestSize], list[list[RequestSize]]]:
         """Sizes in a request of what each group shares [P], and of its images [P][G]."""
+        prompts = self.task.prompts
+        masks = self.mask_rows if self.mask_rows is not None else [[] for _ in prompts]
         shared = []
-        for p, prompt in enumerate(self.task.prompts):
-            pictures = (*self.task.references[p], *(self.task.masks[p] if self.task.masks is not None else ()))
+        for prompt, *rows in zip(prompts, self.reference_rows, masks, strict=True):
             # Escaped, a prompt is at least as long as in UTF-8.
             rest = RequestSize(bytes=ENVELOPE + len(json.dumps(prompt)))
-            shared.append(sum(map(self._size, pictures), rest))
-        one = RequestSize(images=1)
-        return shared, [[self._size(image) + one for image in row] for row in self.images]
+            shared.append(sum((picture.size() for row in rows for picture in row), rest))
+        return shared, [[image.size(images=1) for image in row] for row in self.image_rows]
 
-    def _texts(self, pictures: Sequence[Tensor]) -> list[str]:
-        return [self.texts[id(picture)] for picture in pictures]
 
-    def _size(self, picture: Tensor) -> RequestSize:
-        # Two quotes, a comma and a space.
-        return RequestSize(0, picture.shape[-2] * picture.shape[-1], len(self.texts[id(picture)]) + 4)
+class _SharedPictures:
+    """Encodes the references and masks of several groups, each picture once."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool, self._known = pool, dict[tuple[torch.Size, bytes], Future[_Picture]]()
+        # Pictures may be read from files one by one: few are in memory at once.
+        self._room = threading.Semaphore(2 * ENCODING_THREADS)
+
+    def rows(self, pictures: References) -> _Rows:
+        found = [[self._begun(picture) for picture in row] for row in pictures]
+        return [[future.result() for future in row] for row in found]
+
+    def _begun(self, picture: Tensor) -> "Future[_Picture]":
+        content = hashlib.blake2b(picture.contiguous().cpu().numpy().data, digest_size=16).digest()
+        key = (picture.shape, content)
+        if key not in self._known:
+            self._room.acquire()
+            self._known[key] = self._pool.submit(_Picture.of, picture)
+            self._known[key].add_done_callback(lambda _: self._room.release())
+        return self._known[key]
 
 
 def encoded(image: Tensor) -> str:

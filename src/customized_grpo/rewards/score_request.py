@@ -17,15 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from customized_grpo.data.images import BROKEN
+from customized_grpo.data.images import BROKEN, MAX_PIXELS
 from customized_grpo.errors import first_line
 from customized_grpo.rewards import Task
 
 HEADER = struct.Struct(">8s4x4sII")
 """How a PNG begins: signature, length of its first chunk, name of that chunk, width and height."""
 PNG = (b"\x89PNG\r\n\x1a\n", b"IHDR")
-MAX_SIDE = 4096
-"""Pixels of the longer side of a picture."""
 MAX_ASPECT = 32
 """Longer side by shorter side: encoders resize the shorter side to a fixed size, so the longer one grows with this."""
 MAX_PROMPT = 2**16
@@ -140,8 +138,8 @@ def _size(text: str) -> tuple[int, int]:
     if len(start) < HEADER.size or HEADER.unpack_from(start)[:2] != PNG:
         raise ValueError("pictures are PNGs")
     width, height = HEADER.unpack_from(start)[2:]
-    if max(width, height) > MAX_SIDE:
-        raise ValueError(f"a picture of {width}x{height}; {MAX_SIDE} is the longest side taken")
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"a picture of {width}x{height}, more than {MAX_PIXELS:,} pixels")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise ValueError(f"a picture of {width}x{height}; a side is at most {MAX_ASPECT} times the other")
     return width, height

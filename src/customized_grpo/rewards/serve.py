@@ -49,6 +49,7 @@ class RewardServer(ThreadingHTTPServer):
     """Serves `reward` under `name`, within `limits`."""
 
     daemon_threads = True
+    request_queue_size = CONNECTIONS
 
     def __init__(
         self, address: tuple[str, int], reward: Reward, name: str, limits: Limits, token: str | None = None

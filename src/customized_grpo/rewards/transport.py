@@ -133,7 +133,7 @@ class Transport:
         scoring = scoring or self.scoring()
         if scoring.is_over():
             raise Unavailable(f"{self.field_name}: {self.url} was not asked any more in this scoring")
-        body = json.dumps(payload).encode()
+        body = json.dumps(payload, separators=(",", ":")).encode()
         reasons: dict[str, str] = {}
         with scoring.question() as end:
 
