@@ -134,6 +134,7 @@ def test_scores_that_are_missing_are_told_with_their_reason(
         run_training(config)
         said = display.console.file.getvalue().replace("\n", " ")
         assert re.search(f"WARNING: iteration 1: 12.5% of the {reason}; they count in no", said)
+        assert re.search(f"WARNING: validation after iteration 1: 50.0% of the {reason}; its means are of", said)
 
 
 def test_an_iteration_that_teaches_nothing_is_told(

@@ -191,7 +191,7 @@ def _tell(what: str, path: Path | None) -> None:
 def _differing(config: Section) -> str:
     """Names of the fields that are not as they are left out."""
     usual = flatten(type(config)().model_dump())
-    return ", ".join(name for name, value in flatten(config.model_dump()).items() if value != usual[name])
+    return ", ".join(name for name, value in flatten(config.model_dump()).items() if value != usual.get(name))
 
 
 def _figures(options: Namespace) -> None:
@@ -248,6 +248,7 @@ def _prepare(options: Namespace) -> None:
 
 
 def _serve_reward(options: Namespace) -> None:
+    from customized_grpo.rewards.score_request import Limits
     from customized_grpo.rewards.serve import serve
 
     settings = {name: options[name] for name in ("device", "precision", "micro_batch", "identity_reference")}
@@ -259,7 +260,8 @@ def _serve_reward(options: Namespace) -> None:
             settings.setdefault(options.name, {})[part] = options[part]
     serve(
         options.name, options.model, settings, (options.host, options.port),
-        max_images=options.max_images, max_bytes=options.max_bytes, on_ready=lambda text: print(text, flush=True),
+        Limits(options.max_images, options.max_pixels, options.max_bytes),
+        on_ready=lambda text: print(text, flush=True),
     )  # fmt: skip
 
 

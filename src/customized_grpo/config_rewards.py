@@ -1,12 +1,13 @@
 """The settings of the rewards. Nothing here loads torch."""
 
+import json
 import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from customized_grpo.section import ReadWith, Section, Share
 
@@ -46,6 +47,38 @@ class VlmJudgeConfig(Section):
     """How often an image is asked about whose answers hold no scores."""
     reasoning: bool = False
     """Have the model reason before it scores: slower, and steadier."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest answer in tokens, a thought included; unset: 60, with reasoning 400. A model that thinks takes more."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """What the server calls that limit; OpenAI's newer models: max_completion_tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """Of the first try at an image. Further tries, which show the model its unusable answer, are at 0.7 at least."""
+    omit: tuple[Literal["temperature", "seed", "max_tokens"], ...] = ()
+    """Fields that the server does not take: they are left out of every question, as [temperature, seed]."""
+    extra_body: dict[str, Any] = Field({})
+    """Further fields of every question, as {chat_template_kwargs: {enable_thinking: false}}. They are written down with
+    the configuration, so nothing secret belongs here."""
+
+    @field_validator("extra_body")
+    @classmethod
+    def _can_be_sent(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        for name in fields:
+            if name in ("model", "temperature", "max_tokens", "max_completion_tokens"):
+                raise ValueError(f"{name} has a setting of its own in this section; leave it out here")
+            if name in ("messages", "seed", "stream", "n"):
+                raise ValueError(f"{name} is set by the judge itself, which reads one whole answer; leave it out")
+        try:
+            json.dumps(fields, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the fields are sent as JSON, which they cannot be written as ({error})") from error
+        return fields
+
+    @model_validator(mode="after")
+    def _sent(self) -> "VlmJudgeConfig":
+        for name, fields in {"temperature": ("temperature",), "max_tokens": ("max_tokens", "max_tokens_field")}.items():
+            if name in self.omit and any(self.is_given(field) for field in fields):
+                raise ValueError(f"omit: {name} is left out of every question, and set all the same; choose one")
+        return self
 
 
 class HPSv2Config(Section):
@@ -96,7 +129,8 @@ class RewardsConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """In what pretrained encoders and HPSv3 compute; auto: HPSv3 in bf16 on CUDA, everything else in fp32."""
     deadline: float = Field(120.0, gt=0)
-    """vlm_judge, remote: seconds in which an answer must come, tries again included; after that there is no score."""
+    """vlm_judge, remote: seconds in which each answer must come, further tries included; without it, there is no score.
+    When a server has answered nothing for so long, the rest of that scoring (a batch of images) is not asked."""
     hpsv2: HPSv2Config = HPSv2Config()
     """HPSv2, where it is the prompt reward."""
     hpsv3: HPSv3Config = HPSv3Config()

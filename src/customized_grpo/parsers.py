@@ -210,7 +210,7 @@ def _serve_parser() -> ArgumentParser:
     serve = Parser(
         description="Serve a reward over HTTP; a trainer reaches it by rewards.prompt (or identity) = remote and the "
         "URL in rewards.prompt_model. With the environment variable CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, "
-        "requests without that token are refused.",
+        "requests without that token are refused; needed wherever other machines reach the server.",
     )
     serve.add_argument(
         "name", type=str, help="hpsv3, hpsv2, dino, clip_i, clip_t, siglip, pickscore, or python:module.function"
@@ -222,9 +222,14 @@ def _serve_parser() -> ArgumentParser:
     serve.add_argument(
         "--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: hpsv3 in bf16 on CUDA, else fp32"
     )
-    serve.add_argument("--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    serve.add_argument(
+        "--host", type=str, default="127.0.0.1", help="address to listen on; 0.0.0.0 for all, with a token"
+    )
     serve.add_argument("--port", type=int, default=8321, help="port to listen on; 0 for a free one")
     serve.add_argument("--max_images", type=int, default=256, help="most images in a request")
+    serve.add_argument(
+        "--max_pixels", type=int, default=2**27, help="most pixels in a request, of images, references and masks"
+    )
     serve.add_argument("--max_bytes", type=int, default=512 * 2**20, help="largest request in bytes")
     serve.add_argument("--micro_batch", type=int, default=32, help="images that go through the encoder at once")
     serve.add_argument(

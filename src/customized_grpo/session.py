@@ -322,6 +322,11 @@ class Session:
                 self._draw_gallery(evaluation)
             self._log(LOGS[1], row)
         self.display.validation(row)
+        if (share := evaluation.missing_share()) > 0:
+            self.display.warn(
+                f"validation after iteration {row['iteration']}: {share:.1%} of the rewards could not be computed"
+                f"{self.trainer.failures()}; its means are of the others"
+            )
 
     def _draw_gallery(self, evaluation: Evaluation) -> None:
         shown = min(self.config.evaluation.gallery, len(evaluation.images))

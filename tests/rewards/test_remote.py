@@ -23,8 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Scores, Task, TellsFailure
+from customized_grpo.rewards import Reward, Scores, Task, TellsFailure
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
+from customized_grpo.rewards.score_request import Limits
 from customized_grpo.rewards.serve import RewardServer
 from customized_grpo.rewards.transport import MOST, Transport, Unavailable
 
@@ -45,9 +46,9 @@ class Redness:
 def served() -> Iterator[Callable[..., RewardServer]]:
     servers: list[RewardServer] = []
 
-    def start(**settings: Any) -> RewardServer:
-        usual = {"max_images": 64, "max_bytes": 2**24, "token": None} | settings
-        server = RewardServer(("127.0.0.1", 0), Redness(), "redness", **usual)
+    def start(reward: Reward | None = None, token: str | None = None, **limits: int) -> RewardServer:
+        limits = {"max_images": 64, "max_pixels": 2**20, "max_bytes": 2**24} | limits
+        server = RewardServer(("127.0.0.1", 0), reward or Redness(), "redness", Limits(**limits), token)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         return server
@@ -147,12 +148,14 @@ def test_groups_go_in_as_few_requests_as_the_server_takes(served: Callable[..., 
     """More groups than fit in one: each still gets its own scores (the reference of its own request's first group)."""
     images, task = batch(groups=5)
     task = Task(task.prompts, [task.references[0]] * 5, None)
-    found = RemoteReward(transport(url_of(served(max_images=7)))).score(images, task)
-    assert torch.allclose(found.values, Redness().score(images, task).values, atol=1e-6)
-    with pytest.raises(
-        UserError, match=r"takes 2 images at once, and a group has 3; start it with a larger --max_images"
-    ):
-        RemoteReward(transport(url_of(served(max_images=2)))).score(images, task)
+    expected = Redness().score(images, task).values
+    assert torch.allclose(
+        RemoteReward(transport(url_of(served(max_images=7)))).score(images, task).values, expected, atol=1e-6
+    )
+    # Groups of three are split as well: every image is scored by itself.
+    assert torch.allclose(
+        RemoteReward(transport(url_of(served(max_images=2)))).score(images, task).values, expected, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -267,7 +270,7 @@ def test_neither_retry_after_nor_back_off_outlasts_the_deadline(misbehaving: Cal
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("status", [400, 401, 404, 413])
+@pytest.mark.parametrize("status", [401, 403, 404])
 def test_any_other_4xx_is_told_at_once(status: int, misbehaving: Callable[..., Any]) -> None:
     url, asked = misbehaving((status, {"error": "your fault"}, {}))
     with pytest.raises(
@@ -286,7 +289,7 @@ def test_a_server_that_dies_and_comes_back() -> None:
 
     def later() -> None:
         time.sleep(0.5)
-        server.append(RewardServer(("127.0.0.1", port), Redness(), "r", max_images=9, max_bytes=2**20, token=None))
+        server.append(RewardServer(("127.0.0.1", port), Redness(), "r", Limits(9, 2**20, 2**20)))
         server[0].serve_forever()
 
     threading.Thread(target=later, daemon=True).start()
@@ -329,8 +332,8 @@ def _payload(**changes: Any) -> dict[str, Any]:
         ({"images": [[encoded(torch.rand(3, 4, 4))] * 65]}, 413, "65 images, and 64 are taken at once"),
         ({"images": [["not base64!"]]}, 400, "not a request for scores"),
         ({"images": [["aGVsbG8="]]}, 400, "pictures are PNGs"),
-        ({"images": [[encoded(torch.rand(3, 4, 4)), encoded(torch.rand(3, 5, 4))]]}, 400, "not a request"),
-        ({"images": [[encoded(torch.zeros(3, 1, 5000))]]}, 400, "5000x1; 4096 is the longest side taken"),
+        ({"images": [[encoded(torch.rand(3, 4, 4)), encoded(torch.rand(3, 5, 4))]]}, 400, "all of one size"),
+        ({"images": [[encoded(torch.zeros(3, 1, 5000))]]}, 400, "5000x1; a side is at most 32 times the other"),
         ({"prompts": ["a", "b"]}, 400, "differ in number"),
         ({"prompts": [7]}, 400, "prompts are strings"),
         ({"references": None}, 400, "not a request for scores"),
@@ -347,10 +350,10 @@ def test_a_reward_that_fails_is_told_at_once(
     served: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(self: Redness, images: Tensor, task: Task) -> Scores:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("no such part")
 
     monkeypatch.setattr(Redness, "score", fail)
-    with pytest.raises(UserError, match=r"status 422: .*the reward failed: out of memory"):
+    with pytest.raises(UserError, match=r"status 422: .*the reward failed: RuntimeError: no such part"):
         RemoteReward(transport(url_of(served()))).score(*batch())
 
 
@@ -359,7 +362,8 @@ def test_requests_that_are_too_large_or_not_json(served: Callable[..., RewardSer
     assert httpx2.post(url + "/score", json=_payload()).status_code == 413
     assert httpx2.post(url + "/score", content=b"{").status_code == 400
     assert httpx2.get(url + "/other").status_code == 404
-    assert httpx2.get(url + "/health").json() == {"status": "ok", "reward": "redness", "max_images": 64}
+    limits = {"max_images": 64, "max_pixels": 2**20, "max_bytes": 100}
+    assert httpx2.get(url + "/health").json() == {"status": "ok", "reward": "redness"} | limits
 
 
 @pytest.mark.parametrize("answer", [None, {}, {"values": [[1.0]]}, {"values": [["a"]], "valid": [[True]]}, []])

@@ -25,7 +25,7 @@ ImageLoader = Callable[[Path, int], Tensor]
 _MODES_8BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _MODES_16BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 # What Pillow's decoders let through on damaged files.
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,
     ValueError,
@@ -244,7 +244,7 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
         raise UserError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: too large ({error}); scale the image down") from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(f"{path}: broken or truncated image ({error}); replace the file") from error
     if upright.mode not in _MODES_8BIT + _MODES_16BIT:
         raise UserError(f"{path}: cannot read pixels of mode {upright.mode}; save it as RGB or greyscale")

@@ -14,7 +14,7 @@ from customized_grpo.errors import telling_where
 from customized_grpo.memory import DRAWING, SCORING, explain_out_of_memory
 from customized_grpo.policies import ConditionT, Policy, References, in_step
 from customized_grpo.randomness import batched_normal
-from customized_grpo.rewards import Reward, Task
+from customized_grpo.rewards import Reward, Scores, Task
 from customized_grpo.rollout import sample_ode
 from customized_grpo.statistics import mean_interval
 from customized_grpo.toybox.drawing import SIZE
@@ -41,6 +41,11 @@ class Evaluation:
     def means(self) -> dict[str, float]:
         """The mean of each metric over the pairs whose reward could be computed."""
         return {name: float(values.nanmean()) for name, values in self.metrics.items()}
+
+    def missing_share(self) -> float:
+        """The share of the rewards, in [0, 1], that could not be computed."""
+        values = torch.stack([self.metrics[name] for name in REWARD_METRICS])
+        return float(values.isnan().float().mean())
 
     def records(self) -> list[dict[str, Any]]:
         """One JSON object for each pair."""
@@ -95,7 +100,8 @@ def evaluate(
 
 def measure(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge | None) -> dict[str, Tensor]:
     """Each metric [N] of `images` [N, 3, H, W], one for each prompt of the task."""
-    metrics = {name: scores(images, task, reward) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
+    groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of both is asked once
+    metrics = {name: _known(reward.score(groups, task)) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
     if judge is not None:
         verdict = judge.judge(images, task.prompts, first_references(task.references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
@@ -104,7 +110,11 @@ def measure(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge 
 
 def scores(images: Tensor, task: Task, reward: Reward) -> Tensor:
     """The reward [N] of `images` [N, 3, H, W], one for each prompt of the task; NaN where there is none."""
-    found = reward.score(images.unsqueeze(1), task)
+    return _known(reward.score(images.unsqueeze(1), task))
+
+
+def _known(found: Scores) -> Tensor:
+    """Scores [N, 1] as values [N], NaN where they are invalid."""
     return torch.where(found.valid, found.values, torch.nan).squeeze(1).float().cpu()
 
 

@@ -16,6 +16,7 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNot
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
 
+from customized_grpo.connection import check_hub
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies.family import Family
 
@@ -124,6 +125,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _download(model: str, weights: bool) -> Path:
+    check_hub()
     try:
         if not weights:
             return Path(snapshot_download(model, allow_patterns=["*.json"]))
@@ -162,6 +164,7 @@ def download_beside(name: str, beside: str, field: str) -> None:
 
 def _download_file(name: str, field: str) -> Path:
     owner, repository, file = name.split("/", 2)
+    check_hub()
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:

@@ -87,14 +87,13 @@ def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.
 def _judge(config: RewardsConfig) -> VlmJudge:
     settings = config.vlm_judge
     transport = Transport("rewards.vlm_judge.url", settings.url or "", config.deadline, token=secret(KEY))
-    known = _models(transport.get("/models"))
+    known = _models(transport.get("/models", optional=True))
     if known and settings.model not in known:
         listed = transport.without_token(", ".join(sorted(known)[:8]))
         raise UserError(f"rewards.vlm_judge.model: {settings.url} has no '{settings.model}'; it has {listed}")
-    return VlmJudge(
-        transport, settings.model or "", concurrency=settings.concurrency, attempts=settings.attempts,
-        reasoning=settings.reasoning,
-    )  # fmt: skip
+    judge = VlmJudge(transport, settings)
+    judge.check()
+    return judge
 
 
 def _models(answer: Any) -> Sequence[str]:

@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
 
+from customized_grpo.connection import check_hub
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies.loading import locate_file
@@ -110,6 +111,8 @@ def load_hpsv3(
     """
     text = read_instruction(instruction)
     path = locate_file(weights or WEIGHTS, "rewards.prompt_model")
+    if not Path(backbone).exists():
+        check_hub()
     try:
         tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
         pictures = Qwen2VLImageProcessorPil.from_pretrained(backbone, min_pixels=PIXELS, max_pixels=PIXELS)

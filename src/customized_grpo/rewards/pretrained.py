@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 from transformers.utils.hub import cached_file
 
 from customized_grpo.config_rewards import IDENTITY_ENCODERS
+from customized_grpo.connection import check_hub
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import Lengths
 from customized_grpo.policies.loading import check_shards, locate_file, without_pickles
@@ -139,6 +140,7 @@ class Checkpoint:
 
     def _load(self, loader: Any, name: str) -> Any:
         check_shards(Path(name), self._field)
+        _check_way(name)
         more = {"use_safetensors": True} if loader is AutoModel else {}
         try:
             with without_pickles():
@@ -150,9 +152,16 @@ class Checkpoint:
             ) from error
 
 
+def _check_way(name: str) -> None:
+    """Raise `UserError` where a model has to come from the hub, and the way there cannot be used."""
+    if not Path(name).exists():
+        check_hub()
+
+
 def _has_processor(name: str) -> bool:
     """Whether the model in a folder, or on the hub, has an image processor of its own; where neither is there, what
     loads the model tells."""
+    _check_way(name)
     try:
         return cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
     except OSError:

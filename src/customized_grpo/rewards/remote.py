@@ -2,14 +2,21 @@
 
 `POST /score` takes `{"prompts": [P], "images": [P][G], "references": [P][K], "masks": [P][K] or null}`, every picture
 as the base64 of a PNG, and answers `{"values": [P][G], "valid": [P][G]}`; a value that is not valid is null. `GET
-/health` answers `{"status": "ok", "reward": NAME, "max_images": N}`. With a token, both want `Authorization: Bearer
+/health` answers `{"status": "ok", "reward": NAME, "max_images": N, "max_pixels": N, "max_bytes": N}`, the most that a
+request may hold; without the last two it is only limited in images. With a token, both want `Authorization: Bearer
 TOKEN`.
 """
 
 import base64
+import hashlib
 import io
+import json
 import math
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,66 +26,198 @@ from customized_grpo.data.images import to_pil, within
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import References
 from customized_grpo.rewards import Scores, Task
-from customized_grpo.rewards.transport import Transport, Unavailable
+from customized_grpo.rewards.splitting import UNLIMITED, Part, RequestSize, split
+from customized_grpo.rewards.transport import Refused, Scoring, Transport, Unavailable
 
 TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
 """Environment variable of the token, on both sides."""
 REFERENCE_SIDE = 1024
 """References with a longer side are scaled down to it before they are sent, to a reward or to a judge: encoders look at
 a fourth of that or less, and a request stays small."""
+COMPRESS_LEVEL = 1
+"""Of zlib. Photographs of 1024 x 1024 take 86 ms and 1.78 MB, with Pillow's usual level 6 285 ms and 1.75 MB."""
+ENCODING_THREADS = min(8, os.cpu_count() or 1)
+"""Threads that encode PNGs; zlib releases the interpreter's lock."""
+ENVELOPE = 128
+"""Bytes of a request besides its prompts and pictures: for one group at most so many, for each further one fewer."""
 
 
 class RemoteReward:
-    """A `Reward` that asks a server, as many groups at once as it takes; a `TellsFailure`."""
+    """A `Reward` that asks a server, with as many images at once as it takes; a `TellsFailure`."""
 
     def __init__(self, transport: Transport) -> None:
         """Raises `UserError` where no reward server answers."""
         self._transport = transport
-        health = transport.get("/health")
-        if not isinstance(health, dict) or not isinstance(health.get("max_images"), int):
-            told = transport.without_token(repr(health))
-            raise UserError(
-                f"{transport.field_name}: {transport.url} is no reward server (its /health answered {told:.100}); "
-                "start one with: customized-grpo serve-reward NAME"
-            )
-        self._max_images: int = health["max_images"]
+        self._limit = _limits(transport)
+        self._probed = False
         self.last_failure: str | None = None
 
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`: what the server could not score in time is invalid."""
-        groups, group_size = images.shape[:2]
-        if group_size > self._max_images:
-            raise UserError(
-                f"{self._transport.field_name}: the server takes {self._max_images} images at once, and a group has "
-                f"{group_size}; start it with a larger --max_images"
-            )
-        self.last_failure = None
-        at_once = max(1, self._max_images // group_size)
-        parts = [self._ask(images, task, range(p, min(p + at_once, groups))) for p in range(0, groups, at_once)]
-        values, valid = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Scores(values, valid)
+        self.last_failure, self._probed = None, False
+        batch = _EncodedBatch.of(images, task)
+        shared, each = batch.sizes()
+        for group, sizes in zip(shared, each, strict=True):
+            self._check(group, sizes)
+        return Scores(
+            *self._ask_each(batch, split(shared, each, self._limit), images.shape[:2], self._transport.scoring())
+        )
 
-    def _ask(self, images: Tensor, task: Task, rows: range) -> tuple[Tensor, Tensor]:
-        shape = (len(rows), images.shape[1])
-        payload = {
-            "prompts": [task.prompts[p] for p in rows],
-            "images": [[encoded(image) for image in images[p]] for p in rows],
-            "references": _encoded(task.references, rows),
-            "masks": None if task.masks is None else _encoded(task.masks, rows),
-        }
+    def _check(self, group: RequestSize, images: Sequence[RequestSize]) -> None:
+        """Raise `UserError` for an image that is above the server's limit by itself."""
+        largest = group + max(images, key=lambda size: size.bytes)
+        for name in ("pixels", "bytes"):
+            wanted, limit = getattr(largest, name), getattr(self._limit, name)
+            if wanted > limit:
+                raise UserError(
+                    f"{self._transport.field_name}: the server takes {limit:,} {name} at once, and an image with its "
+                    f"references has {wanted:,}; start it with a larger --max_{name}"
+                )
+
+    def _ask_each(
+        self, batch: "_EncodedBatch", parts: Iterable[Part], shape: Sequence[int], scoring: Scoring
+    ) -> tuple[Tensor, Tensor]:
+        """Values and their validity, of the `shape` [P, G], of consecutive parts: whole groups, or pieces of one."""
+        found = [self._ask(batch, part, scoring) for part in parts]
+        values, valid = (
+            torch.cat([part.flatten() for part in column]).view(*shape) for column in zip(*found, strict=True)
+        )
+        return values, valid
+
+    def _ask(self, batch: "_EncodedBatch", part: Part, scoring: Scoring) -> tuple[Tensor, Tensor]:
+        """Values and their validity of one part. What is refused is asked again in parts, down to single images: one
+        that cannot be scored leaves the others their scores."""
+        rows, columns = part
+        shape = (len(rows), len(columns))
+        missing = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+        if scoring.is_over():
+            return missing
         try:
-            return parsed(self._transport.post("/score", payload), shape)
+            return parsed(self._transport.post("/score", batch.payload(part), scoring), shape)
+        except Refused as error:
+            self._probe(batch, scoring, error)
+            if shape != (1, 1):
+                groups = [(range(p, p + 1), columns) for p in rows]
+                single = [(rows, range(g, g + 1)) for g in columns]
+                return self._ask_each(batch, groups if len(rows) > 1 else single, shape, scoring)
+            self.last_failure = str(error)
         except (Unavailable, ValueError) as error:
             told = self._transport.without_token(str(error))
             self.last_failure = told if isinstance(error, Unavailable) else f"{self._transport.field_name}: {told}"
-            return torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+        return missing
+
+    def _probe(self, batch: "_EncodedBatch", scoring: Scoring, refusal: Refused) -> None:
+        """Find out, once a scoring, whether these images are refused or all are: ask about a grey one. Raises
+        `UserError` where that is refused too."""
+        if self._probed:
+            return
+        self._probed = True
+        image = batch.images[0][0]
+        grey = encoded(torch.full_like(image, 0.5))
+        masks = None if batch.task.masks is None else [[encoded(torch.ones_like(image[:1]))]]
+        payload = {"prompts": ["a grey picture"], "images": [[grey]], "references": [[grey]], "masks": masks}
+        try:
+            self._transport.post("/score", payload, scoring)
+        except Refused as error:
+            raise UserError(f"{refusal}; a trial image, all grey, was refused too: {error}") from error
+        except Unavailable:
+            pass  # it is busy, which says nothing of the refusal
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture as it is sent."""
+
+    text: str
+    pixels: int
+
+    @classmethod
+    def of(cls, picture: Tensor) -> "_Picture":
+        return cls(encoded(picture), picture.shape[-2] * picture.shape[-1])
+
+    def size(self, images: int = 0) -> RequestSize:
+        # Two quotes, a comma and a space.
+        return RequestSize(images, self.pixels, len(self.text) + 4)
+
+
+_Rows = list[list[_Picture]]
+
+
+@dataclass(frozen=True)
+class _EncodedBatch:
+    """Images and their task, with every picture encoded once, however many groups and requests hold it."""
+
+    images: Tensor
+    """[P, G, 3, H, W]"""
+    task: Task
+    image_rows: _Rows
+    """[P][G]"""
+    reference_rows: _Rows
+    """[P][K]"""
+    mask_rows: _Rows | None
+    """[P][K]"""
+
+    @classmethod
+    def of(cls, images: Tensor, task: Task) -> "_EncodedBatch":
+        with ThreadPoolExecutor(ENCODING_THREADS) as pool:
+            found = pool.map(_Picture.of, images.flatten(0, 1))
+            shared = _SharedPictures(pool)
+            references, masks = shared.rows(task.references), None if task.masks is None else shared.rows(task.masks)
+            return cls(images, task, [[next(found) for _ in group] for group in images], references, masks)
+
+    def payload(self, part: Part) -> dict[str, Any]:
+        """What is posted to /score for `part`."""
+        rows, columns = part
+
+        def texts(pictures: _Rows, columns: slice = slice(None)) -> list[list[str]]:
+            return [[picture.text for picture in pictures[p][columns]] for p in rows]
+
+        return {
+            "prompts": [self.task.prompts[p] for p in rows],
+            "images": texts(self.image_rows, slice(columns.start, columns.stop)),
+            "references": texts(self.reference_rows),
+            "masks": None if self.mask_rows is None else texts(self.mask_rows),
+        }
+
+    def sizes(self) -> tuple[list[RequestSize], list[list[RequestSize]]]:
+        """Sizes in a request of what each group shares [P], and of its images [P][G]."""
+        prompts = self.task.prompts
+        masks = self.mask_rows if self.mask_rows is not None else [[] for _ in prompts]
+        shared = []
+        for prompt, *rows in zip(prompts, self.reference_rows, masks, strict=True):
+            # Escaped, a prompt is at least as long as in UTF-8.
+            rest = RequestSize(bytes=ENVELOPE + len(json.dumps(prompt)))
+            shared.append(sum((picture.size() for row in rows for picture in row), rest))
+        return shared, [[image.size(images=1) for image in row] for row in self.image_rows]
+
+
+class _SharedPictures:
+    """Encodes the references and masks of several groups, each picture once."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self._pool, self._known = pool, dict[tuple[torch.Size, bytes], Future[_Picture]]()
+        # Pictures may be read from files one by one: few are in memory at once.
+        self._room = threading.Semaphore(2 * ENCODING_THREADS)
+
+    def rows(self, pictures: References) -> _Rows:
+        found = [[self._begun(within(picture, REFERENCE_SIDE)) for picture in row] for row in pictures]
+        return [[future.result() for future in row] for row in found]
+
+    def _begun(self, picture: Tensor) -> "Future[_Picture]":
+        content = hashlib.blake2b(picture.contiguous().cpu().numpy().data, digest_size=16).digest()
+        key = (picture.shape, content)
+        if key not in self._known:
+            self._room.acquire()
+            self._known[key] = self._pool.submit(_Picture.of, picture)
+            self._known[key].add_done_callback(lambda _: self._room.release())
+        return self._known[key]
 
 
 def encoded(image: Tensor, side: int | None = None) -> str:
     """A picture [C, H, W] in [0, 1] as the base64 of a PNG, scaled down to `side` pixels if it is larger."""
     image = image if side is None else within(image, side)
     buffer = io.BytesIO()
-    to_pil(image).save(buffer, format="PNG")
+    to_pil(image).save(buffer, format="PNG", compress_level=COMPRESS_LEVEL)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -110,5 +249,16 @@ def _flag(value: Any) -> bool:
     return value
 
 
-def _encoded(pictures: References, rows: Sequence[int]) -> list[list[str]]:
-    return [[encoded(picture, REFERENCE_SIDE) for picture in pictures[p]] for p in rows]
+def _limits(transport: Transport) -> RequestSize:
+    """The most that the server takes at once. Raises `UserError` where its /health is no reward server's."""
+    health = transport.get("/health")
+    if isinstance(health, dict) and "max_images" in health:
+        # Servers of an earlier version name no pixels and no bytes.
+        found = [health.get(f"max_{name}", UNLIMITED) for name in ("images", "pixels", "bytes")]
+        if all(limit is UNLIMITED or (type(limit) is int and limit >= 1) for limit in found):
+            return RequestSize(*found)
+    told = transport.without_token(repr(health))
+    raise UserError(
+        f"{transport.field_name}: {transport.url} is no reward server (its /health answered {told:.100}); "
+        "start one with: customized-grpo serve-reward NAME"
+    )

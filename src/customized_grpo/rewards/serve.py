@@ -1,86 +1,107 @@
 """`customized-grpo serve-reward`: a reward behind a small HTTP server, for trainers on other machines.
 
-The protocol is `rewards.remote`'s. One request is scored at a time; others wait.
+The protocol is `rewards.remote`'s. One request is decoded and scored at a time, while the body of the next is read.
 """
 
-import base64
 import hmac
-import io
+import ipaddress
 import json
+import math
+import socket
+import sys
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from pydantic import ValidationError
-from torch import Tensor
 
 from customized_grpo.config_rewards import ENCODERS, IDENTITY_ENCODERS, RewardsConfig
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, first_line
 from customized_grpo.messages import worded
-from customized_grpo.rewards import Reward, Scores, Task
+from customized_grpo.rewards import Reward, Scores
 from customized_grpo.rewards.catalogue import load_hpsv3_reward, load_pretrained
 from customized_grpo.rewards.own import PREFIX, OwnReward
 from customized_grpo.rewards.remote import TOKEN
+from customized_grpo.rewards.score_request import Limits, Refused, read_request
 from customized_grpo.rewards.transport import secret
 from customized_grpo.runtime import check_precision, resolve_device
 
-PNG = b"\x89PNG\r\n\x1a\n"
-LARGEST_SIDE = 4096
-"""Pictures with a longer side are refused by their header, before they are decoded."""
-
-
-class _Refused(Exception):
-    """A request that is answered with a status and a reason."""
-
-    def __init__(self, status: HTTPStatus, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+BODIES = 2
+"""Requests whose bodies are in memory at once: one is scored, the next is read."""
+CONNECTIONS = 128
+"""Connections at once; each takes a thread. Further ones are closed, and clients try again."""
+PATIENCE = 30.0
+"""Seconds until the headers, or the body at SLOWEST, must have come."""
+SLOWEST = 2**20
+"""Bytes a second at which a body must come, averaged since its start, after PATIENCE."""
+PEEK = 1.0
+"""Seconds after which a request that waits looks whether its client is still there."""
+OUT_OF_MEMORY = ("out of memory", "tried to allocate", "ALLOC_FAILED")
+"""In messages of RuntimeErrors of torch's allocators (CUDA, MPS, CPU), of CUDA and of its libraries."""
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves `reward` under `name`; `max_images` and `max_bytes` bound a request."""
+    """Serves `reward` under `name`, within `limits`."""
 
     daemon_threads = True
+    request_queue_size = CONNECTIONS
 
     def __init__(
-        self, address: tuple[str, int], reward: Reward, name: str, *, max_images: int, max_bytes: int, token: str | None
+        self, address: tuple[str, int], reward: Reward, name: str, limits: Limits, token: str | None = None
     ) -> None:
         super().__init__(address, _Handler)
-        self.reward, self.name, self.token = reward, name, token
-        self.max_images, self.max_bytes = max_images, max_bytes
-        self.turn = threading.Lock()
+        self.reward, self.name, self.limits, self.token = reward, name, limits, token
+        self.bodies, self.turn = threading.Semaphore(BODIES), threading.Semaphore(1)
+        self.patience = PATIENCE
+        self._due: dict[Any, float] = {}
 
-    def score(self, body: bytes) -> dict[str, Any]:
-        """The answer to a request's body. Raises `_Refused` for one that cannot be scored."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """See `socketserver`. Closes a connection that is one too many."""
+        if len(self._due) >= CONNECTIONS:
+            self.shutdown_request(request)
+            return
+        self.expect(request, self.patience)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """See `socketserver`."""
+        self._due.pop(request, None)
+        super().shutdown_request(request)
+
+    def expect(self, request: Any, seconds: float) -> None:
+        """End a connection's input unless it is expected anew within `seconds`."""
+        self._due[request] = time.monotonic() + seconds
+
+    def service_actions(self) -> None:
+        """See `socketserver`, which calls this each half second: time-outs of a socket start again with every byte."""
+        for request, due in list(self._due.items()):
+            if time.monotonic() > due:
+                with suppress(OSError):  # it may be closed already
+                    request.shutdown(socket.SHUT_RD)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """See `socketserver`. A client that is gone is no error."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+    def score(self, body: bytearray) -> dict[str, Any]:
+        """The answer to a request's body, which is emptied. Raises `Refused` for one that cannot be scored."""
         try:
-            request = json.loads(body)
-            prompts, groups = request["prompts"], request["images"]
-            count = sum(len(group) for group in groups)
-            if count > self.max_images:
-                raise _Refused(
-                    HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{count} images, and {self.max_images} are taken at once"
-                )
-            images = torch.stack([torch.stack([_decoded(text, 3) for text in group]) for group in groups])
-            references = [[_decoded(text, 3) for text in row] for row in request["references"]]
-            masks = request.get("masks")
-            masks = None if masks is None else [[_decoded(text, 1) for text in row] for row in masks]
-            if not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError("prompts are strings")
-            if not len(prompts) == len(groups) == len(references) == len(references if masks is None else masks):
-                raise ValueError("prompts, images, references and masks differ in number")
-        except (KeyError, TypeError, ValueError, RuntimeError, OSError, RecursionError) as error:
-            raise _Refused(HTTPStatus.BAD_REQUEST, f"not a request for scores: {str(error)[:200]}") from error
-        try:
-            with self.turn:
-                return _answer(self.reward.score(images, Task(prompts, references, masks)))
-        except (UserError, ValueError, RuntimeError) as error:
-            # Of 4xx, for the trainer to stop and say so: the same request would fail again.
-            raise _Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"the reward failed: {str(error)[:200]}") from error
+            images, task = read_request(body, self.limits)
+            return _answer(self.reward.score(images, task))
+        except Refused:
+            raise
+        except Exception as error:  # of a user's function or a model's library: anything may come out of it
+            refusal = _refusal(error)
+        # Raised here, where the failed call's tensors are let go already.
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        raise refusal
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -88,35 +109,94 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
+        self._headers_came()
         if self.path != "/health":
             self._reply(HTTPStatus.NOT_FOUND, {"error": "there are GET /health and POST /score"})
         elif self._allowed():
-            about = {"status": "ok", "reward": self.server.name, "max_images": self.server.max_images}
-            self._reply(HTTPStatus.OK, about)
+            self._reply(HTTPStatus.OK, {"status": "ok", "reward": self.server.name} | vars(self.server.limits))
+
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
+        self._headers_came()
         if self.path != "/score":
             self._reply(HTTPStatus.NOT_FOUND, {"error": "there are GET /health and POST /score"})
             return
         if not self._allowed():
             return
         try:
-            self._reply(HTTPStatus.OK, self.server.score(self._body()))
-        except _Refused as error:
+            answer = self._scores(self._length())
+        except Refused as error:
             self._reply(error.status, {"error": str(error)})
+        else:
+            self._reply(HTTPStatus.OK, answer)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet: the trainer tells what fails."""
 
-    def _body(self) -> bytes:
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """See `http.server`, which calls this for requests that it cannot read, and other methods."""
+        self.close_connection = True
+        self._reply(HTTPStatus(code), {"error": message or HTTPStatus(code).phrase})
+
+    def _headers_came(self) -> None:
+        self.server.expect(self.connection, math.inf)
+
+    def _scores(self, length: int) -> dict[str, Any]:
+        """Bodies are read one after the other, however many clients send: they wait in their own memory."""
+        with self._turn(self.server.bodies):
+            body = self._body(length)
+            with self._turn(self.server.turn):
+                return self.server.score(body)
+
+    @contextmanager
+    def _turn(self, gate: threading.Semaphore) -> Iterator[None]:
+        """Wait for `gate`. Raises ConnectionError once the client is gone: nobody would read the scores."""
+        while not gate.acquire(timeout=PEEK):
+            self._check_client()
+        try:
+            self._check_client()
+            yield
+        finally:
+            gate.release()
+
+    def _check_client(self) -> None:
+        self.connection.settimeout(0)
+        try:
+            if not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError("the client closed the connection")
+        except BlockingIOError:
+            pass  # it waits
+        finally:
+            self.connection.settimeout(self.timeout)
+
+    def _length(self) -> int:
         length = self.headers.get("Content-Length", "")
+        most = self.server.limits.max_bytes
         if not length.isdecimal():
-            raise _Refused(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing")
-        if int(length) > self.server.max_bytes:
+            raise Refused(HTTPStatus.LENGTH_REQUIRED, "Content-Length is missing")
+        # int() refuses thousands of digits.
+        if len(length) > 20 or int(length) > most:
             self.close_connection = True
-            limit = f"{length} bytes, and {self.server.max_bytes} are taken at once"
-            raise _Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit)
-        return self.rfile.read(int(length))
+            limit = f"{length:.20} bytes, and {most} are taken at once"
+            raise Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, limit)
+        return int(length)
+
+    def _body(self, length: int) -> bytearray:
+        """The body, in as much memory as has come of it. Raises `Refused` where it does not come, or too slowly."""
+        body = bytearray()
+        start = time.monotonic()
+        while len(body) < length:
+            due = start + self.server.patience + len(body) / SLOWEST
+            self.server.expect(self.connection, due - time.monotonic())
+            part = self.rfile.read1(min(length - len(body), 2**20))
+            if not part:
+                self.close_connection = True
+                # Worth another try, so no 4xx.
+                raise Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"{len(body)} of {length} bytes came in time")
+            body += part
+        self._headers_came()
+        return body
 
     def _allowed(self) -> bool:
         wanted = self.server.token
@@ -135,19 +215,25 @@ class _Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
-def _decoded(text: str, channels: int) -> Tensor:
-    """The base64 of a PNG as [channels, H, W] in [0, 1]."""
-    data = base64.b64decode(text, validate=True)
-    if not data.startswith(PNG):
-        raise ValueError("pictures are PNGs")
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        if max(image.size) > LARGEST_SIDE:
-            raise ValueError(f"a picture of {image.size[0]}x{image.size[1]}; {LARGEST_SIDE} is the longest side taken")
-        pixels = torch.from_numpy(np.array(image.convert("RGB" if channels == 3 else "L")))
-    return pixels.reshape(*pixels.shape[:2], channels).permute(2, 0, 1).float() / 255
+def _refusal(error: Exception) -> Refused:
+    if _out_of_memory(error):
+        # Of 5xx, for the trainer to try again: memory may be taken by others for a while.
+        return Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"out of memory: {first_line(error)[:200]}")
+    # Of 4xx, for the trainer to stop and say so: the same request would fail again.
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"the reward failed: {kind}{first_line(error)[:200]}")
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Whether memory ran out in `error` or in what it was raised from."""
+    if error is None:
+        return False
+    of_torch = isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
+    return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError) or _out_of_memory(error.__cause__)
 
 
 def _answer(scores: Scores) -> dict[str, Any]:
@@ -164,27 +250,48 @@ def serve(
     model: str | None,
     settings: Mapping[str, Any],
     address: tuple[str, int],
+    limits: Limits,
     *,
-    max_images: int,
-    max_bytes: int,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve the reward `name` until interrupted; `settings` are of `RewardsConfig`. `on_ready` hears where. Raises
-    `UserError` for a reward that cannot be had, settings that it does not read, bounds below 1, and an address that
-    cannot be listened on."""
-    for option, value in (("--max_images", max_images), ("--max_bytes", max_bytes)):
+    """Serve the reward `name` until interrupted; `settings` are of `RewardsConfig`. `on_ready` hears where.
+
+    Raises `UserError` for a reward that cannot be had, settings that it does not read, limits below 1, and an address
+    that cannot be listened on, or that other machines reach although no token is set.
+    """
+    for option, value in vars(limits).items():
         if value < 1:
-            raise UserError(f"{option}: {value} takes no request; give 1 or more")
+            raise UserError(f"--{option}: {value} takes no request; give 1 or more")
+    token = secret(TOKEN)
+    _check_address(address, token)
     reward = _reward(name, model, settings)
     try:
-        server = RewardServer(address, reward, name, max_images=max_images, max_bytes=max_bytes, token=secret(TOKEN))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--host, --port: cannot listen on {address[0]}:{address[1]} ({error}); name others") from error
+        server = RewardServer(address, reward, name, limits, token)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise _cannot_listen(address, error) from error
     with server:
         host, port = server.server_address[:2]
-        guarded = "a token is wanted" if server.token else f"no token is wanted: {TOKEN} is not set"
+        guarded = "a token is wanted" if token else f"no token is wanted: {TOKEN} is not set"
         on_ready(f"serving {name} on http://{host!s}:{port} ({guarded})")
         server.serve_forever()
+
+
+def _check_address(address: tuple[str, int], token: str | None) -> None:
+    """Raise `UserError` where `serve` would, before a model is loaded for minutes."""
+    try:
+        with socket.create_server(address) as probe:
+            host = probe.getsockname()[0]
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise _cannot_listen(address, error) from error
+    if token is None and not ipaddress.ip_address(host).is_loopback:
+        raise UserError(
+            f"--host: other machines reach {address[0] or host}, and no token is set; set the environment variable "
+            f"{TOKEN} here and for the trainer, or serve on 127.0.0.1 alone"
+        )
+
+
+def _cannot_listen(address: tuple[str, int], error: Exception) -> UserError:
+    return UserError(f"--host, --port: cannot listen on {address[0]}:{address[1]} ({error}); name others")
 
 
 def _reward(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward:

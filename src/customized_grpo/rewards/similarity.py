@@ -16,6 +16,8 @@ Encode = Callable[[Tensor], Tensor]
 """Preprocessed pictures [b, 3, h, w] to features [b, E]."""
 Preprocess = Callable[[Tensor], Tensor]
 """Pictures [b, 3, H, W] in [0, 1] to what an encoder takes."""
+KEPT = 2**16
+"""References whose features are kept: 200 MB of 768 numbers each. A server meets ever new ones."""
 
 
 class PictureEncoder:
@@ -39,6 +41,8 @@ class PictureEncoder:
         """Features [E] of a reference [3, h, w], computed once however often it comes."""
         key = hashlib.blake2b(picture.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
         if key not in self._kept:
+            if len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]  # the oldest
             self._kept[key] = self(picture[None])[0]
         return self._kept[key]
 

@@ -1,125 +1,171 @@
 """A vision-language model as the judge of both rewards, on any server that speaks OpenAI's chat protocol.
 
 One question an image: the references, the picture and the prompt go in, two integers from 0 to 4 come out. An answer
-that holds no such two is asked for again; after that, and when a server stays away, the image has no score.
+that holds no such two is asked for again; after that, when the server refuses the picture, and when it stays away, the
+image has no score.
 """
 
-import json
-import re
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from customized_grpo.config_rewards import VlmJudgeConfig
+from customized_grpo.errors import UserError, shortened
 from customized_grpo.rewards import Scores, Task
+from customized_grpo.rewards.chat import BEST, QUESTIONS, QUOTED, Unreadable, messages, parse
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
-from customized_grpo.rewards.transport import Transport, Unavailable
+from customized_grpo.rewards.transport import Refused, Scoring, Transport, Unavailable
 
 KEY = "OPENAI_API_KEY"
 """Environment variable of the server's key; local servers want none."""
-BEST = 4
-QUESTIONS = ("prompt", "subject")
-"""Names of the two scores, in the order of the rewards (prompt, identity)."""
-INSTRUCTIONS = """You grade pictures made by an image generator. You see one or more reference pictures of a subject,
-then the generated picture, and you know the prompt it was made for. Give two whole numbers from 0 to 4.
-
-"subject": is it the very same subject as in the references? Compare its shape and parts, its colours, its texture and
-material, and, of a person or an animal, the face. Background, pose, lighting and style do not count.
-0 another thing or absent; 1 only of the same kind; 2 alike, with clear differences; 3 the same but for details;
-4 the same.
-
-"prompt": does the picture show what the prompt says? Look at what is asked for (relevance), whether it is shown rightly
-(accuracy), whether nothing is missing (completeness), and whether subject and scene fit together (context). A copy of a
-reference that leaves the prompt out is a 0.
-0 ignored; 1 barely; 2 in part; 3 all but details; 4 wholly.
-"""
-PLAIN = 'Answer with one line of JSON and nothing else: {"subject": N, "prompt": N}'
-REASONED = (
-    "First say in at most three sentences what speaks for and against. Then close with one line of JSON: "
-    '{"subject": N, "prompt": N}'
-)
-_OBJECT = re.compile(r"\{[^{}]*\}")
+TOKENS, TOKENS_REASONED = 60, 400
+"""Tokens that an answer may take, without and with reasons."""
+WARMER = 0.7
+"""Temperature at which an image is asked about again: at 0 the same question has the same answer."""
+TOLD = 3
+"""Reasons that are told for the missing scores of one rating."""
+NOTHING = (float("nan"), float("nan"))
+ADJUST = "servers differ, see max_tokens, max_tokens_field, temperature, omit and extra_body of rewards.vlm_judge"
+TRIAL_SIDE, TRIAL_PROMPT = 224, "a red square on a white table"
 
 
 @dataclass(frozen=True)
 class Asked:
     """The last images that were rated, and their ratings: two rewards share one round of questions."""
 
-    images: Tensor
-    prompts: tuple[str, ...]
+    images: "weakref.ref[Tensor]"
+    task: Task
     ratings: Tensor
+
+
+@dataclass
+class Rating:
+    """One rating under way: the patience that its questions share, and why some have no answer."""
+
+    scoring: Scoring
+    probed: bool
+    """Whether the trial question was asked since a picture was refused."""
+    failures: dict[str, None] = field(default_factory=dict)
 
 
 class VlmJudge:
     """Rates images; a `JudgeReward` is one of its two scores."""
 
-    def __init__(self, transport: Transport, model: str, *, concurrency: int, attempts: int, reasoning: bool) -> None:
-        """`concurrency`: questions under way at once. `attempts`: how often an image is asked about whose answers hold
-        no scores."""
-        self._transport, self._model = transport, model
-        self._concurrency, self._attempts, self._reasoning = concurrency, attempts, reasoning
+    def __init__(self, transport: Transport, settings: VlmJudgeConfig) -> None:
+        """Nothing is asked yet; see `check`."""
+        self._transport, self._settings = transport, settings
         self._last: Asked | None = None
         self.last_failure: str | None = None
         """See `TellsFailure`."""
 
+    def check(self) -> None:
+        """Ask a trial question about a drawn picture. Raises `UserError`, with what the server said, where it has no
+        answer that can be read."""
+        rating = Rating(self._transport.scoring(), probed=True)
+        image, references = _trial()
+        if self._ask(image, references, TRIAL_PROMPT, rating) is NOTHING:
+            raise UserError(f"{'; '.join(rating.failures)}. This was a trial question, before any work; {ADJUST}")
+
     def rate(self, images: Tensor, task: Task) -> Tensor:
-        """Ratings [P, G, 2] (prompt, subject) of `images` [P, G, 3, H, W], 0 to 4; NaN where there is none."""
+        """Ratings [P, G, 2] (prompt, subject) of `images` [P, G, 3, H, W], 0 to 4; NaN where there is none.
+
+        Raises `UserError` where the server answers nobody, or refuses the trial picture beside one of these.
+        """
         last = self._last
-        if last is not None and last.images is images and last.prompts == tuple(task.prompts):
+        if last is not None and last.images() is images and last.task is task:
             return last.ratings
         places = [(p, g) for p in range(images.shape[0]) for g in range(images.shape[1])]
         references = [[encoded(picture, REFERENCE_SIDE) for picture in row] for row in task.references]
-        self.last_failure = None
-        pool = ThreadPoolExecutor(self._concurrency)
+        rating = Rating(self._transport.scoring(), probed=False)
+        pool = ThreadPoolExecutor(self._settings.concurrency)
         try:
             found = list(
-                pool.map(lambda place: self._ask(images[place], references[place[0]], task.prompts[place[0]]), places)
+                pool.map(
+                    lambda place: self._ask(images[place], references[place[0]], task.prompts[place[0]], rating), places
+                )
             )
         except BaseException:  # a signal's as well: nothing waits for answers that nobody wants any more
-            self._transport.give_up()
+            rating.scoring.give_up()
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        self.last_failure = shortened(list(rating.failures), "; ", TOLD) or None
         ratings = torch.tensor(found).unflatten(0, images.shape[:2])
-        self._last = Asked(images, tuple(task.prompts), ratings)
+        self._last = Asked(weakref.ref(images), task, ratings)
         return ratings
 
-    def _ask(self, image: Tensor, references: list[str], prompt: str) -> tuple[float, float]:
-        payload: dict[str, Any] = {
-            "model": self._model,
-            "messages": self._messages(encoded(image), references, prompt),
-            "temperature": 0.0,
-            "max_tokens": 400 if self._reasoning else 60,
-        }
-        for attempt in range(self._attempts):
+    def _ask(self, image: Tensor, references: list[str], prompt: str, rating: Rating) -> tuple[float, float]:
+        """(prompt, subject), or NOTHING, and in `rating` the reason."""
+        if rating.scoring.is_over():
+            return NOTHING
+        attempts, last = self._settings.attempts, None
+        picture = encoded(image)
+        for attempt in range(attempts):
             try:
-                answer = self._transport.post("/chat/completions", payload | {"seed": attempt})
+                return parse(self._post(picture, references, prompt, attempt, last, rating.scoring))
+            except Unreadable as error:
+                last = error
+            except Refused as error:
+                self._probe(rating, error)
+                rating.failures[str(error)] = None
+                return NOTHING
             except Unavailable as error:
-                self.last_failure = str(error)
-                break
-            ratings = parse(answer)
-            if ratings is not None:
-                return ratings
-        else:
-            self.last_failure = (
-                f"{self._transport.field_name}: {self._model} gave {self._attempts} answers without two whole numbers "
-                f"from 0 to {BEST}"
+                rating.failures[str(error)] = None
+                return NOTHING
+        assert last is not None
+        rating.failures[self._told(last, attempts)] = None
+        return NOTHING
+
+    def _post(
+        self, image: str, references: list[str], prompt: str, attempt: int, last: Unreadable | None, scoring: Scoring
+    ) -> Any:
+        settings = self._settings
+        fields = {
+            "temperature": max(settings.temperature, WARMER) if last else settings.temperature,
+            "max_tokens": self._most_tokens(),
+            "seed": attempt,
+        }
+        kept = {name: value for name, value in fields.items() if name not in settings.omit}
+        if "max_tokens" in kept:
+            kept[settings.max_tokens_field] = kept.pop("max_tokens")
+        question = messages(image, references, prompt, reasoning=settings.reasoning, last=last)
+        payload = {"model": settings.model, "messages": question, **kept, **settings.extra_body}
+        return self._transport.post("/chat/completions", payload, scoring)
+
+    def _probe(self, rating: Rating, refusal: Refused) -> None:
+        """Find out, once a rating, whether a picture is refused or every question: ask the trial question. Raises
+        `UserError` where that is refused too."""
+        if rating.probed:
+            return
+        rating.probed = True
+        image, references = _trial()
+        try:
+            self._post(encoded(image), references, TRIAL_PROMPT, 0, None, rating.scoring)
+        except Refused as error:
+            raise UserError(f"{refusal}; a trial question was refused too: {error}; {ADJUST}") from error
+        except Unavailable:
+            pass  # it is busy, which says nothing of the refusal
+
+    def _most_tokens(self) -> int:
+        return self._settings.max_tokens or (TOKENS_REASONED if self._settings.reasoning else TOKENS)
+
+    def _told(self, last: Unreadable, attempts: int) -> str:
+        words = " ".join(self._transport.without_token(last.words).split())[:QUOTED]
+        problem = self._transport.without_token(last.problem)
+        remedy = ""
+        if last.cut:
+            remedy = (
+                f"; raise rewards.vlm_judge.max_tokens (now {self._most_tokens()}), or have it think less by "
+                "rewards.vlm_judge.extra_body"
             )
-        return float("nan"), float("nan")
-
-    def _messages(self, image: str, references: list[str], prompt: str) -> list[dict[str, Any]]:
-        def picture(data: str) -> dict[str, Any]:
-            return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
-
-        def text(words: str) -> dict[str, Any]:
-            return {"type": "text", "text": words}
-
-        content = [text("Reference pictures of the subject:"), *map(picture, references)]
-        content += [text("The generated picture:"), picture(image), text(f"The prompt: {prompt}")]
-        rules = INSTRUCTIONS + (REASONED if self._reasoning else PLAIN)
-        return [{"role": "system", "content": rules}, {"role": "user", "content": content}]
+        return (
+            f"{self._transport.field_name}: {self._settings.model} gave {attempts} answers without two whole numbers "
+            f"from 0 to {BEST}; the last {problem}: {words!r}{remedy}"
+        )
 
 
 class JudgeReward:
@@ -140,19 +186,9 @@ class JudgeReward:
         return Scores(values.nan_to_num(0.0), values.isfinite())
 
 
-def parse(answer: Any) -> tuple[float, float] | None:
-    """(prompt, subject) of a chat completion: the last JSON object in its text that has both as whole numbers from 0 to
-    4; None where there is none."""
-    try:
-        words = answer["choices"][0]["message"]["content"]
-        objects = _OBJECT.findall(words)
-    except (KeyError, IndexError, TypeError):
-        return None
-    for text in reversed(objects):
-        try:
-            found = [json.loads(text)[question] for question in QUESTIONS]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        if all(isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= BEST for value in found):
-            return float(found[0]), float(found[1])
-    return None
+def _trial() -> tuple[Tensor, list[str]]:
+    """A picture [3, H, W] of a red square, and its reference."""
+    image = torch.ones(3, TRIAL_SIDE, TRIAL_SIDE)
+    middle = slice(TRIAL_SIDE // 4, 3 * TRIAL_SIDE // 4)
+    image[1:, middle, middle] = 0.0
+    return image, [encoded(image)]
