@@ -278,7 +278,7 @@ def test_each_picture_is_decoded_once(lay: Lay, tmp_path: Path, monkeypatch: pyt
         return decode(path, max_pixels)
 
     files = [noise(tmp_path / f"{seed}.png", seed=seed) for seed in range(3)]
-    masks = None if lay is manifest else [half_mask(tmp_path / "masks" / f"{seed}.png", 20 + seed) for seed in range(3)]
+    masks = None if lay is manifest else [half_mask(tmp_path / "masks" / f"{s}.png", 20 * s, 30 * s) for s in (1, 2, 3)]
     lay(tmp_path / "src", files, masks)
     with monkeypatch.context() as patched:
         patched.setattr(images, "_decode", counted)

@@ -20,7 +20,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with an entry, and where; or with `count` of them at once."""
+    """What is wrong with an entry, and where; or with `count` of them at once. With a count of 0 no entry is lost, but
+    something in the folder is left out of them."""
 
     place: str
     text: str

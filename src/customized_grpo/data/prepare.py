@@ -15,7 +15,8 @@ from torch import Tensor
 from customized_grpo.data.dataset import METADATA, Sample, write_metadata
 from customized_grpo.data.entries import Entry, Found, Problem
 from customized_grpo.data.hugging_face import Named, open_tables, read_hugging_face
-from customized_grpo.data.images import MAX_PIXELS, load_image, load_mask, resize, save_image, to_pil
+from customized_grpo.data.images import MAX_PIXELS, load_image, resize, save_image, to_pil
+from customized_grpo.data.masks import load_mask_of
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
 from customized_grpo.errors import UserError, shortened
 
@@ -162,7 +163,7 @@ class _Pictures:
 
     def _made(self, path: Path, mask: Path | None, name: str) -> tuple[Path, Path | None]:
         image = _within(load_image(path, LARGEST), self._max_side)
-        cut = None if mask is None else load_mask(mask, LARGEST)
+        cut = None if mask is None else load_mask_of(path, mask, LARGEST)
         if cut is None and self._segment is not None:
             cut = self._segment(image)
             if cut.max() <= 0.5:
