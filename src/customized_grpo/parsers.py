@@ -182,7 +182,8 @@ def _diagnose_parser() -> ArgumentParser:
 def _prepare_parser() -> ArgumentParser:
     prepare = Parser(
         description="Make a data folder of subject folders with a prompts.txt, of DreamBench, SynCD, UNO's lists, or a "
-        "Hugging Face dataset on disk. Pictures are turned upright, laid on white, and scaled down where large.",
+        "Hugging Face dataset on disk. Pictures are turned upright, laid on white, converted to sRGB, and scaled down "
+        "where large.",
     )
     formats = ("auto", "folders", "dreambench", "manifest", "syncd", "huggingface")
     prepare.add_argument("src", type=Path, help="folder to read")

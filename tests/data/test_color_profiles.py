@@ -1,6 +1,7 @@
 """Colours come out in sRGB, whatever profile a picture has; each is compared with the formulas, written out here."""
 
 import io
+import itertools
 import struct
 import zlib
 from pathlib import Path
@@ -49,18 +50,32 @@ def as_tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float32)).permute(2, 0, 1)
 
 
-def grey_profile(gamma: float) -> bytes:
-    """A minimal ICC profile of grey with the curve value ** gamma."""
-    tags = {
-        b"wtpt": b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061),
-        b"kTRC": b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0),
-    }
+WHITE = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
+
+
+def profile_of(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) -> bytes:
     table, data, offset = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
     for name, content in tags.items():
         table += name + struct.pack(">II", offset + len(data), len(content))
-        data += content
-    head = struct.pack(">I4xI4s4s4s12x4s", offset + len(data), 0x02400000, b"mntr", b"GRAY", b"XYZ ", b"acsp")
+        data += content + bytes(-len(content) % 4)
+    head = struct.pack(">I4xI4s4s4s12x4s", offset + len(data), 0x02400000, kind, space, connection, b"acsp")
     return head.ljust(68, b"\0") + struct.pack(">3i", 63190, 65536, 54061) + bytes(48) + table + data
+
+
+def grey_profile(gamma: float) -> bytes:
+    """A minimal ICC profile of grey with the curve value ** gamma."""
+    curve = b"curv\0\0\0\0" + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    return profile_of(b"mntr", b"GRAY", b"XYZ ", {b"wtpt": WHITE, b"kTRC": curve})
+
+
+def cmyk_profile() -> bytes:
+    """A minimal ICC profile of CMYK: a table of 16 corners in Lab, each ink darkening by its own amount alone."""
+    corners = itertools.product((0, 1), repeat=4)
+    lightness = [100 - 10 * cyan - 20 * magenta - 5 * yellow - 60 * black for cyan, magenta, yellow, black in corners]
+    table = bytes(value for level in lightness for value in (round(level * 2.55), 128, 128))
+    ramp = bytes(range(256))
+    head = b"mft1\0\0\0\0" + struct.pack(">4B9i", 4, 3, 2, 0, *(65536, 0, 0, 0, 65536, 0, 0, 0, 65536))
+    return profile_of(b"prtr", b"CMYK", b"Lab ", {b"wtpt": WHITE, b"A2B0": head + ramp * 4 + table + ramp * 3})
 
 
 def with_chunks(path: Path, picture: Image.Image, **chunks: bytes) -> Path:
@@ -155,6 +170,19 @@ def test_a_grey_picture_with_a_profile_of_rgb_is_its_greys(tmp_path: Path) -> No
         assert (image[0] - image[1]).abs().max() <= 1 / 255
         assert (image[0] - torch.from_numpy(expected)).abs().max() <= 3 / 255
         assert torch.equal(image, grey) == (profile == P3)
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.tiff"])
+def test_inks_are_converted_by_their_profile(tmp_path: Path, name: str) -> None:
+    """The greys of this profile, not of the complement that a picture without one has; black point compensated."""
+    for inks, lightness in (((0, 0, 0, 0), 100.0), ((255, 0, 0, 0), 90.0), ((0, 255, 0, 0), 80.0)):
+        settings = {"quality": 100} if name.endswith("jpg") else {}
+        picture = Image.new("CMYK", (16, 16), inks)
+        image = load_image(saved(tmp_path / name, picture, icc_profile=cmyk_profile(), **settings))[:, 8, 8]
+        # L* to linear light, from which the profile's darkest, L* = 5, is black.
+        light, darkest = ((level + 16) ** 3 / 116**3 if level > 8 else level / 903.3 for level in (lightness, 5.0))
+        expected = float(srgb(np.array((light - darkest) / (1 - darkest))))
+        assert image.tolist() == pytest.approx([expected] * 3, abs=2.5 / 255)
 
 
 def test_the_optional_colours_of_cameras_are_adobe_rgb(tmp_path: Path) -> None:

@@ -152,15 +152,15 @@ def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[
     if not pictures or not prompts:
         yield Problem(folder.name, "no pictures" if prompts else f"{PROMPTS} is empty")
         return
-    masks = [named.get(f"{picture.stem}{MASK}", folder / f"{picture.stem}{MASK}.png") for picture in pictures]
+    masks = [named.get(f"{picture.stem}{MASK}") for picture in pictures]
     for number, prompt in enumerate(prompts):
         try:
             references = tuple(inside(source, picture) for picture in pictures)
-            cut = tuple(inside(source, mask) for mask in masks) if all(mask.is_file() for mask in masks) else ()
+            cut = tuple(mask and inside(source, mask) for mask in masks)
         except ValueError as error:
             yield Problem(folder.name, str(error))
             return
-        yield Entry(f"{folder.name}-{number}", prompt, references, cut, folder.name)
+        yield Entry(f"{folder.name}-{number}", prompt, references, cut if any(cut) else (), folder.name)
 
 
 def _entry(
