@@ -236,7 +236,7 @@ def save_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
         # Up to 3 x 3 tokens for a picture: of one, its row and column would not show.
         images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=100 * 100)
         ImageTextProcessor(images, pipeline.tokenizer).save_pretrained(folder / "processor")
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / "model_index.json").read_text())
         index["processor"] = ["transformers", "Qwen2VLProcessor"]
         (folder / "model_index.json").write_text(json.dumps(index))
     return folder
