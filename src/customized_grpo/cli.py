@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments:
         arguments = ["--help"]
     try:
-        arguments = [_underscored(argument) for argument in arguments]
         parser = build_parser()
+        arguments = parser.command_of(arguments)[1].underscored(arguments)
         _check_files(arguments)
         options = parser.parse_args(arguments)
         chosen = options[options.subcommand]
@@ -277,12 +277,6 @@ def _toybox(options: Namespace) -> None:
     from customized_grpo.toybox.pretrain import pretrain
 
     pretrain(chosen.output, chosen.seed, chosen.only, chosen.threads, Display())
-
-
-def _underscored(argument: str) -> str:
-    """--max-bad is --max_bad."""
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def _fail(message: str, status: int = USAGE_ERROR) -> NoReturn:

@@ -37,6 +37,18 @@ class Parser(ArgumentParser):
         """Names of all options."""
         return re.findall(r"^  --([\w.]+)", self.format_help(), re.MULTILINE)
 
+    def underscored(self, arguments: Sequence[str]) -> list[str]:
+        """Rewrite --max-bad as --max_bad: the names of this command's options, no value, and nothing after `--`."""
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        dashed = [argument for argument in arguments[:end] if "-" in argument.partition("=")[0].removeprefix("--")]
+        known = {f"--{name}" for name in self.options()} if dashed else set()
+        rewritten = []
+        for argument in arguments[:end]:
+            name, equals, value = argument.partition("=")
+            plain = "--" + name.removeprefix("--").replace("-", "_")
+            rewritten.append(plain + equals + value if name.startswith("--") and plain in known else argument)
+        return [*rewritten, *arguments[end:]]
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadArguments(message) from ex
 
@@ -186,7 +198,8 @@ def _diagnose_parser() -> ArgumentParser:
 def _prepare_parser() -> ArgumentParser:
     prepare = Parser(
         description="Make a data folder of subject folders with a prompts.txt, of DreamBench, SynCD, UNO's lists, or a "
-        "Hugging Face dataset on disk. Pictures are turned upright, laid on white, and scaled down where large.",
+        "Hugging Face dataset on disk. Pictures are turned upright, laid on white, converted to sRGB, and scaled down "
+        "where large.",
     )
     formats = ("auto", "folders", "dreambench", "manifest", "syncd", "huggingface")
     prepare.add_argument("src", type=Path, help="folder to read")

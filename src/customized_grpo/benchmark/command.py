@@ -18,6 +18,7 @@ from customized_grpo.benchmark.metrics import Group, Measure, load_measures, toy
 from customized_grpo.benchmark.page import write_page
 from customized_grpo.config import Config, PolicyConfig, RanksConfig, RewardsConfig
 from customized_grpo.data import load_image, save_image
+from customized_grpo.data.images import check_drawn
 from customized_grpo.display import Display, Stages
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError, told_changes
@@ -306,7 +307,9 @@ def _drawn(
 ) -> Tensor:
     condition = policy.encode([item.prompt for item in items], references)
     noise = batched_normal(config.seed, 0, rows, [0] * len(rows), PURPOSE, policy.latent_shape).to(policy.device)
-    return sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
+    images = sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
+    check_drawn(images)
+    return images
 
 
 @torch.no_grad()

@@ -188,7 +188,7 @@ def read_csv(path: Path) -> list[Result]:
     """The results that `write_csv` wrote. Raises UserError naming file, line and column of what is not one."""
     remedy = "expected the comparison.csv that `customized-grpo compare` writes"
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             header, lines = list(reader.fieldnames or ()), list(reader)
     except FileNotFoundError as error:

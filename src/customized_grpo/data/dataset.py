@@ -29,6 +29,7 @@ from customized_grpo.data.images import (
     load_image,
     load_mask,
 )
+from customized_grpo.data.masks import misfit
 from customized_grpo.errors import UserError, shortened
 from customized_grpo.randomness import generator
 from customized_grpo.storage import file_sha256
@@ -345,6 +346,7 @@ def _check_pictures(metadata: Path, entries: Sequence[tuple[int, Sample]], max_p
         found = list(pool.map(partial(_size, _inspect_mask, max_pixels), masks))
         mask_sizes = dict(zip(masks, found, strict=True))
     place_of: dict[str, int] = {}
+    compared: set[tuple[Path, Path]] = set()
     for number, sample in entries:
         sizes = [reference_sizes[path] for path in sample.references]
         sizes += [mask_sizes[path] for path in sample.masks]
@@ -352,12 +354,10 @@ def _check_pictures(metadata: Path, entries: Sequence[tuple[int, Sample]], max_p
             place_of.setdefault(problem, number)
         for path, mask in zip(sample.references, sample.masks, strict=False):
             size, mask_size = reference_sizes[path], mask_sizes[mask]
-            if isinstance(size, tuple) and isinstance(mask_size, tuple) and size != mask_size:
-                problem = (
-                    f"{mask}: the mask is {mask_size[1]}x{mask_size[0]} but its reference {path.name} is "
-                    f"{size[1]}x{size[0]}; expected the same size"
-                )
-                place_of.setdefault(problem, number)
+            if isinstance(size, tuple) and isinstance(mask_size, tuple) and (path, mask) not in compared:
+                compared.add((path, mask))
+                if different := misfit(path, mask):
+                    place_of.setdefault(different, number)
     problems = [f"{metadata}:{number}: {problem}" for problem, number in place_of.items()]
     files = len({*references, *masks})
     _raise_listed(problems, f"{metadata}: {len(problems)} problems in {files} image files")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.data.entries import Entry, Found, Problem, inside
+from customized_grpo.data.files import is_left_behind
 from customized_grpo.errors import UserError, first_line
 
 # Of several that are there the first counts: "image" beside a reference is most often what was drawn from it.
@@ -62,7 +63,7 @@ def is_saved(source: Path) -> bool:
 def parquet_files(source: Path) -> list[Path]:
     """The parquet files in the folder `source`, or up to two folders down, in order."""
     found = [path for pattern in ("*", "*/*", "*/*/*") for path in source.glob(f"{pattern}.parquet")]
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(source).parts))
+    return sorted(path for path in found if not any(map(is_left_behind, path.relative_to(source).parts)))
 
 
 def open_tables(source: Path, split: str | None = None) -> list[Table]:

@@ -10,23 +10,26 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 
+from customized_grpo.data.color_profiles import ToRgb, to_srgb
+from customized_grpo.data.formats import open_picture
 from customized_grpo.data.resampling import resample, to_levels
 from customized_grpo.errors import UserError
 
 MAX_PIXELS = 50_000_000
 CACHE_BYTES = 512 * 2**20
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 ImageLoader = Callable[[Path, int], Tensor]
 
 _MODES_8BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _MODES_16BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_WITHOUT_RANGE = {"F": " (floating-point numbers, of no fixed range)", "I": " (whole numbers, of no fixed range)"}
 # What Pillow's decoders let through on damaged files.
 BROKEN = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -49,34 +52,37 @@ _UPRIGHT = {
 
 
 def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The picture at `path`: [3, H, W], EXIF orientation applied, transparency composited on white.
+    """Read the picture at `path`: [3, H, W] in sRGB, EXIF orientation applied, transparency composited on white.
 
-    Of an animation the first frame. Raises UserError, naming the file, when it is missing, not of `FORMATS`,
-    broken or truncated, or has more than `max_pixels` (by its header, before anything is decoded).
+    Colours are converted by the picture's profile; without one they are taken for sRGB. Of an animation the first
+    frame. Raises UserError, naming the file, when it is missing, of a format that is not read, broken or truncated, has
+    a damaged colour profile, or more than `max_pixels` (by its header, before anything is decoded).
     """
-    image = _decode(Path(path), max_pixels)
+    path = Path(path)
+    image = _decode(path, max_pixels)
+    convert = _conversion(path, image)
     if image.mode in _MODES_16BIT:
-        return _pixels_16bit(image).repeat(3, 1, 1)
+        return _grey_16bit(image, convert)
     if image.has_transparency_data:
-        rgba = _pixels(image, "RGBA")
-        color, alpha = rgba[:3], rgba[3:]
+        rgba = image.convert("RGBA")
+        color, alpha = _rgb(rgba, convert), _pixels(rgba.getchannel("A"))
         return (color * alpha + (1 - alpha)).clamp(0, 1)
-    return _pixels(image, "RGB")
+    return _rgb(image, convert)
 
 
 def load_mask(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The mask at `path`: [1, H, W], 1 on the subject (white, opaque) and 0 elsewhere (black or transparent).
+    """Read the mask at `path`: [1, H, W], 1 on the subject (white, opaque) and 0 elsewhere (black or transparent).
 
-    Raises UserError as `load_image` does, and when no pixel is brighter than 0.5: most often a mask of 0s and
-    1s where white is 255.
+    Its values are no colours: a colour profile changes nothing. Raises UserError as `load_image` does, and when no
+    pixel is brighter than 0.5: most often a mask of 0s and 1s where white is 255.
     """
     image = _decode(Path(path), max_pixels)
     if image.mode in _MODES_16BIT:
         mask = _pixels_16bit(image)
     elif image.has_transparency_data:
-        mask = _pixels(image, "L") * _pixels(image, "RGBA")[3:]
+        mask = _pixels(image.convert("L")) * _pixels(image.convert("RGBA").getchannel("A"))
     else:
-        mask = _pixels(image, "L")
+        mask = _pixels(image.convert("L"))
     brightest = float(mask.max())
     if brightest <= 0.5:
         raise UserError(
@@ -87,8 +93,11 @@ def load_mask(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def inspect_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the upright picture at `path`, decoded wholly. Raises UserError as `load_image`."""
-    width, height = _decode(Path(path), max_pixels).size
+    """Return (height, width) of the upright picture at `path`, decoded as a whole. Raises UserError as `load_image`."""
+    path = Path(path)
+    image = _decode(path, max_pixels)
+    _conversion(path, image)
+    width, height = image.size
     return height, width
 
 
@@ -199,6 +208,15 @@ def save_image(image: Tensor, path: str | Path) -> None:
     to_pil(image).save(path, format="PNG")
 
 
+def check_drawn(images: Tensor) -> None:
+    """Raise `UserError` where a generator drew pictures [..., H, W] with values that are not finite."""
+    if not torch.isfinite(images).all():
+        raise UserError(
+            "the generator drew values that are not finite (NaN or infinite): its weights are damaged, or overflow in "
+            "this precision; use an earlier checkpoint, or fp32"
+        )
+
+
 def image_grid(images: Tensor, columns: int, scale: int = 1, padding: int = 0, background: float = 1.0) -> Tensor:
     """Tile [N, C, H, W], row by row, into one picture [C, H', W'].
 
@@ -230,7 +248,7 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
     if os.path.getsize(path) == 0:
         raise UserError(f"{path}: the image file is empty")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_picture(path) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(
@@ -240,20 +258,41 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
             image.load()
             turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             upright = image.transpose(turn) if turn is not None else image
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: too large ({error}); scale the image down") from error
     except BROKEN as error:
         raise UserError(f"{path}: broken or truncated image ({error}); replace the file") from error
     if upright.mode not in _MODES_8BIT + _MODES_16BIT:
-        raise UserError(f"{path}: cannot read pixels of mode {upright.mode}; save it as RGB or greyscale")
+        kind = upright.mode + _WITHOUT_RANGE.get(upright.mode, "")
+        raise UserError(f"{path}: cannot read pixels of mode {kind}; save it with 8 bits as RGB or greyscale")
     return upright
 
 
-def _pixels(image: Image.Image, mode: str) -> Tensor:
-    """[C, H, W] in [0, 1] of an 8-bit image converted to `mode`."""
-    values = torch.from_numpy(np.array(image.convert(mode)))
+def _conversion(path: Path, image: Image.Image) -> ToRgb | None:
+    try:
+        return to_srgb(image)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; save the picture in sRGB, or without a profile") from error
+
+
+def _rgb(image: Image.Image, convert: ToRgb | None) -> Tensor:
+    """[3, H, W] in [0, 1] of an 8-bit image, its transparency left out."""
+    return _pixels(image.convert("RGB") if convert is None else convert(image))
+
+
+def _grey_16bit(image: Image.Image, convert: ToRgb | None) -> Tensor:
+    """[3, H, W] in [0, 1] of a 16-bit greyscale image, converted by the 256 levels that its values lie between."""
+    grey = _pixels_16bit(image)
+    if convert is None:
+        return grey.repeat(3, 1, 1)
+    levels = np.asarray(convert(Image.fromarray(np.arange(256, dtype=np.uint8)[None])), dtype=np.float32)[0] / 255
+    places, values = np.arange(256) / 255, grey[0].numpy()
+    return torch.from_numpy(np.stack([np.interp(values, places, each).astype(np.float32) for each in levels.T]))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """[C, H, W] in [0, 1] of an 8-bit image."""
+    values = torch.from_numpy(np.array(image))
     if values.ndim == 2:
         values = values[..., None]
     return values.permute(2, 0, 1).contiguous().float() / 255

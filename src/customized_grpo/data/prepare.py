@@ -15,7 +15,8 @@ from torch import Tensor
 from customized_grpo.data.dataset import METADATA, Sample, write_metadata
 from customized_grpo.data.entries import Entry, Found, Problem
 from customized_grpo.data.hugging_face import Named, open_tables, read_hugging_face
-from customized_grpo.data.images import MAX_PIXELS, load_image, load_mask, resize, save_image, to_pil, within
+from customized_grpo.data.images import MAX_PIXELS, load_image, resize, save_image, to_pil, within
+from customized_grpo.data.masks import load_mask_of
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
 from customized_grpo.errors import UserError, shortened
 
@@ -72,7 +73,7 @@ def prepare(
     if partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
     try:
-        pictures = _Pictures(partial, options.max_side, segment)
+        pictures = _Pictures(partial, options.max_side, segment, options.segment)
         samples: list[Sample] = []
         problems: list[Problem] = []
         with closing(reading) as found:
@@ -123,10 +124,13 @@ def _reading(name: str, source: Path, options: Options) -> tuple[int, Generator[
 
 
 class _Pictures:
-    """Writes each distinct picture once, with its mask; or, without a folder, only looks at it."""
+    """Writes each distinct picture once, with its mask; or, without a folder, only looks at it.
 
-    def __init__(self, folder: Path | None, max_side: int, segment: Segment | None) -> None:
-        self._folder, self._max_side, self._segment = folder, max_side, segment
+    With `makes_masks` missing masks are made, by `segment`, where there is a folder.
+    """
+
+    def __init__(self, folder: Path | None, max_side: int, segment: Segment | None, makes_masks: bool) -> None:
+        self._folder, self._max_side, self._segment, self._makes_masks = folder, max_side, segment, makes_masks
         self._written: dict[tuple[Path, Path | None], tuple[Path, Path | None] | str] = {}
 
     @property
@@ -149,6 +153,10 @@ class _Pictures:
             return Problem(entry.place, "its prompt or subject has half of a surrogate pair, which no file can hold")
         pairs = [each for each in written if not isinstance(each, str)]
         cut = [mask for _, mask in pairs if mask is not None]
+        if cut and len(cut) < len(pairs) and not self._makes_masks:
+            bare = [path.name for path, (_, mask) in zip(entry.references, pairs, strict=False) if mask is None]
+            text = f"{len(bare)} of {len(pairs)} pictures have no mask: {shortened(bare, ', ', most=5)}"
+            return Problem(entry.place, f"{text}; draw them, or make them with --segment")
         return Sample(identifier, entry.prompt, tuple(image for image, _ in pairs), tuple(cut), subject)
 
     def _write(self, path: Path, mask: Path | None) -> tuple[Path, Path | None] | str:
@@ -162,7 +170,7 @@ class _Pictures:
 
     def _made(self, path: Path, mask: Path | None, name: str) -> tuple[Path, Path | None]:
         image = within(load_image(path, LARGEST), self._max_side)
-        cut = None if mask is None else load_mask(mask, LARGEST)
+        cut = None if mask is None else load_mask_of(path, mask, LARGEST)
         if cut is None and self._segment is not None:
             cut = self._segment(image)
             if cut.max() <= 0.5:

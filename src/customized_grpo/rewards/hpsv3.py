@@ -154,7 +154,7 @@ def read_instruction(path: Path | None) -> str:
     if path is not None:
         if not path.is_file():
             raise UserError(f"rewards.hpsv3.instruction: {path} is no file")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     else:
         text = _published_instruction()
     for part in (PLACE, REWARD_TOKEN):
