@@ -209,11 +209,12 @@ def _own(output: Path, display: Display) -> Iterator[None]:
 
 def _delete_run(output: Path) -> None:
     """Delete what a run wrote into `output`, and nothing else."""
-    for path in (output / name for name in WRITTEN):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    with writing(output):
+        for path in (output / name for name in WRITTEN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _summary_writer() -> Any:

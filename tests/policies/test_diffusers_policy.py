@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rollout import sample_ode
+from customized_grpo.storage import StorageError
 from customized_grpo.trainer import Trainer
 
 Load = Callable[..., DiffusersPolicy]
@@ -375,3 +377,16 @@ def test_ode_samples_do_not_depend_on_micro_batches(load: Load, picture: Picture
     noise = torch.randn(3, *policy.latent_shape)
     images = [sample_ode(policy, condition, noise, policy.sigmas(3, 3.0), micro_batch) for micro_batch in (1, 3)]
     assert torch.allclose(*images, atol=1e-5)
+
+
+def test_a_full_disk_under_the_cache(
+    load: Load, picture: Picture, tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    policy = load("flux1-kontext")
+    reference = policy.prepare_reference(picture(64, 64), 1)
+    with files_up_to(1000), pytest.raises(StorageError, match=f"{tmp_path / 'conditions'}: no space .* MB are needed"):
+        policy.encode(["a cat"], [[reference]])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert policy.encode(["a cat"], [[reference]]).rows
+    with files_up_to(1000), pytest.raises(StorageError, match=f"{tmp_path / 'run'}: no space to write"):
+        policy.save_adapter(tmp_path / "run")

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,10 +283,8 @@ def _draw_each(config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: 
         chosen = [work.items[number] for number in rows]
         images = _drawn(config, policy, chosen, [_references(policy, item) for item in chosen], rows, sigmas)
         for number, image in zip(rows, images, strict=True):
-            unfinished = work.paths[number].with_suffix(".part.png")
             with writing(config.output):
-                save_image(image, unfinished)
-                os.replace(unfinished, work.paths[number])
+                save_image(image, work.paths[number])
         stages.update("drawing", start + len(rows), len(mine))
 
 

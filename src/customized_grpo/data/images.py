@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from customized_grpo.errors import UserError
+from customized_grpo.storage import replacing
 
 MAX_PIXELS = 50_000_000
 CACHE_BYTES = 512 * 2**20
@@ -173,7 +174,8 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, path: str | Path) -> None:
     """Write [3, H, W] or [1, H, W] in [0, 1] as an 8-bit PNG, values clamped and rounded, making its folder.
 
-    Raises UserError when the name does not end in .png, ValueError for other shapes and non-finite values.
+    The file is whole or not there. Raises UserError when the name does not end in .png, StorageError where the disk
+    does not take it, ValueError for other shapes and non-finite values.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -182,8 +184,8 @@ def save_image(image: Tensor, path: str | Path) -> None:
         raise ValueError(f"expected an image [3, H, W] or [1, H, W], got {list(image.shape)}")
     if not torch.isfinite(image).all():
         raise ValueError(f"{path}: the image has values that are not finite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path, format="PNG")
+    with replacing(path) as unfinished:
+        to_pil(image).save(unfinished, format="PNG")
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, padding: int = 0, background: float = 1.0) -> Tensor:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.storage import save_tensors
+from customized_grpo.storage import save_tensors, writing
 
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) of references, in pixels."""
@@ -107,9 +105,8 @@ class ConditionCache:
             raise UserError(f"{path}: a damaged file of the condition cache ({error}); delete it") from error
 
     def write(self, prompt: str, references: Sequence[Tensor], row: Row) -> None:
-        """Keep `row`, whole or not at all."""
+        """Keep `row`, whole or not at all. Raises `StorageError` where the disk does not take it."""
         path = self.path(prompt, references)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{uuid.uuid4().hex}.part")
-        save_tensors(row.tensors, unfinished, metadata={"sizes": json.dumps(row.sizes)})
-        os.replace(unfinished, path)
+        with writing(self._folder, sum(tensor.nbytes for tensor in row.tensors.values())):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_tensors(row.tensors, path, metadata={"sizes": json.dumps(row.sizes)})

@@ -22,6 +22,7 @@ from customized_grpo.policies.phase import Phase, phase
 from customized_grpo.policies.shard import shard
 from customized_grpo.policies.sizes import token_count
 from customized_grpo.runtime import CPU
+from customized_grpo.storage import writing
 
 MOST_GRAPHS = 64
 """Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled anew
@@ -204,7 +205,8 @@ class DiffusersPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         """See `Policy.save_adapter`: in diffusers' own format."""
-        save_lora(self._transformer, self._family.pipeline, folder)
+        with writing(folder):
+            save_lora(self._transformer, self._family.pipeline, folder)
 
     def load_adapter(self, folder: Path) -> None:
         """See `Policy.load_adapter`."""

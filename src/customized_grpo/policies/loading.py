@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,7 +11,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
@@ -21,12 +21,18 @@ from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import uno
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.lora import PREFIX, read_lora
+from customized_grpo.storage import downloading
 
 INDEX = "model_index.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What libraries raise on files that are missing, damaged, or not what they are taken for."""
 SHARDS = "*.safetensors.index.json"
 """Indices of weights in several files."""
+
+
+def from_hub() -> AbstractContextManager[None]:
+    """Guard downloads from the hub: `StorageError` where the disk of its cache is full."""
+    return downloading(Path(constants.HF_HUB_CACHE), "HF_HOME")
 
 
 def locate(model: str, family: Family, *, weights: bool = True) -> Path:
@@ -171,9 +177,10 @@ def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> Non
 
 def _download(model: str, weights: bool) -> Path:
     try:
-        if not weights:
-            return Path(snapshot_download(model, allow_patterns=["*.json"]))
-        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+        with from_hub():
+            if not weights:
+                return Path(snapshot_download(model, allow_patterns=["*.json"]))
+            return Path(DiffusionPipeline.download(model, use_safetensors=True))
     except GatedRepoError as error:
         raise UserError(
             f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
@@ -200,7 +207,8 @@ def locate_file(name: str, field: str) -> Path:
             "files are read"
         )
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        with from_hub():
+            return Path(hf_hub_download(f"{owner}/{repository}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
         raise UserError(
             f"{field}: {name} is no file here, and could not be had from the hub ({first_line(error)})"

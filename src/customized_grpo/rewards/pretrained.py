@@ -13,7 +13,7 @@ from transformers.utils.hub import cached_file
 from customized_grpo.config_rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import Lengths
-from customized_grpo.policies.loading import check_shards, locate_file, without_pickles
+from customized_grpo.policies.loading import check_shards, from_hub, locate_file, without_pickles
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.open_clip import load_open_clip
 from customized_grpo.rewards.pictures import Letterbox, Preprocessing
@@ -139,7 +139,7 @@ class Checkpoint:
         check_shards(Path(name), self._field)
         more = {"use_safetensors": True} if loader is AutoModel else {}
         try:
-            with without_pickles():
+            with from_hub(), without_pickles():
                 return loader.from_pretrained(name, trust_remote_code=False, **more)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(
@@ -152,6 +152,9 @@ def _has_processor(name: str) -> bool:
     """Whether the model in a folder, or on the hub, has an image processor of its own; where neither is there, what
     loads the model tells."""
     try:
-        return cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+        with from_hub():
+            return (
+                cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+            )
     except OSError:
         return False

@@ -17,7 +17,7 @@ from customized_grpo.data.images import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.policies import References
 from customized_grpo.runtime import resolve_precision
-from customized_grpo.storage import save_tensors
+from customized_grpo.storage import save_tensors, writing
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
 from customized_grpo.toybox.network import Context, Denoiser, Generator
@@ -120,7 +120,8 @@ class ToyBoxPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         """See `Policy.save_adapter`: PEFT's file for LoRA, the denoiser's state otherwise."""
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         state = (
             get_peft_model_state_dict(self._tuned) if isinstance(self._tuned, PeftModel) else self._tuned.state_dict()
         )
