@@ -20,7 +20,7 @@ from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display, Stages
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError, told_changes
-from customized_grpo.policies import EncodesAhead, Policy, in_step
+from customized_grpo.policies import Policy, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
@@ -34,7 +34,7 @@ PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 MEASURED = {"identity_to", "hpsv3_as_published", "metrics"}
 """Settings of measuring."""
-UNSEEN = {"device", "offload", "shard", "cache", "gradient_checkpointing"}
+UNSEEN = {"device", "offload", "shard", "cache", "cache_limit", "gradient_checkpointing"}
 """Settings of a generator that its pictures do not depend on."""
 
 
@@ -241,7 +241,10 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
     policy = None
     with ranks.together():
         if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
-            policy = _load_policy(config, work, mine, stages)
+            policy = _load_policy(config, work)
+            asked = [work.items[number] for number in left]
+            share = range(len(left))[ranks.rank :: ranks.world]
+            build.encode_rows(policy, asked, lambda index: _references(policy, asked[index]), stages, share)
     with ranks.together(), writing(config.output):
         if ranks.first:
             config.output.mkdir(parents=True, exist_ok=True)
@@ -252,22 +255,14 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
                 _draw_each(config, work, policy, mine, stages)
 
 
-def _load_policy(config: BenchmarkConfig, work: _Work, mine: Sequence[int], stages: Stages) -> Policy[Any]:
-    """The generator, checked against all items; those with the numbers `mine` are encoded."""
-    items = work.items
+def _load_policy(config: BenchmarkConfig, work: _Work) -> Policy[Any]:
+    """The generator, checked against all items."""
     policy = build.build_policy(work.policy, 0)
     assert config.data is not None
-    build.check_prompts(config.data, items, policy)
+    build.check_prompts(config.data, work.items, policy)
     adapter = _adapter(config)
     if adapter is not None:
         policy.load_adapter(adapter)
-
-    if isinstance(policy, EncodesAhead):
-        policy.encode_ahead(
-            [items[number].prompt for number in mine],
-            lambda index: _references(policy, items[mine[index]]),
-            lambda done: stages.update("encoding prompts and references", done, len(mine)),
-        )
     return policy
 
 

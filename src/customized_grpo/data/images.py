@@ -92,6 +92,18 @@ def inspect_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     return height, width
 
 
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return (height, width) of the upright picture at `path`, by its header alone. Raises `UserError` where the file
+    is no picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except (UnidentifiedImageError, *_BROKEN) as error:
+        raise UserError(f"{path}: not a picture that can be read ({error})") from error
+    return (width, height) if turned else (height, width)
+
+
 def resize_square(image: Tensor, size: int) -> Tensor:
     """[C, H, W] cropped to the square at its centre and resized (bilinear, antialiased) to [C, size, size].
 

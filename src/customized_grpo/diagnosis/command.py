@@ -14,6 +14,7 @@ from rich.table import Table
 from customized_grpo import build
 from customized_grpo.algorithm import constant_weights, time_weights
 from customized_grpo.config import Config
+from customized_grpo.data import batch_indices
 from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
@@ -58,9 +59,12 @@ def diagnose(
     if prompts > len(dataset):
         raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
     rewards = build.build_rewards(config)
-    build.tell_long_prompts(config, policy, rewards, {dataset: None}, display)
+    # Both measurements take the first samples of the order in which training would.
+    drawn = max(prompts, batches * config.rollout.prompts_per_iteration)
+    used = {dataset: [dataset[index] for index in sorted(set(batch_indices(len(dataset), drawn, config.seed, 0)))]}
+    build.tell_long_prompts(config, policy, rewards, used, display)
     with display.stages() as stages:
-        build.encode_ahead(policy, {dataset: None}, stages)
+        build.encode_ahead(policy, used, stages)
         sensitivity = measure(
             config, policy, rewards, dataset, prompts=prompts, group_size=group_size,
             on_progress=lambda done, of: stages.update("sensitivity", done, of),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from customized_grpo.errors import UserError
 from customized_grpo.policies import Lengths, schedule
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, token_count
 
 LORA_TARGETS = (
@@ -21,6 +21,7 @@ LORA_TARGETS = (
     r"(attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)|proj_out)"
 )
 """The projections of all attentions, and of a single block its output, as UNO's and the paper's LoRA have it."""
+DEPENDS_ON: dict[str, Inputs] = {"text": (PROMPT,), "pooled": (PROMPT,), "reference": (REFERENCES,)}
 TEXT_TOKENS = 512
 """Tokens of T5 that the pipelines take."""
 

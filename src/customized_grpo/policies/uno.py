@@ -1,7 +1,7 @@
 """UNO (arXiv 2504.02160) on FLUX.1-dev: several references, each placed where the last one ended on both axes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from customized_grpo.errors import UserError
 from customized_grpo.policies import Lengths, flux1, schedule
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import to_longer_side
 
 _PUBLISHED = re.compile(r"(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight")
@@ -26,6 +26,7 @@ class Uno:
     saved_as: tuple[str, ...] = ("FluxPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     lora_targets = flux1.LORA_TARGETS
+    depends_on: Mapping[str, Inputs] = flux1.DEPENDS_ON
     max_references = 4
     guidance = 4.0
     reference_side = 512
