@@ -1,6 +1,7 @@
 """From a configuration to the parts of a run."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -113,11 +114,42 @@ def dry_run(config: Config, processes: int = 1) -> Estimate:
         quiet()
         from customized_grpo.policies.dry_run import dry_run as dry_run_of_pipeline
 
-        return dry_run_of_pipeline(config, processes)
+        rows, unknown = _outlined(config)
+        estimated = dry_run_of_pipeline(config, processes, rows)
+        return _with_rewards(config, replace(estimated, not_counted=(*estimated.not_counted, *unknown)))
     policy = _toybox(config.policy, "fp32", seed=0)
     condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
     frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
-    return estimate(config, Subject(policy, policy.networks[-1], condition, float(frozen)), processes)
+    subject = Subject(policy, policy.networks[-1], condition, float(frozen))
+    return _with_rewards(config, estimate(config, subject, processes))
+
+
+def _outlined(config: Config) -> tuple[Sequence[Sample] | None, list[str]]:
+    """All samples that a run of `config` reads, by the lines of its data folders; None, and why, where one is not
+    there."""
+    paths = config.data.model_dump(include={"path", "validation", "test"}, exclude_none=True)
+    absent = [f"data.{name}" for name, path in paths.items() if not path.is_dir()]
+    if absent:
+        return None, [f"disk of encoded prompts and references: {', '.join(absent)} is not there"]
+    datasets = {name: SubjectDataset.outline(path) for name, path in paths.items()}
+    return [sample for samples in read_samples(config, datasets).values() for sample in samples], []
+
+
+def _with_rewards(config: Config, estimated: Estimate) -> Estimate:
+    """`estimated`, with what the rewards keep on the generator's device."""
+    device = _reward_device(config)
+    if device != _device(config.policy):
+        return estimated
+    from customized_grpo.rewards.footprint import reward_bytes
+
+    counted, unknown = reward_bytes(config.rewards, device, config.policy.weights)
+    unknown = [f"weights of {name}: not on this machine" for name in unknown]
+    others = ["activations of the rewards", "what an allocator adds"]
+    return replace(
+        estimated,
+        memory=estimated.memory | {f"weights of {name}": size for name, size in counted.items()},
+        not_counted=(*estimated.not_counted, *unknown, *others),
+    )
 
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:

@@ -68,6 +68,12 @@ class SubjectDataset:
         _check_pictures(folder / METADATA, entries, max_pixels)
         return cls(folder, [sample for _, sample in entries], max_pixels, cache_bytes)
 
+    @classmethod
+    def outline(cls, folder: str | Path) -> "SubjectDataset":
+        """Read the lines of a dataset folder alone: no picture is looked at, or need be there. Raises UserError as
+        `open` does for lines."""
+        return cls(Path(folder), [sample for _, sample in _read_metadata(Path(folder))], MAX_PIXELS, CACHE_BYTES)
+
     def __len__(self) -> int:
         return len(self.samples)
 
