@@ -20,6 +20,7 @@ from customized_grpo.policies.cache_folder import Hold, clear, list_files
 from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.conditions import check_room
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, bytes_of_rows, plan_row
+from customized_grpo.run import _first_iteration
 from customized_grpo.storage import LOCK
 
 Load = Callable[..., DiffusersPolicy]
@@ -220,3 +221,12 @@ def test_the_size_of_a_picture_is_read_from_its_header(tmp_path: Path, picture: 
     (tmp_path / "b.png").write_text("no picture")
     with pytest.raises(UserError, match=r"b\.png: not a picture"):
         image_size(tmp_path / "b.png")
+
+
+def test_a_resumed_run_may_go_on_from_its_oldest_checkpoint(tmp_path: Path) -> None:
+    """Newer ones may prove damaged, and are passed over then."""
+    for name in ("000020", "000040", ".000060.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert _first_iteration(tmp_path, resume=True, resume_from=None) == 20
+    assert _first_iteration(tmp_path, resume=False, resume_from=None) == 0
+    assert _first_iteration(tmp_path / "none", resume=True, resume_from=None) == 0

@@ -14,7 +14,14 @@ from customized_grpo.policies.family import Family
 from customized_grpo.policies.flux1_kontext import Flux1Kontext
 from customized_grpo.policies.flux2 import Flux2
 from customized_grpo.policies.flux2_klein import Flux2Klein
-from customized_grpo.policies.loading import fingerprint, load_pipeline, locate, locate_file, merge_base_adapter
+from customized_grpo.policies.loading import (
+    check_model,
+    fingerprint,
+    load_pipeline,
+    locate,
+    locate_file,
+    merge_base_adapter,
+)
 from customized_grpo.policies.qwen_image_edit_plus import QwenImageEditPlus
 from customized_grpo.policies.uno import Uno
 
@@ -50,8 +57,10 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
         # Kernels of others, FSDP and NCCL take the current device for the one that is meant.
         torch.cuda.set_device(device)
     family = FAMILIES[config.kind]
+    model = config.model or MODELS[config.kind]
+    check_model(model, family)  # the cheapest first: a file of a few lines, an adapter, the weights
     adapter = None if config.base_adapter is None else locate_file(config.base_adapter, "policy.base_adapter")
-    folder = locate(config.model or MODELS[config.kind], family)
+    folder = locate(model, family)
     pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     if adapter is not None:
         merge_base_adapter(pipe, adapter)

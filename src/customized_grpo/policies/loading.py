@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,7 +12,13 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
 from torch import Tensor
@@ -41,23 +47,8 @@ def locate(model: str, family: Family, *, weights: bool = True) -> Path:
 
     Raises `UserError` where there is none, where it is another pipeline's, or lacks a part.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
-        folder = _download(model, weights)
-    index = read_index(folder)
-    if index.get("_class_name") not in family.saved_as:
-        raise UserError(
-            f"policy.model: {folder} holds a {index.get('_class_name')}, but policy.kind takes a "
-            f"{' or '.join(family.saved_as)}; name another model or kind"
-        )
-    kind = index.get("transformer", [None, None])[1]
-    if kind != family.transformer.__name__:
-        raise UserError(
-            f"policy.model: the transformer in {folder} is a {kind}, but policy.kind takes a "
-            f"{family.transformer.__name__}; name another model or kind"
-        )
+    index = check_model(model, family)
+    folder = Path(model) if Path(model).is_dir() else _download(model, weights)
     missing = [
         name
         for name, value in index.items()
@@ -66,6 +57,32 @@ def locate(model: str, family: Family, *, weights: bool = True) -> Path:
     if missing:
         raise UserError(f"policy.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew")
     return folder
+
+
+def check_model(model: str, family: Family) -> dict[str, Any]:
+    """Read what `model`, a folder or a hub id, is a pipeline of; of a hub id no other file is downloaded.
+
+    Raises `UserError` where there is none, or where it is another family's.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        index = read_index(folder)
+    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
+    else:
+        index = read_index(_fetch(model, lambda: Path(hf_hub_download(model, INDEX)).parent))
+    if index.get("_class_name") not in family.saved_as:
+        raise UserError(
+            f"policy.model: {model} holds a {index.get('_class_name')}, but policy.kind takes a "
+            f"{' or '.join(family.saved_as)}; name another model or kind"
+        )
+    kind = index.get("transformer", [None, None])[1]
+    if kind != family.transformer.__name__:
+        raise UserError(
+            f"policy.model: the transformer in {model} is a {kind}, but policy.kind takes a "
+            f"{family.transformer.__name__}; name another model or kind"
+        )
+    return index
 
 
 def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
@@ -176,11 +193,18 @@ def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> Non
 
 
 def _download(model: str, weights: bool) -> Path:
+    if not weights:
+        return _fetch(model, lambda: Path(snapshot_download(model, allow_patterns=["*.json"])))
+    return _fetch(model, lambda: Path(DiffusionPipeline.download(model, use_safetensors=True)))
+
+
+def _fetch(model: str, download: Callable[[], Path]) -> Path:
+    """What `download` gets of the hub's `model`. Raises `UserError` where it cannot be had."""
     try:
         with from_hub():
-            if not weights:
-                return Path(snapshot_download(model, allow_patterns=["*.json"]))
-            return Path(DiffusionPipeline.download(model, use_safetensors=True))
+            return download()
+    except RemoteEntryNotFoundError as error:
+        raise UserError(f"policy.model: {model} holds no diffusers pipeline: it has no {INDEX}") from error
     except GatedRepoError as error:
         raise UserError(
             f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
