@@ -289,8 +289,7 @@ def encode_rows(
     numbers `mine`; None: a share of what the processes of this machine have to encode."""
     if not isinstance(policy, EncodesAhead):
         return
-    if local_rank() == 0:
-        policy.reserve(rows, references)
+    policy.reserve(rows, references, check_only=local_rank() > 0)
     # The disk of a machine need not be that of other machines. Where nothing says how many processes there are, each
     # encodes all.
     numbers = range(len(rows))[local_rank() % local_world() :: local_world()] if mine is None else mine

@@ -150,9 +150,10 @@ def _worded(folder: Path, needed: int | None, error: Exception) -> str:
     size = "" if needed is None else f"{needed / 1e6:.1f} MB are needed, "
     if _number(error) not in FULL:
         return f"{folder}: cannot be written to ({first_line(error)}); see that the folder is there and yours"
+    free = free_bytes(folder)
     return (
-        f"{folder}: no space to write ({first_line(error)}): {size}{_free(folder) / 1e6:.1f} MB are free on the disk. "
-        "Make room, or raise the quota or the limit on the size of files"
+        f"{folder}: no space to write ({first_line(error)}): {size}{free / 1e6:.1f} MB are free on the disk. Make room, "
+        "or raise the quota or the limit on the size of files"
     )
 
 
@@ -168,7 +169,8 @@ def _number(error: Exception) -> int | None:
     return _number(error.__cause__) if isinstance(error.__cause__, Exception) else None
 
 
-def _free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes are free on the disk of `folder`, which need not be there yet."""
     return shutil.disk_usage(_nearest(folder)).free
 
 

@@ -200,6 +200,31 @@ def test_the_command_tells_and_clears(
     assert "--folder: there is no folder" in capsys.readouterr().err
 
 
+def test_a_cache_of_another_user_is_read(
+    load: Load, data: SubjectDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode(load("flux1-kontext"), data, data.samples[:2])
+
+    def refuse(path: Path, *arguments: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    encode(load("flux1-kontext"), data, data.samples[:2])
+    with pytest.raises(UserError, match="is in use by a run"):
+        clear(tmp_path / "conditions")
+    (tmp_path / "conditions" / LOCK).unlink()
+    Hold(tmp_path / "conditions").close()  # there is none, and none can be made
+
+
+def test_other_processes_of_a_machine_only_check(load: Load, data: SubjectDataset, tmp_path: Path) -> None:
+    policy = load("flux1-kontext", cache_limit=1e-5)
+    with pytest.raises(UserError, match=r"policy\.cache_limit"):
+        policy.reserve(data.samples, lambda index: [], check_only=True)
+    load("flux1-kontext").reserve(data.samples, lambda index: [], check_only=True)
+    assert not (tmp_path / "conditions").exists()
+
+
 def test_a_hold_is_let_go(tmp_path: Path) -> None:
     one, two = Hold(tmp_path / "a"), Hold(tmp_path / "a")
     with pytest.raises(UserError, match="in use"):

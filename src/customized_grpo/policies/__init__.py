@@ -110,10 +110,13 @@ class RowAsked(Protocol):
 class EncodesAhead(Protocol):
     """A policy whose encoders are large: they run once over the data, before the generator takes their place."""
 
-    def reserve(self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]]) -> None:
+    def reserve(
+        self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
+    ) -> None:
         """Make room for what `encode_ahead` leaves of `rows`, whose prepared `references` are had by index.
 
-        Raises `UserError` where there is none. In a run of several processes one of each machine does it.
+        Raises `UserError` where there is none. Of the processes of a machine one makes room; to the others it is
+        `check_only`.
         """
         ...
 

@@ -4,6 +4,7 @@ A run holds the folder's lock, shared with other runs, as long as it lives. File
 alone, so never under a run that reads them.
 """
 
+import errno
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ if sys.platform != "win32":
     import fcntl
 
 GIGABYTE = 10**9
+NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)
+"""What the system says where one may read and not write."""
 _NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 
 
@@ -49,12 +52,12 @@ class Hold:
         self._folder = folder
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            self._file: IO[str] = (folder / LOCK).open("a")
+            self._file = _open_lock(folder / LOCK)
         self._share()
 
     def alone(self) -> None:
-        """Raise `UserError` where another run holds the folder; otherwise none can until `share`."""
-        if sys.platform == "win32":
+        """Raise `UserError` where another run holds the folder; otherwise none can hold it from now on."""
+        if sys.platform == "win32" or self._file is None:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +70,7 @@ class Hold:
                 raise
 
     def _share(self) -> None:
-        if sys.platform == "win32":
+        if sys.platform == "win32" or self._file is None:
             return
         try:
             fcntl.flock(self._file, fcntl.LOCK_SH)
@@ -87,7 +90,8 @@ class Hold:
 
     def close(self) -> None:
         """Let the folder go."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def clear(folder: Path) -> tuple[int, int]:
@@ -117,9 +121,23 @@ def surplus(files: Sequence[CacheFile], keep: Collection[Path], most: float) -> 
 
 
 def touch(path: Path) -> None:
-    """Note that `path` was used now."""
-    with writing(path.parent):
+    """Note that `path` was used now, where this user may change it: a cache may be another's."""
+    try:
         os.utime(path)
+    except OSError as error:
+        if error.errno not in NOT_OURS:
+            raise
+
+
+def _open_lock(path: Path) -> IO[str] | None:
+    """The lock's file, to be read alone where it is another user's; None where there is none and none can be made: who
+    may not write there removes nothing either."""
+    if path.is_file() and not os.access(path, os.W_OK):
+        return path.open()
+    if not path.is_file() and not os.access(path.parent, os.W_OK):
+        return None
+    with writing(path.parent):
+        return path.open("a")
 
 
 def gigabytes(count: float) -> str:

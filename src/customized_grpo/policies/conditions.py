@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, surplus, touch
 from customized_grpo.policies.sizes import sizes_of
-from customized_grpo.storage import save_tensors, writing
+from customized_grpo.storage import free_bytes, save_tensors, writing
 
 if TYPE_CHECKING:
     from customized_grpo.policies.family import Family
@@ -181,21 +180,25 @@ class ConditionCache:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     save_tensors(part, path)
 
+    def check(self, needed: int) -> int:
+        """Return how many bytes the folder takes. Raises `UserError` where the limit, or the disk, has no room for rows
+        of `needed` bytes."""
+        there = sum(each.bytes for each in list_files(self.folder))
+        check_room(self.folder, needed, there, free_bytes(self.folder), self._limit)
+        return there
+
     def reserve(self, needed: int, rows: Callable[[], Iterable[tuple[str, Sequence[Tensor]]]]) -> None:
         """Hold the folder, and make room in it for `rows` (prompts with their prepared references), which take `needed`
         bytes with what of them is there already.
 
-        Files that were used least recently go first, and never one of `rows`. Raises `UserError` where the limit, or
-        the disk, has no room for `rows`, and where files would have to go from under another run.
+        Files that were used least recently go first, and never one of `rows`. Raises `UserError` as `check`, and where
+        files would have to go from under another run.
         """
+        there = self.check(needed)
         self._hold = self._hold or Hold(self.folder)
-        files = list_files(self.folder)
-        there = sum(each.bytes for each in files)
-        free = shutil.disk_usage(self.folder).free
-        check_room(self.folder, needed, there, free, self._limit)
         if self._limit is not None and there + needed > self._limit:
             keep = {path for row in rows() for path in self.paths(*row).values()}
-            if gone := surplus(files, keep, self._limit - needed):
+            if gone := surplus(list_files(self.folder), keep, self._limit - needed):
                 self._hold.remove(gone)
 
 

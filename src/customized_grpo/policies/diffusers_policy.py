@@ -120,14 +120,19 @@ class DiffusersPolicy:
         rows = [self._row(prompt, list(pictures)) for prompt, pictures in zip(prompts, references, strict=True)]
         return Conditions(tuple(rows), torch.arange(len(rows)))
 
-    def reserve(self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]]) -> None:
+    def reserve(
+        self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
+    ) -> None:
         """See `policies.EncodesAhead`."""
         side = self._settings.reference_side
         planned = [plan_row(self._family, row, side) for row in rows]
         needed = bytes_of_rows(
             self._family, self._transformer.config, self._pipe.vae.dtype, planned, guided=self.guided
         )
-        self._cache.reserve(needed, lambda: ((row.prompt, references(index)) for index, row in enumerate(rows)))
+        if check_only:
+            self._cache.check(needed)
+        else:
+            self._cache.reserve(needed, lambda: ((row.prompt, references(index)) for index, row in enumerate(rows)))
 
     @torch.no_grad()
     def encode_ahead(
