@@ -152,8 +152,8 @@ def _worded(folder: Path, needed: int | None, error: Exception) -> str:
         return f"{folder}: cannot be written to ({first_line(error)}); see that the folder is there and yours"
     free = free_bytes(folder)
     return (
-        f"{folder}: no space to write ({first_line(error)}): {size}{free / 1e6:.1f} MB are free on the disk. Make room, "
-        "or raise the quota or the limit on the size of files"
+        f"{folder}: no space to write ({first_line(error)}): {size}{free / 1e6:.1f} MB are free on the disk. "
+        "Make room, or raise the quota or the limit on the size of files"
     )
 
 

@@ -120,7 +120,7 @@ def surplus(files: Sequence[CacheFile], keep: Collection[Path], most: float) -> 
     return gone
 
 
-def touch(path: Path) -> None:
+def mark_used(path: Path) -> None:
     """Note that `path` was used now, where this user may change it: a cache may be another's."""
     try:
         os.utime(path)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, surplus, touch
+from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, mark_used, surplus
 from customized_grpo.policies.sizes import sizes_of
 from customized_grpo.storage import free_bytes, save_tensors, writing
 
@@ -141,7 +141,7 @@ class ConditionCache:
         paths = self.paths(prompt, references)
         there = {inputs: path for inputs, path in paths.items() if path.is_file()}
         for path in there.values():
-            touch(path)
+            mark_used(path)
         return paths.keys() - there.keys()
 
     def read(self, prompt: str, references: Sequence[Tensor]) -> Row | None:
