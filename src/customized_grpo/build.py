@@ -230,7 +230,7 @@ def tell_long_prompts(
             if long:
                 are = "is" if len(long) == 1 else "are"
                 display.warn(
-                    f"{field}: {len(long)} of {len(prompts)} prompts in {dataset.folder} {are} longer than the "
+                    f"{field}: {len(long)} of {len(prompts)} prompts used of {dataset.folder} {are} longer than the "
                     f"{lengths.read} tokens that {name} reads; what comes after is not read (first: sample '{long[0]}')"
                 )
 
