@@ -268,9 +268,10 @@ def remove_checkpoint(path: Path) -> None:
     checkpoint."""
     if path.exists():
         rubbish = path.with_name(f".{path.name}.old{PARTIAL}")
-        _clear(rubbish)
-        path.rename(rubbish)
-        _clear(rubbish)
+        with writing(path.parent):
+            _clear(rubbish)
+            path.rename(rubbish)
+            _clear(rubbish)
 
 
 def _clear(path: Path) -> None:

@@ -105,6 +105,8 @@ def _run(options: Namespace) -> None:
         _prepare(chosen)
     elif command == "serve-reward":
         _serve_reward(chosen)
+    elif command == "cache":
+        _cache(chosen.folder, clear=chosen.clear)
     elif command == "env":
         from customized_grpo.environment import describe
 
@@ -245,6 +247,19 @@ def _prepare(options: Namespace) -> None:
         display.warn(f"left out: {problem.place}: {problem.text}")
     done = "could be written" if options.check else f"written to {options.out}"
     print(f"{outcome.format}: {outcome.samples} samples of {outcome.pictures} pictures {done}")
+
+
+def _cache(folder: Path, *, clear: bool) -> None:
+    from customized_grpo.policies import cache_folder
+
+    if not folder.is_dir():
+        raise UserError(f"--folder: there is no folder {folder}; name the policy.cache of your runs")
+    if clear:
+        count, size = cache_folder.clear(folder)
+        print(f"{folder}: {count} files removed, {cache_folder.gigabytes(size)}")
+    else:
+        files = cache_folder.list_files(folder)
+        print(f"{folder}: {len(files)} files, {cache_folder.gigabytes(sum(each.bytes for each in files))}")
 
 
 def _serve_reward(options: Namespace) -> None:

@@ -64,7 +64,11 @@ class PolicyConfig(Section):
     """diffusers' attention backend: native, _native_flash, flash, _flash_3_hub, ...; unset: its default. Not for
     toybox."""
     cache: Path = Path("runs/conditions")
-    """Folder of encoded prompts and references, shared by runs; may be deleted between runs. Not for toybox."""
+    """Folder of encoded prompts and references, shared by runs; `customized-grpo cache --clear` empties it. Not for
+    toybox."""
+    cache_limit: float | None = Field(None, gt=0)
+    """Most gigabytes (10^9 bytes) that the folder may take: what was used least recently goes when a run needs room for
+    its own, and a run that needs more does not begin; unset: no limit. Not for toybox."""
 
     READ_WITH: ClassVar[ReadWith] = {"lora_rank": ("adapter", ["lora"]), "lora_alpha": ("adapter", ["lora"])}
 
@@ -85,7 +89,7 @@ class PolicyConfig(Section):
 
 NOT_FOR_TOYBOX = (
     "model", "base_adapter", "height", "width", "reference_side", "guidance", "offload", "shard",
-    "gradient_checkpointing", "compile", "attention_backend", "cache",
+    "gradient_checkpointing", "compile", "attention_backend", "cache", "cache_limit",
 )  # fmt: skip
 ONLY_FOR_TOYBOX = ("weights", "adapter")
 

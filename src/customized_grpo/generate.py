@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from customized_grpo import build
 from customized_grpo.checkpoint import load_weights, read_manifest
 from customized_grpo.config import Config, PolicyConfig, flatten
-from customized_grpo.data import image_grid, load_image, save_image
+from customized_grpo.data import Sample, image_grid, load_image, save_image
 from customized_grpo.data.images import check_drawn
+from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.messages import worded
-from customized_grpo.policies import EncodesAhead
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import finished_adapter, load_run_config
@@ -77,8 +77,9 @@ def generate(options: Options) -> Path:
         run = flatten(config.model_dump(mode="json"))
         load_weights(options.checkpoint, run, policy.trainable_parameters(), average=options.ema)
     references = [policy.prepare_reference(picture, len(pictures)) for picture in pictures]
-    if isinstance(policy, EncodesAhead):
-        policy.encode_ahead([options.prompt], lambda index: references, lambda done: None)
+    asked = Sample("", options.prompt, tuple(options.reference))
+    with Display.silent().stages() as stages:
+        build.encode_rows(policy, [asked], lambda index: references, stages)
     count = options.count
     with policy.untuned() if options.base else nullcontext(), torch.no_grad():
         condition = policy.encode([options.prompt], [references]).take(torch.zeros(count, dtype=torch.long))

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from customized_grpo import __version__
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config import Config
+from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.errors import UserError
 
 
@@ -84,6 +84,13 @@ def build_parser() -> Parser:
     commands.add_subcommand("serve-reward", _serve_parser(), help="serve a reward to trainers on other machines")
 
     commands.add_subcommand("export", _export_parser(), help="write the adapter of a checkpoint")
+    cache = Parser(
+        description="Say how much the folder of encoded prompts and references (policy.cache) takes, or empty it. "
+        "Nothing is removed while a run uses the folder."
+    )
+    cache.add_argument("--folder", type=Path, default=PolicyConfig().cache, help="the folder; %(default)s if left out")
+    cache.add_argument("--clear", action="store_true", help="remove all that is encoded; runs encode it again")
+    commands.add_subcommand("cache", cache, help="size of the encoded prompts and references, and how to clear them")
 
     report = Parser(description="Write a run's report.html anew.")
     report.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")

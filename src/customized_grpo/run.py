@@ -69,9 +69,8 @@ def train(
                     if ranks.first and (config.output / LOCK).is_file():
                         with locked(config.output, ANOTHER):
                             pass  # found out now rather than when all is loaded
-                    if resume_from is not None:
-                        read_manifest(resume_from)
-                    session = _session(config, display, termination, ranks)
+                    first = _first_iteration(config.output, resume=resume, resume_from=resume_from)
+                    session = _session(config, display, termination, ranks, first)
                 with ranks.together():
                     if ranks.first:
                         held.enter_context(_own(config.output, display))
@@ -84,8 +83,17 @@ def train(
             raise SystemExit(termination.status) from None
 
 
-def _session(config: Config, display: Display, termination: Termination, ranks: Ranks) -> Session:
-    """All parts of a run, built and checked; nothing is written yet."""
+def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) -> int:
+    """The earliest iteration that a run may go on from: newer checkpoints than the oldest may prove damaged."""
+    if resume_from is not None:
+        return read_manifest(resume_from).iteration
+    checkpoints = list_checkpoints(output / CHECKPOINTS) if resume else []
+    return min((int(path.name) for path in checkpoints), default=0)
+
+
+def _session(config: Config, display: Display, termination: Termination, ranks: Ranks, first: int) -> Session:
+    """All parts of a run that goes on from iteration `first` or later, built and checked; nothing is written yet but
+    what is encoded."""
     build.check_shares(config, ranks.world)
     if ranks.world > 1:
         display.note(f"{ranks.world} processes share {config.rollout.prompts_per_iteration} groups an iteration")
@@ -100,13 +108,7 @@ def _session(config: Config, display: Display, termination: Termination, ranks: 
     policy = build.build_start(config.policy, config.seed)
     for dataset in datasets.values():
         build.check_prompts(dataset.folder, dataset, policy)
-    evaluation = config.evaluation
-    wanted = {
-        "path": None,
-        "validation": max(evaluation.pairs, evaluation.gallery),
-        "test": evaluation.test_pairs,
-    }
-    used = {dataset: wanted[name] for name, dataset in datasets.items()}
+    used = build.read_samples(config, datasets, first)
     build.tell_long_prompts(config, policy, rewards, used, display)
     with display.stages() as stages, ranks.alone():
         build.encode_ahead(policy, used, stages)
@@ -140,9 +142,10 @@ def evaluate_run(
             dataset = build.open_dataset(path, config, policy)
             policy.load_adapter(adapter)
             rewards, judge = build.build_rewards(config), build.build_judge(config)
-            build.tell_long_prompts(config, policy, rewards, {dataset: pairs}, display)
+            used = {dataset: dataset.samples[:pairs]}
+            build.tell_long_prompts(config, policy, rewards, used, display)
             with display.stages() as stages:
-                build.encode_ahead(policy, {dataset: pairs}, stages)
+                build.encode_ahead(policy, used, stages)
         parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
         with ranks.together():
             display.comparison(write_evaluation(*parts))
@@ -225,11 +228,12 @@ def _own(output: Path, display: Display) -> Iterator[None]:
 
 def _delete_run(output: Path) -> None:
     """Delete what a run wrote into `output`, and nothing else."""
-    for path in (output / name for name in WRITTEN):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    with writing(output):
+        for path in (output / name for name in WRITTEN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _summary_writer() -> Any:

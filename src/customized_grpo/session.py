@@ -117,7 +117,8 @@ class Session:
             self._cut_logs()
             write_whole(self.output / "weights.json", json.dumps(weights))
         if self._writer is not None:
-            self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
+            with writing(self.output):
+                self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
 
     def loop(self) -> None:
         """Train to the last iteration, with validations and checkpoints on the way.
@@ -258,7 +259,8 @@ class Session:
                 results = write_evaluation(self.config, *parts, folder, pairs, self.ranks, self._poll)
             self.display.comparison(results)
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with writing(self.output):
+                self.tensorboard.close()
         with self.ranks.together(), writing(self.output):
             return write_report(self.output) if self.ranks.first else None
 
@@ -402,9 +404,10 @@ class Session:
         with writing(self.output), (self.output / name).open("a", encoding="utf-8") as log:
             log.write(json.dumps(clean) + "\n")
         if self.tensorboard is not None:
-            for key, value in row.items():
-                if isinstance(value, int | float) and key != "iteration":
-                    self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
+            with writing(self.output):
+                for key, value in row.items():
+                    if isinstance(value, int | float) and key != "iteration":
+                        self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -99,7 +99,7 @@ def test_it_goes_on_picture_by_picture(
     save = benchmark.save_image
     monkeypatch.setattr(benchmark, "save_image", lambda image, path: (drawn.append(path.name), save(image, path)))
     run_benchmark(config, display)
-    assert drawn == ["cup-01.part.png", "dog6-00.part.png"]
+    assert drawn == ["cup-01.png", "dog6-00.png"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "images").iterdir()} == whole
     assert (tmp_path / "out" / "benchmark.json").read_bytes() == scores
     with pytest.raises(UserError, match=r"begun with other settings \(num_steps: 2 -> 3\)"):

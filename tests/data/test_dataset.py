@@ -22,6 +22,7 @@ from customized_grpo.data import (
     write_metadata,
 )
 from customized_grpo.errors import UserError
+from customized_grpo.storage import StorageError
 
 
 def picture(path: Path, height: int = 8, width: int = 8, seed: int = 0) -> Path:
@@ -417,10 +418,10 @@ def test_an_interrupted_write_leaves_the_old_file(folder: Path, monkeypatch: pyt
     before = sorted(os.listdir(folder)), (folder / "metadata.jsonl").read_bytes()
 
     def fail(descriptor: int) -> None:
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=f"{folder}: no space to write"):
         write_metadata(folder, [Sample("new", "p", (Path("a.png"),))])
     assert (sorted(os.listdir(folder)), (folder / "metadata.jsonl").read_bytes()) == before
 

@@ -10,15 +10,17 @@ import httpx2
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from customized_grpo import runtime
 from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.errors import UserError
-from customized_grpo.policies.catalogue import load_policy
+from customized_grpo.policies import loading
+from customized_grpo.policies.catalogue import FAMILIES, MODELS, load_policy
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.policies.loading import locate
 from customized_grpo.policies.tiny import flux_transformer
 from customized_grpo.runtime import resolve_device
 
@@ -105,13 +107,54 @@ def test_an_unreachable_hub(load: Load) -> None:
 
 
 def test_a_gated_hub_id(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(model: str, use_safetensors: bool) -> str:
-        assert use_safetensors
+    def refuse(model: str, file: str) -> str:
+        assert file == "model_index.json"
         response = httpx2.Response(403, request=httpx2.Request("GET", "https://hub.invalid"))
         raise GatedRepoError("no access", response=response)
 
-    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    monkeypatch.setattr(loading, "hf_hub_download", refuse)
     with pytest.raises(UserError, match=r"policy\.model: some/one is gated: accept its licence .* `hf auth login`"):
+        load("flux1-kontext", model="some/one")
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_another_familys_model_is_refused_before_its_weights_are_downloaded(
+    kind: str, load: Load, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As when `policy.kind` is changed in a recipe, and `policy.model` is left as it was."""
+    fetched: list[str] = []
+    place: list[Path] = []
+
+    def fetch(model: str, file: str) -> str:
+        fetched.append(file)
+        return str(place[-1] / file)
+
+    def refuse(*arguments: object, **settings: object) -> str:
+        raise AssertionError(f"{arguments} is downloaded")
+
+    monkeypatch.setattr(loading, "hf_hub_download", fetch)
+    monkeypatch.setattr(loading, "snapshot_download", refuse)
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
+    others = [name for name in MODELS if name != kind]
+    for other in others:
+        place.append(tiny_models[other])
+        said = (
+            rf"policy\.model: some/one holds a \w+Pipeline, but policy\.kind takes a {FAMILIES[kind].saved_as[0]}; name"
+        )
+        with pytest.raises(UserError, match=said):
+            load(kind, model="some/one", base_adapter="some/lora/lora.safetensors")
+        with pytest.raises(UserError, match=said):
+            locate("some/one", FAMILIES[kind], weights=False)
+    assert set(fetched) == {"model_index.json"} and len(fetched) == 2 * len(others)
+
+
+def test_a_hub_id_of_no_pipeline(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(model: str, file: str) -> str:
+        response = httpx2.Response(404, request=httpx2.Request("GET", "https://hub.invalid"))
+        raise RemoteEntryNotFoundError("no such file", response=response)
+
+    monkeypatch.setattr(loading, "hf_hub_download", refuse)
+    with pytest.raises(UserError, match=r"policy\.model: some/one holds no diffusers pipeline: it has no model_index"):
         load("flux1-kontext", model="some/one")
 
 

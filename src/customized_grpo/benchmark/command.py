@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from customized_grpo.data.images import check_drawn
 from customized_grpo.display import Display, Stages
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError, told_changes
-from customized_grpo.policies import EncodesAhead, Policy, in_step
+from customized_grpo.policies import Policy, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
@@ -36,7 +35,7 @@ PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 MEASURED = {"identity_to", "hpsv3_as_published", "metrics"}
 """Settings of measuring."""
-UNSEEN = {"device", "offload", "shard", "cache", "gradient_checkpointing", "init_from"}
+UNSEEN = {"device", "offload", "shard", "cache", "cache_limit", "gradient_checkpointing", "init_from"}
 """Settings of a generator that its pictures do not depend on."""
 
 
@@ -247,7 +246,10 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
     policy = None
     with ranks.together():
         if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
-            policy = _load_policy(config, work, mine, stages)
+            policy = _load_policy(config, work)
+            asked = [work.items[number] for number in left]
+            share = range(len(left))[ranks.rank :: ranks.world]
+            build.encode_rows(policy, asked, lambda index: _references(policy, asked[index]), stages, share)
     with ranks.together(), writing(config.output):
         if ranks.first:
             config.output.mkdir(parents=True, exist_ok=True)
@@ -258,22 +260,14 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
                 _draw_each(config, work, policy, mine, stages)
 
 
-def _load_policy(config: BenchmarkConfig, work: _Work, mine: Sequence[int], stages: Stages) -> Policy[Any]:
-    """The generator, checked against all items; those with the numbers `mine` are encoded."""
-    items = work.items
+def _load_policy(config: BenchmarkConfig, work: _Work) -> Policy[Any]:
+    """The generator, checked against all items."""
     policy = build.build_policy(work.policy, 0)
     assert config.data is not None
-    build.check_prompts(config.data, items, policy)
+    build.check_prompts(config.data, work.items, policy)
     adapter = _adapter(config)
     if adapter is not None:
         policy.load_adapter(adapter)
-
-    if isinstance(policy, EncodesAhead):
-        policy.encode_ahead(
-            [items[number].prompt for number in mine],
-            lambda index: _references(policy, items[mine[index]]),
-            lambda done: stages.update("encoding prompts and references", done, len(mine)),
-        )
     return policy
 
 
@@ -289,10 +283,8 @@ def _draw_each(config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: 
         chosen = [work.items[number] for number in rows]
         images = _drawn(config, policy, chosen, [_references(policy, item) for item in chosen], rows, sigmas)
         for number, image in zip(rows, images, strict=True):
-            unfinished = work.paths[number].with_suffix(".part.png")
             with writing(config.output):
-                save_image(image, unfinished)
-                os.replace(unfinished, work.paths[number])
+                save_image(image, work.paths[number])
         stages.update("drawing", start + len(rows), len(mine))
 
 

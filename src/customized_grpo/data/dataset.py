@@ -32,7 +32,7 @@ from customized_grpo.data.images import (
 from customized_grpo.data.masks import misfit
 from customized_grpo.errors import UserError, shortened
 from customized_grpo.randomness import generator
-from customized_grpo.storage import file_sha256
+from customized_grpo.storage import file_sha256, write_whole
 
 METADATA = "metadata.jsonl"
 
@@ -78,6 +78,12 @@ class SubjectDataset:
         if decode:
             _check_pictures(folder / METADATA, entries, max_pixels)
         return cls(folder, [sample for _, sample in entries], max_pixels, cache_bytes)
+
+    @classmethod
+    def outline(cls, folder: str | Path) -> "SubjectDataset":
+        """Read the lines of a dataset folder alone: no picture is looked at, or need be there. Raises UserError as
+        `open` does for lines."""
+        return cls(Path(folder), [sample for _, sample in _read_metadata(Path(folder))], MAX_PIXELS, CACHE_BYTES)
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -153,23 +159,15 @@ def write_metadata(folder: str | Path, samples: Iterable[Sample]) -> Path:
     """Write `metadata.jsonl` into `folder` (made if need be), whole or not at all; returns its path.
 
     Relative paths count from `folder`. Raises UserError, as `SubjectDataset.open` would, for a sample that is
-    malformed, repeats an id or has a path that leaves the folder; the pictures themselves are not looked at.
+    malformed, repeats an id or has a path that leaves the folder; the pictures themselves are not looked at. Raises
+    StorageError where the disk does not take it.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / METADATA
     root = Path(os.path.realpath(folder))
     lines = [json.dumps(_record_of(root, sample)) for sample in samples]
     _parse_lines(target, [(number, line.encode()) for number, line in enumerate(lines, 1)])
-    temporary = folder / f".{METADATA}.{os.getpid()}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, "".join(line + "\n" for line in lines))
     return target
 
 

@@ -17,6 +17,7 @@ from customized_grpo.data.color_profiles import ToRgb, to_srgb
 from customized_grpo.data.formats import open_picture
 from customized_grpo.data.resampling import resample, to_levels
 from customized_grpo.errors import UserError
+from customized_grpo.storage import replacing
 
 MAX_PIXELS = 50_000_000
 CACHE_BYTES = 512 * 2**20
@@ -99,6 +100,20 @@ def inspect_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, 
     _conversion(path, image)
     width, height = image.size
     return height, width
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return (height, width) of the upright picture at `path`, by its header alone.
+
+    Raises `UserError` where the file is no picture that is read.
+    """
+    try:
+        with open_picture(Path(path)) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except BROKEN as error:
+        raise UserError(f"{path}: not a picture that can be read ({error})") from error
+    return (width, height) if turned else (height, width)
 
 
 def resize_square(image: Tensor, size: int) -> Tensor:
@@ -195,7 +210,8 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, path: str | Path) -> None:
     """Write [3, H, W] or [1, H, W] in [0, 1] as an 8-bit PNG, values clamped and rounded, making its folder.
 
-    Raises UserError when the name does not end in .png, ValueError for other shapes and non-finite values.
+    The file is whole or not there. Raises UserError when the name does not end in .png, StorageError where the disk
+    does not take it, ValueError for other shapes and non-finite values.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -204,8 +220,8 @@ def save_image(image: Tensor, path: str | Path) -> None:
         raise ValueError(f"expected an image [3, H, W] or [1, H, W], got {list(image.shape)}")
     if not torch.isfinite(image).all():
         raise ValueError(f"{path}: the image has values that are not finite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path, format="PNG")
+    with replacing(path) as unfinished:
+        to_pil(image).save(unfinished, format="PNG")
 
 
 def check_drawn(images: Tensor) -> None:

@@ -19,6 +19,7 @@ from customized_grpo.data.images import MAX_PIXELS, load_image, resize, save_ima
 from customized_grpo.data.masks import load_mask_of
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
 from customized_grpo.errors import UserError, shortened
+from customized_grpo.storage import StorageError, check_folder, writing
 
 LARGEST = 150_000_000
 """Pixels of the largest picture that is taken, by its header; more could be meant to exhaust memory."""
@@ -90,9 +91,10 @@ def prepare(
         if partial is not None and output is not None:
             # It opens: the lines are checked here, and the pictures are our own.
             write_metadata(partial, samples)
-            if output.exists():
-                output.rmdir()
-            os.replace(partial, output)
+            with writing(output.parent):
+                if output.exists():
+                    output.rmdir()
+                os.replace(partial, output)
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -104,6 +106,8 @@ def _check(source: Path, output: Path | None, options: Options) -> None:
         raise UserError(f"--max_side is at least 16 pixels and at most {LARGEST_SIDE}, and --max_bad at least 0")
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not an empty folder; name a new one")
+    if output is not None:
+        check_folder(output, "out")
     if not source.is_dir():
         raise UserError(f"{source} is no folder")
 
@@ -164,6 +168,8 @@ class _Pictures:
         if key not in self._written:
             try:
                 self._written[key] = self._made(path, mask, f"{len(self._written):06d}")
+            except StorageError:
+                raise  # nothing is wrong with the picture
             except UserError as error:
                 self._written[key] = str(error)
         return self._written[key]

@@ -100,9 +100,28 @@ class Policy(Protocol[ConditionT]):
         ...
 
 
+class RowAsked(Protocol):
+    """A prompt with the files of its references."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def references(self) -> Sequence[Path]: ...
+
+
 @runtime_checkable
 class EncodesAhead(Protocol):
     """A policy whose encoders are large: they run once over the data, before the generator takes their place."""
+
+    def reserve(
+        self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
+    ) -> None:
+        """Make room for what `encode_ahead` leaves of `rows`, whose prepared `references` are had by index.
+
+        Raises `UserError` where there is none. Of the processes of a machine one makes room; to the others it is
+        `check_only`.
+        """
+        ...
 
     def encode_ahead(
         self, prompts: Sequence[str], references: Callable[[int], Sequence[Tensor]], on_progress: Callable[[int], None]

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,14 +11,21 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
 
 from customized_grpo.connection import check_hub
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies.family import Family
+from customized_grpo.storage import downloading
 
 INDEX = "model_index.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -27,29 +34,19 @@ SHARDS = "*.safetensors.index.json"
 """Indices of weights in several files."""
 
 
+def from_hub() -> AbstractContextManager[None]:
+    """Guard downloads from the hub: `StorageError` where the disk of its cache is full."""
+    return downloading(Path(constants.HF_HUB_CACHE), "HF_HOME")
+
+
 def locate(model: str, family: Family, *, weights: bool = True) -> Path:
     """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be, with its
     `weights` or only its configurations.
 
     Raises `UserError` where there is none, where it is another pipeline's, or lacks a part.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
-        folder = _download(model, weights)
-    index = read_index(folder)
-    if index.get("_class_name") not in family.saved_as:
-        raise UserError(
-            f"policy.model: {folder} holds a {index.get('_class_name')}, but policy.kind takes a "
-            f"{' or '.join(family.saved_as)}; name another model or kind"
-        )
-    kind = index.get("transformer", [None, None])[1]
-    if kind != family.transformer.__name__:
-        raise UserError(
-            f"policy.model: the transformer in {folder} is a {kind}, but policy.kind takes a "
-            f"{family.transformer.__name__}; name another model or kind"
-        )
+    index = check_model(model, family)
+    folder = Path(model) if Path(model).is_dir() else _download(model, weights)
     missing = [
         name
         for name, value in index.items()
@@ -58,6 +55,32 @@ def locate(model: str, family: Family, *, weights: bool = True) -> Path:
     if missing:
         raise UserError(f"policy.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew")
     return folder
+
+
+def check_model(model: str, family: Family) -> dict[str, Any]:
+    """Read what `model`, a folder or a hub id, is a pipeline of; of a hub id no other file is downloaded.
+
+    Raises `UserError` where there is none, or where it is another family's.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        index = read_index(folder)
+    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
+    else:
+        index = read_index(_fetch(model, lambda: Path(hf_hub_download(model, INDEX)).parent))
+    if index.get("_class_name") not in family.saved_as:
+        raise UserError(
+            f"policy.model: {model} holds a {index.get('_class_name')}, but policy.kind takes a "
+            f"{' or '.join(family.saved_as)}; name another model or kind"
+        )
+    kind = index.get("transformer", [None, None])[1]
+    if kind != family.transformer.__name__:
+        raise UserError(
+            f"policy.model: the transformer in {model} is a {kind}, but policy.kind takes a "
+            f"{family.transformer.__name__}; name another model or kind"
+        )
+    return index
 
 
 def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
@@ -125,11 +148,19 @@ def fingerprint(folder: Path) -> str:
 
 
 def _download(model: str, weights: bool) -> Path:
+    if not weights:
+        return _fetch(model, lambda: Path(snapshot_download(model, allow_patterns=["*.json"])))
+    return _fetch(model, lambda: Path(DiffusionPipeline.download(model, use_safetensors=True)))
+
+
+def _fetch(model: str, download: Callable[[], Path]) -> Path:
+    """What `download` gets of the hub's `model`. Raises `UserError` where it cannot be had."""
     check_hub()
     try:
-        if not weights:
-            return Path(snapshot_download(model, allow_patterns=["*.json"]))
-        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+        with from_hub():
+            return download()
+    except RemoteEntryNotFoundError as error:
+        raise UserError(f"policy.model: {model} holds no diffusers pipeline: it has no {INDEX}") from error
     except GatedRepoError as error:
         raise UserError(
             f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
@@ -166,7 +197,8 @@ def _download_file(name: str, field: str) -> Path:
     owner, repository, file = name.split("/", 2)
     check_hub()
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        with from_hub():
+            return Path(hf_hub_download(f"{owner}/{repository}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
         raise UserError(
             f"{field}: {name} is no file here, and could not be had from the hub ({first_line(error)})"

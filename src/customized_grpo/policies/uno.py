@@ -1,6 +1,6 @@
 """UNO (arXiv 2504.02160) on FLUX.1-dev: several references, each placed where the last one ended on both axes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
 from customized_grpo.policies import Lengths, flux1, schedule
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import to_longer_side
 
 
@@ -22,6 +22,7 @@ class Uno:
     saved_as: tuple[str, ...] = ("FluxPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     lora_targets = flux1.LORA_TARGETS
+    depends_on: Mapping[str, Inputs] = flux1.DEPENDS_ON
     max_references = 4
     guidance = 4.0
     reference_side = 512

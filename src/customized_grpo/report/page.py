@@ -1,7 +1,6 @@
 """`report.html`: one self-contained page about a run folder, no scripts in it and nothing from elsewhere."""
 
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from customized_grpo.report.records import (
 )
 from customized_grpo.report.svg import Array
 from customized_grpo.statistics import paired_difference
+from customized_grpo.storage import write_whole
 
 LABELS = {
     "joint_success": "Joint success",
@@ -88,9 +88,7 @@ def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, points=points, reward=reward, duration=duration, scientific=scientific)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(environment.get_template("template.html.j2").render(content), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, environment.get_template("template.html.j2").render(content))
     return path
 
 

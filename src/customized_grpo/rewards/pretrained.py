@@ -15,7 +15,7 @@ from customized_grpo.config_rewards import IDENTITY_ENCODERS
 from customized_grpo.connection import check_hub
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import Lengths
-from customized_grpo.policies.loading import check_shards, locate_file, without_pickles
+from customized_grpo.policies.loading import check_shards, from_hub, locate_file, without_pickles
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.open_clip import load_open_clip
 from customized_grpo.rewards.pictures import Letterbox, Preprocessing
@@ -143,7 +143,7 @@ class Checkpoint:
         _check_way(name)
         more = {"use_safetensors": True} if loader is AutoModel else {}
         try:
-            with without_pickles():
+            with from_hub(), without_pickles():
                 return loader.from_pretrained(name, trust_remote_code=False, **more)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(
@@ -163,6 +163,9 @@ def _has_processor(name: str) -> bool:
     loads the model tells."""
     _check_way(name)
     try:
-        return cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+        with from_hub():
+            return (
+                cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+            )
     except OSError:
         return False

@@ -18,7 +18,7 @@ from customized_grpo.policies import References
 from customized_grpo.policies.lora import misfit
 from customized_grpo.policies.lora_files import METADATA, adapter_file, header_settings, read_tensors, saved_name
 from customized_grpo.runtime import resolve_precision
-from customized_grpo.storage import save_tensors
+from customized_grpo.storage import save_tensors, writing
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
 from customized_grpo.toybox.network import Context, Denoiser, Generator
@@ -148,7 +148,8 @@ class ToyBoxPolicy:
 
 def save_weights(parameters: Iterable[tuple[str, Tensor]], folder: Path, lora: tuple[int, int] | None) -> None:
     """Write an adapter of trained `parameters` into `folder`; `lora`: rank and alpha, None for whole weights."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     header = None if lora is None else {METADATA: json.dumps({"r": lora[0], "lora_alpha": lora[1]})}
     save_tensors({saved_name(name): tensor for name, tensor in parameters}, folder / ADAPTER_FILE, header)
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from customized_grpo.errors import UserError
-from customized_grpo.storage import check_finite, save_tensors
+from customized_grpo.storage import check_finite, save_tensors, writing
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 LEAKS = ("low", "medium", "high")
@@ -28,7 +28,8 @@ def shipped_folder() -> Path:
 
 def save_network(network: nn.Module, folder: Path, name: str) -> Path:
     """Write `folder/name.safetensors` in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
     save_tensors({key: value.bfloat16() for key, value in network.state_dict().items()}, path)
     return path
