@@ -14,13 +14,14 @@ from customized_grpo.cli import main
 from customized_grpo.config import Config
 from customized_grpo.data import Sample, SubjectDataset, batch_indices, save_image, write_metadata
 from customized_grpo.data.images import image_size
+from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.policies.cache_folder import Hold, clear, list_files
 from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.conditions import check_room
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, bytes_of_rows, plan_row
-from customized_grpo.run import _first_iteration
+from customized_grpo.run import _first_iteration, evaluate_run, train
 from customized_grpo.storage import LOCK
 
 Load = Callable[..., DiffusersPolicy]
@@ -255,3 +256,33 @@ def test_a_resumed_run_may_go_on_from_its_oldest_checkpoint(tmp_path: Path) -> N
     assert _first_iteration(tmp_path, resume=True, resume_from=None) == 20
     assert _first_iteration(tmp_path, resume=False, resume_from=None) == 0
     assert _first_iteration(tmp_path / "none", resume=True, resume_from=None) == 0
+
+
+def test_a_run_and_a_diagnosis_read_what_they_encoded(
+    data: SubjectDataset, tiny_models: dict[str, Path], tmp_path: Path, display: Display, reward_of: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Were a sample read that was not encoded, the encoders would be gone."""
+    rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
+    monkeypatch.setattr(build, "build_rewards", lambda config: rewards)
+    policy = {
+        "kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "lora_rank": 2,
+        "lora_alpha": 2, "device": "cpu", "precision": "fp32", "reference_side": 32,
+    }  # fmt: skip
+    rollout = {"prompts_per_iteration": 2, "group_size": 2, "num_steps": 3, "sde": "cps"}
+
+    def settings(iterations: int, name: str) -> Config:
+        return config(
+            policy=policy | {"cache": str(tmp_path / name)}, rollout=rollout, data={"path": str(data.folder)}
+        ).model_copy(update={"iterations": iterations, "output": tmp_path / "run", "threads": 1})
+
+    train(settings(1, "one"), display)
+    train(settings(2, "two"), display, resume=True)
+    prompts = {data[i].prompt for i in {0, 1, *batch_indices(12, 2, 0, 1), *batch_indices(12, 2, 0, 0)}}
+    pictures = {data[i].references for i in {0, 1, *batch_indices(12, 2, 0, 1), *batch_indices(12, 2, 0, 0)}}
+    whole = len(prompts) + len(pictures)
+    assert len(list_files(tmp_path / "one")) < whole < 6 + 3
+    assert len(list_files(tmp_path / "two")) <= whole
+    evaluate_run(tmp_path / "run", None, 2, display)
+    diagnose(settings(1, "three"), tmp_path / "out", display, prompts=2, group_size=2, batches=2)
+    assert 0 < len(list_files(tmp_path / "three")) < 6 + 3
