@@ -36,6 +36,8 @@ class Estimate:
     """What is there all the time, by what it holds."""
     phases: dict[str, dict[str, float]]
     """What comes on top of it in each phase. Phases follow one another, so their memory does not add up."""
+    host: dict[str, float] = field(default_factory=dict)
+    """Bytes of the host's memory in the first process, by what they hold."""
     disk: dict[str, float] = field(default_factory=dict)
     """By what it holds, at its largest."""
     not_counted: tuple[str, ...] = ()
@@ -71,6 +73,7 @@ class Estimate:
             },
             **{f"peak memory in the {phase}": _scaled(value, "B", 1024) for phase, value in self.peaks.items()},
             "expected peak memory": f"{_scaled(self.peak_bytes, 'B', 1024)}, in the {self.peak_phase}",
+            **{f"host memory, {what}": _scaled(value, "B", 1024) for what, value in self.host.items()},
             **{f"disk, {what}": _scaled(value, "B") for what, value in self.disk.items()},
             **{f"not counted ({number})": what for number, what in enumerate(self.not_counted, 1)},
         }
@@ -128,6 +131,7 @@ def estimate(config: Config, subject: Subject, processes: int = 1) -> Estimate:
     drawn = drawing.peak * min(rollout.micro_batch, images)
     # While the averaged parameters stand in for the trained ones, these are kept.
     swapped = config.ema.decay is not None and config.ema.evaluate
+    disk = checkpoint_disk(config, policy.trainable_parameters())
     return Estimate(
         parameters=sum(p.numel() for p in subject.network.parameters()) - (trained if lora else 0),
         trainable=trained,
@@ -168,7 +172,8 @@ def estimate(config: Config, subject: Subject, processes: int = 1) -> Estimate:
                 }
             ),
         },
-        disk=checkpoint_disk(config, policy.trainable_parameters()),
+        host={"copy of the last whole iteration": disk["a checkpoint"]},
+        disk=disk,
     )
 
 
