@@ -197,6 +197,10 @@ def test_a_configuration_is_fixed() -> None:
         ({"advantages": {"tdw": {"early": 0.6}, "weights": "constant"}}, "tdw: only for weights=tdw"),
         ({"advantages": {"lookup": "counter", "weights": "constant"}}, "lookup: only for weights=tdw or table"),
         ({"advantages": {"gamma": 0.3, "shape": "min"}}, "gamma: only for shape=sars .found min.; leave it out"),
+        (
+            {"advantages": {"gamma_penalty": 1, "shape": "none"}},
+            "gamma_penalty: only for shape=sars",
+        ),
         ({"rollout": {"window_start": 0}}, "window_start: only for steps=window"),
         ({"rollout": {"window_size": 3}}, "window_size: only for steps=window"),
         ({"rollout": {"window_period": 3}}, "window_period: only for steps=window"),

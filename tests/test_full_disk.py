@@ -2,10 +2,10 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from customized_grpo.storage import StorageError, write_whole, writing
 
 MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
+Limit = Callable[[int], AbstractContextManager[None]]
 ADAPTER = "adapter_model.safetensors"
 THREE = {"iterations": 3, "checkpoint.every": 1, "optimizer.updates_per_iteration": 1}
 LIMITED = """
@@ -166,16 +167,11 @@ def test_the_systems_numbers_in_words(number: int, full: bool, tmp_path: Path) -
     assert ("5.0 MB are needed" in str(caught.value)) == full
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, files_up_to: Limit) -> None:
     path = tmp_path / "log"
     write_whole(path, "before")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            write_whole(path, "x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_up_to(1000), pytest.raises(StorageError, match=r"no space to write \(\[Errno 27\] File too large"):
+        write_whole(path, "x" * 5000)
     assert path.read_text() == "before" and [each.name for each in tmp_path.iterdir()] == ["log"]
 
 

@@ -93,15 +93,25 @@ def dataset(tmp_path: Path) -> SubjectDataset:
     [
         (Reads(5), Reads(5), None, []),
         (Reads(None), object(), None, []),
-        (object(), Reads(3), None, ["rewards.prompt: 2 of 5 prompts in D are longer than the 3 tokens that toybox"]),
-        (object(), Reads(3), 4, ["rewards.prompt: 1 of 4 prompts in D is longer than the 3 tokens that toybox"]),
-        (Reads(2), Reads(3), 3, ["policy.kind: 1 of 3 prompts in D is longer than the 2 tokens that toybox reads"]),
+        (
+            object(),
+            Reads(3),
+            None,
+            ["rewards.prompt: 2 of 5 prompts used of D are longer than the 3 tokens that toybox"],
+        ),
+        (object(), Reads(3), 4, ["rewards.prompt: 1 of 4 prompts used of D is longer than the 3 tokens that toybox"]),
+        (
+            Reads(2),
+            Reads(3),
+            3,
+            ["policy.kind: 1 of 3 prompts used of D is longer than the 2 tokens that toybox reads"],
+        ),
     ],
 )
 def test_prompts_in_use_are_counted(
     policy: Any, reward: Any, count: int | None, expected: list[str], dataset: SubjectDataset, display: Display
 ) -> None:
-    build.tell_long_prompts(Config(), policy, (reward, object()), {dataset: count}, display)  # type: ignore[arg-type]
+    build.tell_long_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
     found = [line.replace(str(dataset.folder), "D") for line in said(display)]
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):
@@ -127,8 +137,8 @@ def test_a_run_and_an_evaluation_tell(
     config = make_config(rewards | {"iterations": 1, "evaluation.every": 1})
     train(config, display)
     train_line, test_line = said(display)
-    assert f"rewards.prompt: 12 of 12 prompts in {toybox_data / 'train'} are longer than the 12 tokens" in train_line
-    assert f"rewards.prompt: 3 of 3 prompts in {toybox_data / 'test'} are longer" in test_line
+    assert f"rewards.prompt: 4 of 4 prompts used of {toybox_data / 'train'} are longer than the 12 tokens" in train_line
+    assert f"rewards.prompt: 3 of 3 prompts used of {toybox_data / 'test'} are longer" in test_line
     evaluate_run(config.output, None, 2, display)
     assert len(said(display)) == 3 and "2 of 2 prompts" in said(display)[-1]
 

@@ -108,7 +108,7 @@ def test_an_adapter_of_toybox(
     adapter: str, plant: PickleBomb, make_policy: Callable[..., ToyBoxPolicy], tmp_path: Path
 ) -> None:
     plant(tmp_path / "run" / "adapter_model.safetensors")
-    with pytest.raises(UserError, match=r"adapter_model\.safetensors: this adapter does not fit"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors: damaged, or no safetensors file"):
         make_policy(adapter=adapter).load_adapter(tmp_path / "run")
 
 
@@ -156,7 +156,8 @@ def test_a_part_of_a_pipeline(part: str, name: str, plant: PickleBomb, kontext: 
 
 def test_a_row_of_the_condition_cache(plant: PickleBomb, tmp_path: Path) -> None:
     cache = ConditionCache(tmp_path, "model")
-    plant(cache.path("a cat", []))
+    (path,) = cache.paths("a cat", []).values()
+    plant(path)
     with pytest.raises(UserError, match="a damaged file of the condition cache"):
         cache.read("a cat", [])
 

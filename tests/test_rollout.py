@@ -7,6 +7,7 @@ from torch import Tensor
 
 from customized_grpo.algorithm import ode_step, sde_step, shift_sigmas
 from customized_grpo.config import RolloutConfig
+from customized_grpo.errors import NotFinite
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import Plan, Rollout, plan_steps, sample_groups, sample_ode
 from customized_grpo.toybox.network import Context
@@ -216,3 +217,28 @@ def test_a_group_does_not_depend_on_the_others(policy: ToyBoxPolicy, condition: 
     whole = sample_groups(policy, condition, 3, plan, config, seed=0, iteration=0).images
     smaller = sample_groups(policy, condition, 2, plan, config, seed=0, iteration=0).images
     assert torch.allclose(whole[:2], smaller, rtol=0, atol=1e-5)
+
+
+class Breaking:
+    """A policy whose velocity is `value` for one sample of a batch."""
+
+    def __init__(self, policy: ToyBoxPolicy, value: float) -> None:
+        self._policy, self._value = policy, value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._policy, name)
+
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: Context) -> Tensor:
+        velocity = self._policy.velocity(latents, sigma, condition)
+        velocity[0, 0, 0, 0] = self._value
+        return velocity
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pictures_that_are_not_finite_are_not_handed_on(policy: ToyBoxPolicy, condition: Context, value: float) -> None:
+    """Of an infinite latent the picture is a white or black pixel, which every reward would score."""
+    broken = Breaking(policy, value)
+    with pytest.raises(NotFinite, match=r"1 of 3 pictures .* not finite.*policy\.precision.*learning_rate.*adapter"):
+        sample_ode(broken, condition, torch.zeros(3, *policy.latent_shape), policy.sigmas(4, None), 3)
+    with pytest.raises(NotFinite, match="1 of 12 pictures"):
+        rolled(broken, condition, settings())  # type: ignore[arg-type]

@@ -64,7 +64,17 @@ def test_a_log_line_holds_every_promised_figure(four: Path) -> None:
     quadrants = {f"quadrant/{name}" for name in ("both_good", "only_prompt", "only_identity", "both_bad")}
     seconds = {f"seconds/{phase}" for phase in ("rollout", "score", "update", "total")}
     ratios = {"ratio/mean", "ratio/min", "ratio/max", "first_ratio/min", "first_ratio/max", "clip_fraction"}
-    others = {"iteration", "steps", "conflict_rate", "invalid_share", "loss", "kl", "grad_norm", "samples_per_second"}
+    others = {
+        "iteration",
+        "steps",
+        "conflict_rate",
+        "silent_groups",
+        "invalid_share",
+        "loss",
+        "kl",
+        "grad_norm",
+        "samples_per_second",
+    }
     assert rewards | quadrants | seconds | ratios | others <= row.keys()
 
 
@@ -125,6 +135,24 @@ def test_scores_that_are_missing_are_told_with_their_reason(
         said = display.console.file.getvalue().replace("\n", " ")
         assert re.search(f"WARNING: iteration 1: 12.5% of the {reason}; they count in no", said)
         assert re.search(f"WARNING: validation after iteration 1: 50.0% of the {reason}; its means are of", said)
+
+
+def test_an_iteration_that_teaches_nothing_is_told(
+    make_config: MakeConfig, run_training: RunTraining, display: Display, monkeypatch: pytest.MonkeyPatch,
+    reward_of: Callable[..., Any], tmp_path: Path, read_log: ReadLog,
+) -> None:  # fmt: skip
+    """All rewards equal: no quadrant has a share, least of all the one in which both are bad."""
+    equal = reward_of(lambda images: torch.full(images.shape[:2], 0.5))
+    monkeypatch.setattr(build, "build_rewards", lambda config: (equal, equal))
+    run_training(make_config({"iterations": 1, "evaluation.judge": "none"}))
+    row = read_log(tmp_path / "run" / "metrics.jsonl")[0]
+    assert row["silent_groups"] == 1.0 and row["grad_norm"] == 0.0
+    assert row["quadrant/both_bad"] is None and row["conflict_rate"] is None
+    said = display.console.file.getvalue().replace("\n", " ")
+    assert "WARNING: iteration 1: no group taught anything: within each all images have equal rewards" in said
+    assert "conflict -  silent groups 100%" in said
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "In 1 of 1 iterations no group taught anything" in report and "Silent groups" in report
 
 
 def test_tensorboard_events_are_written_when_asked(

@@ -97,7 +97,7 @@ def test_where_nothing_tells_how_many_processes_there_are_each_encodes_all(monke
     policy = Mock(encode_ahead=lambda prompts, references, on_progress: seen.extend(prompts))
     samples = [Mock(prompt=str(number)) for number in range(3)]
     dataset: Any = Mock(samples=samples)
-    build.encode_ahead(policy, {dataset: None}, Mock())
+    build.encode_ahead(policy, {dataset: samples}, Mock())
     assert seen == ["0", "1", "2"]
 
 

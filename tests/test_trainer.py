@@ -270,6 +270,20 @@ def test_step_weights_by_name(settings: dict[str, Any], expected: list[tuple[flo
     assert torch.allclose(step_weights(AdvantagesConfig(**settings), 4), torch.tensor(expected).float(), atol=1e-6)
 
 
+def test_penalties_are_as_strong_as_the_configuration_says(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images agree (+, +) and (-, -), two are in conflict: with gamma 0 only the bonus is missing."""
+    rewards = [reward_of(lambda images: torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)),
+               reward_of(lambda images: torch.tensor([[1.0, -1.0, -1.0, 1.0]] * 2))]  # fmt: skip
+    settings = {"advantages.gamma": 0.0, "advantages.weights": "constant"}
+    plain = advantages_of(make_trainer(settings, rewards), monkeypatch)
+    shaped = advantages_of(make_trainer(settings | {"advantages.gamma_penalty": 1.0}, rewards), monkeypatch)
+    penalty = math.tanh(0.75)  # z-scores are +-sqrt(3) / 2
+    expected = torch.tensor([0.0, -penalty, -penalty, -penalty])[:, None].expand(2, 4, plain.shape[-1])
+    torch.testing.assert_close(shaped - plain, expected)
+
+
 def test_thresholds_hide_what_lies_above_them(
     make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +343,9 @@ def test_a_loss_that_is_not_finite_touches_nothing(make_trainer: MakeTrainer, mo
         return result._replace(loss=result.loss * torch.nan)
 
     monkeypatch.setattr(trainer_module, "clipped_objective", broken)
-    with pytest.raises(TrainingError, match=r"iteration 1: the loss is nan.*this update was not applied"):
+    with pytest.raises(
+        TrainingError, match=r"iteration 1: the loss is nan.*this update was not applied.*learning_rate.*--init_from"
+    ):
         trainer.train_step()
     assert torch.equal(weights(trainer), before) and trainer.optimizer.state_dict()["state"] == {}
     assert trainer.iteration == 0
@@ -378,6 +394,7 @@ def test_metrics_of_an_iteration(make_trainer: MakeTrainer, reward_of: RewardOf)
     assert metrics["conflict_rate"] == pytest.approx(
         quadrants["quadrant/only_prompt"] + quadrants["quadrant/only_identity"]
     )
+    assert metrics["silent_groups"] == 0
     assert metrics["iteration"] == 1 and metrics["invalid_share"] == 0 and metrics["forwards"] == 2 * 4 * 4
     assert metrics["grad_norm"] > 0 and metrics["samples_per_second"] > 0
     phases = [metrics[f"seconds/{phase}"] for phase in ("rollout", "score", "update")]
@@ -386,5 +403,5 @@ def test_metrics_of_an_iteration(make_trainer: MakeTrainer, reward_of: RewardOf)
 
 def test_prompts_take_turns(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
-    asked = [prompt for iteration in range(6) for prompt in trainer.task(iteration).prompts]
+    asked = [prompt for iteration in range(6) for prompt in trainer.task(trainer.samples(iteration)).prompts]
     assert sorted(asked) == sorted(sample.prompt for sample in trainer.dataset)

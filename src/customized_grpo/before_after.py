@@ -7,6 +7,7 @@ from typing import Any
 
 from customized_grpo.config import Config
 from customized_grpo.data import SubjectDataset, save_image
+from customized_grpo.data.images import within
 from customized_grpo.distributed import Ranks
 from customized_grpo.evaluation import Evaluation, chance_levels, evaluate
 from customized_grpo.policies import Policy
@@ -55,7 +56,8 @@ def write_evaluation(
             for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
                 save_image(image, folder / "images" / f"{sample.id}_{name}.png")
         for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
-            save_image(reference[0], folder / "images" / f"{sample.id}_reference.png")
+            shown = within(reference[0], max(base.images.shape[-2:]))
+            save_image(shown, folder / "images" / f"{sample.id}_reference.png")
     return results
 
 

@@ -1,18 +1,21 @@
 """From a configuration to the parts of a run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from torch import Tensor
 
 from customized_grpo.config import Config, PolicyConfig
-from customized_grpo.data import SubjectDataset
+from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.display import Display, Stages
 from customized_grpo.errors import UserError, shortened
 from customized_grpo.estimate import Estimate, Subject, estimate
 from customized_grpo.libraries import quiet
-from customized_grpo.policies import EncodesAhead, Policy, ReadsPrompts
+from customized_grpo.policies import EncodesAhead, Policy, ReadsPrompts, RowAsked
+from customized_grpo.policies.lora_files import adapter_file
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.runtime import (
@@ -26,7 +29,7 @@ from customized_grpo.runtime import (
     resolve_precision,
 )
 from customized_grpo.toybox.judge import Judge
-from customized_grpo.toybox.policy import ToyBoxPolicy
+from customized_grpo.toybox.policy import ADAPTER_FILE, ToyBoxPolicy, save_weights
 
 
 def resolved(config: Config) -> Config:
@@ -57,6 +60,52 @@ def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
 
         return load_policy(config, seed, device, bf16=precision == "bf16")
     return _toybox(config, precision, seed)
+
+
+def build_start(config: PolicyConfig, seed: int) -> Policy[Any]:
+    """Build the generator as training starts from it: its trained values are those of `policy.init_from`, if given.
+
+    Raises `UserError`, before the generator is loaded where it can, for an adapter that is missing or does not fit.
+    """
+    adapter = init_adapter(config)
+    policy = build_policy(config, seed)
+    if adapter is not None:
+        try:
+            policy.load_adapter(adapter)
+        except UserError as error:
+            raise UserError(f"policy.init_from: {error}") from error
+    return policy
+
+
+def init_adapter(config: PolicyConfig) -> Path | None:
+    """Return the file that `policy.init_from` names, downloaded where need be; None where it names none."""
+    if config.init_from is None:
+        return None
+    if config.kind != "toybox":
+        quiet()
+        from customized_grpo.policies.base_adapter import locate_adapter
+
+        return locate_adapter(config.init_from, "policy.init_from")
+    try:
+        return adapter_file(Path(config.init_from), [ADAPTER_FILE])
+    except UserError as error:
+        raise UserError(f"policy.init_from: {error}") from error
+
+
+def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write trained `parameters` of the generator of `config`, by name, as it would itself; it is not loaded."""
+    if config.kind == "toybox":
+        lora = (config.lora_rank, config.lora_alpha) if config.adapter == "lora" else None
+        save_weights(parameters, folder, lora)
+        return
+    quiet()
+    from customized_grpo.policies.catalogue import FAMILIES
+    from customized_grpo.policies.lora import lora_config, save_lora
+
+    family = FAMILIES[config.kind]
+    save_lora(
+        family.pipeline, lora_config(family.lora_targets, config.lora_rank, config.lora_alpha), parameters, folder
+    )
 
 
 def check_shares(config: Config, world: int) -> None:
@@ -114,11 +163,42 @@ def dry_run(config: Config, processes: int = 1) -> Estimate:
         quiet()
         from customized_grpo.policies.dry_run import dry_run as dry_run_of_pipeline
 
-        return dry_run_of_pipeline(config, processes)
+        rows, unknown = _outlined(config)
+        estimated = dry_run_of_pipeline(config, processes, rows)
+        return _with_rewards(config, replace(estimated, not_counted=(*estimated.not_counted, *unknown)))
     policy = _toybox(config.policy, "fp32", seed=0)
     condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
     frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
-    return estimate(config, Subject(policy, policy.networks[-1], condition, float(frozen)), processes)
+    subject = Subject(policy, policy.networks[-1], condition, float(frozen))
+    return _with_rewards(config, estimate(config, subject, processes))
+
+
+def _outlined(config: Config) -> tuple[Sequence[Sample] | None, list[str]]:
+    """All samples that a run of `config` reads, by the lines of its data folders; None, and why, where one is not
+    there."""
+    paths = config.data.model_dump(include={"path", "validation", "test"}, exclude_none=True)
+    absent = [f"data.{name}" for name, path in paths.items() if not path.is_dir()]
+    if absent:
+        return None, [f"disk of encoded prompts and references: {', '.join(absent)} is not there"]
+    datasets = {name: SubjectDataset.outline(path) for name, path in paths.items()}
+    return [sample for samples in read_samples(config, datasets).values() for sample in samples], []
+
+
+def _with_rewards(config: Config, estimated: Estimate) -> Estimate:
+    """`estimated`, with what the rewards keep on the generator's device."""
+    device = _reward_device(config)
+    if device != _device(config.policy):
+        return estimated
+    from customized_grpo.rewards.footprint import reward_bytes
+
+    counted, unknown = reward_bytes(config.rewards, device, config.policy.weights)
+    unknown = [f"weights of {name}: not on this machine" for name in unknown]
+    others = ["activations of the rewards", "what an allocator adds"]
+    return replace(
+        estimated,
+        memory=estimated.memory | {f"weights of {name}": size for name, size in counted.items()},
+        not_counted=(*estimated.not_counted, *unknown, *others),
+    )
 
 
 def build_rewards(config: Config) -> tuple[Reward, Reward]:
@@ -183,18 +263,17 @@ def tell_long_prompts(
     config: Config,
     policy: Policy[Any],
     rewards: Sequence[Reward],
-    datasets: Mapping[SubjectDataset, int | None],
+    used: Mapping[SubjectDataset, Sequence[Sample]],
     display: Display,
 ) -> None:
-    """Warn of prompts that the generator or the prompt reward does not read to their end: of each dataset among the
-    first so many samples, all if None."""
+    """Warn of prompts that the generator or the prompt reward does not read to their end, among the samples of each
+    dataset that are used."""
     readers: dict[str, tuple[str, object]] = {
         "policy.kind": (config.policy.kind, policy),
         "rewards.prompt": (config.rewards.prompt, rewards[0]),
     }
     for field, (name, reader) in readers.items():
-        for dataset, count in datasets.items():
-            samples = dataset.samples[:count]
+        for dataset, samples in used.items():
             prompts = [sample.prompt for sample in samples]
             lengths = reader.prompt_lengths(prompts) if isinstance(reader, ReadsPrompts) else None
             if lengths is None:
@@ -203,7 +282,7 @@ def tell_long_prompts(
             if long:
                 are = "is" if len(long) == 1 else "are"
                 display.warn(
-                    f"{field}: {len(long)} of {len(prompts)} prompts in {dataset.folder} {are} longer than the "
+                    f"{field}: {len(long)} of {len(prompts)} prompts used of {dataset.folder} {are} longer than the "
                     f"{lengths.read} tokens that {name} reads; what comes after is not read (first: sample '{long[0]}')"
                 )
 
@@ -221,17 +300,53 @@ def raise_listed(source: Path, what: str, problems: Sequence[str]) -> None:
         raise UserError(f"{source}: {len(problems)} unusable {what}:\n  {shortened(problems, most=10)}")
 
 
-def encode_ahead(policy: Policy[Any], datasets: Mapping[SubjectDataset, int | None], stages: Stages) -> None:
-    """Have a policy with large encoders encode all that it will be asked for: of each dataset the first so many
-    samples, all if None."""
+def read_samples(
+    config: Config, datasets: Mapping[str, SubjectDataset], first: int = 0
+) -> dict[SubjectDataset, Sequence[Sample]]:
+    """The samples that a run of `config` reads from iteration `first` (0 is the very first) on, of each of the
+    `datasets` by their names: path, validation and test."""
+    training, evaluation = datasets["path"], config.evaluation
+    each = config.rollout.prompts_per_iteration
+    read = set(batch_indices(len(training), config.iterations * each, config.seed, 0)[first * each :])
+    shown = max(evaluation.pairs, evaluation.gallery)
+    if "validation" not in datasets:
+        read |= set(range(min(shown, len(training))))
+    used: dict[SubjectDataset, Sequence[Sample]] = {training: [training[index] for index in sorted(read)]}
+    for name, count in (("validation", shown), ("test", evaluation.test_pairs)):
+        if name in datasets:
+            used[datasets[name]] = datasets[name].samples[:count]
+    return used
+
+
+def encode_ahead(policy: Policy[Any], used: Mapping[SubjectDataset, Sequence[Sample]], stages: Stages) -> None:
+    """Have a policy with large encoders encode all that it will be asked for: the samples of each dataset that are
+    used. Raises `UserError`, before any is encoded, where there is no room for them."""
+    rows = [(dataset, sample) for dataset, samples in used.items() for sample in samples]
+    encode_rows(
+        policy,
+        [sample for _, sample in rows],
+        lambda index: rows[index][0].references([rows[index][1]], policy.prepare_reference)[0],
+        stages,
+    )
+
+
+def encode_rows(
+    policy: Policy[Any],
+    rows: Sequence[RowAsked],
+    references: Callable[[int], Sequence[Tensor]],
+    stages: Stages,
+    mine: Sequence[int] | None = None,
+) -> None:
+    """`encode_ahead` for `rows`, whose prepared `references` are had by index. This process encodes those with the
+    numbers `mine`; None: a share of what the processes of this machine have to encode."""
     if not isinstance(policy, EncodesAhead):
         return
-    wanted = [(dataset, sample) for dataset, count in datasets.items() for sample in dataset.samples[:count]]
-    # The processes of a machine share what they encode; its disk need not be that of other machines. Where nothing says
-    # how many they are, each encodes all.
-    wanted = wanted[local_rank() % local_world() :: local_world()]
+    policy.reserve(rows, references, check_only=local_rank() > 0)
+    # The disk of a machine need not be that of other machines. Where nothing says how many processes there are, each
+    # encodes all.
+    numbers = range(len(rows))[local_rank() % local_world() :: local_world()] if mine is None else mine
     policy.encode_ahead(
-        [sample.prompt for _, sample in wanted],
-        lambda index: wanted[index][0].references([wanted[index][1]], policy.prepare_reference)[0],
-        lambda done: stages.update("encoding prompts and references", done, len(wanted)),
+        [rows[number].prompt for number in numbers],
+        lambda index: references(numbers[index]),
+        lambda done: stages.update("encoding prompts and references", done, len(numbers)),
     )

@@ -197,23 +197,33 @@ def load_weights(
 ) -> None:
     """Give trained `parameters` the values that the checkpoint `path` has for them, or for their average.
 
-    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when it has no average, or is of another
-    generator than that of the run with `config`. `parameters` are then as they were.
+    Raises what `read_weights` does. `parameters` are then as they were.
     """
-    manifest = read_manifest(path)
-    policy = [key for key in manifest.config if key.startswith("policy.") and key in config]
-    if changed := told_changes(manifest.config, config, policy):
-        raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
-    tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
-    kind, own = AVERAGE if average else PARAMETER, dict(parameters)
-    found = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
-    if average and not found:
-        raise UserError(f"--ema: {path} holds no averaged weights: train keeps them where ema.decay is set")
+    found, own = read_weights(path, config, average=average), dict(parameters)
     if misfit := _misfit(found, own):
         raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(found[name])
+
+
+def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[str, Tensor]:
+    """Return the trained tensors of the checkpoint `path` by name, or their average.
+
+    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when it has no average, or is of another
+    generator than that of the run with `config`.
+    """
+    manifest = read_manifest(path)
+    # What a field names may lie elsewhere by now; hashes of that are for going on.
+    policy = [key for key in manifest.config if key.startswith("policy.") and key in config]
+    if changed := told_changes(manifest.config, config, policy):
+        raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
+    tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
+    kind = AVERAGE if average else PARAMETER
+    found = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+    if average and not found:
+        raise UserError(f"--ema: {path} holds no averaged weights: train keeps them where ema.decay is set")
+    return found
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -258,9 +268,10 @@ def remove_checkpoint(path: Path) -> None:
     checkpoint."""
     if path.exists():
         rubbish = path.with_name(f".{path.name}.old{PARTIAL}")
-        _clear(rubbish)
-        path.rename(rubbish)
-        _clear(rubbish)
+        with writing(path.parent):
+            _clear(rubbish)
+            path.rename(rubbish)
+            _clear(rubbish)
 
 
 def _clear(path: Path) -> None:

@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not arguments:
         arguments = ["--help"]
     try:
-        arguments = [_underscored(argument) for argument in arguments]
         parser = build_parser()
+        arguments = parser.command_of(arguments)[1].underscored(arguments)
         _check_files(arguments)
         options = parser.parse_args(arguments)
         chosen = options[options.subcommand]
@@ -93,6 +93,10 @@ def _run(options: Namespace) -> None:
         from customized_grpo.generate import Options, generate
 
         print(generate(Options(**{name: chosen[name] for name in Options.__dataclass_fields__})))
+    elif command == "export":
+        from customized_grpo.export import export
+
+        print(f"adapter: {export(chosen.source, chosen.out, ema=chosen.ema)}")
     elif command == "report":
         from customized_grpo.report import write_report
 
@@ -101,6 +105,8 @@ def _run(options: Namespace) -> None:
         _prepare(chosen)
     elif command == "serve-reward":
         _serve_reward(chosen)
+    elif command == "cache":
+        _cache(chosen.folder, clear=chosen.clear)
     elif command == "env":
         from customized_grpo.environment import describe
 
@@ -163,7 +169,8 @@ def _evaluate(options: Namespace) -> None:
             raise UserError(f"evaluate: --run compares a run with its base; {given} belongs to --benchmark")
         from customized_grpo.run import evaluate_run
 
-        _tell("report", evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema))
+        path = evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema)
+        _tell("report" if path and path.is_file() else "evaluation", path)
         return
     if config.benchmark is None and config.images is None:
         raise UserError(
@@ -203,7 +210,12 @@ def _figures(options: Namespace) -> None:
 
 
 def _train(options: Namespace) -> None:
-    config = _settings(Config, options, "resume", "resume_from", "overwrite", "dry_run", "num_processes")
+    if options.init_from is not None:
+        if options.policy.init_from not in (None, options.init_from):
+            raise UserError("--init_from stands for --policy.init_from, and they name two adapters; give one of them")
+        options.policy.init_from = options.init_from
+    flags = ("resume", "resume_from", "overwrite", "init_from", "dry_run", "num_processes")
+    config = _settings(Config, options, *flags)
     from customized_grpo.display import Display
 
     if options.dry_run:
@@ -237,6 +249,19 @@ def _prepare(options: Namespace) -> None:
     print(f"{outcome.format}: {outcome.samples} samples of {outcome.pictures} pictures {done}")
 
 
+def _cache(folder: Path, *, clear: bool) -> None:
+    from customized_grpo.policies import cache_folder
+
+    if not folder.is_dir():
+        raise UserError(f"--folder: there is no folder {folder}; name the policy.cache of your runs")
+    if clear:
+        count, size = cache_folder.clear(folder)
+        print(f"{folder}: {count} files removed, {cache_folder.gigabytes(size)}")
+    else:
+        files = cache_folder.list_files(folder)
+        print(f"{folder}: {len(files)} files, {cache_folder.gigabytes(sum(each.bytes for each in files))}")
+
+
 def _serve_reward(options: Namespace) -> None:
     from customized_grpo.rewards.score_request import Limits
     from customized_grpo.rewards.serve import serve
@@ -267,12 +292,6 @@ def _toybox(options: Namespace) -> None:
     from customized_grpo.toybox.pretrain import pretrain
 
     pretrain(chosen.output, chosen.seed, chosen.only, chosen.threads, Display())
-
-
-def _underscored(argument: str) -> str:
-    """--max-bad is --max_bad."""
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def _fail(message: str, status: int = USAGE_ERROR) -> NoReturn:

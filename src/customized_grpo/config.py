@@ -27,6 +27,9 @@ class PolicyConfig(Section):
     base_adapter: str | None = None
     """LoRA merged into the model before training starts: a safetensors file, or owner/name/file.safetensors on the hub.
     Not for toybox."""
+    init_from: str | None = None
+    """Adapter whose values the trained factors (with adapter=full, the weights) start from, unmerged: the folder of a
+    run or of `export`, a LoRA file, or owner/name/file.safetensors on the hub. The base stays the model without it."""
     weights: Path | None = None
     """Folder of ToyBox weights (generator.safetensors, ...) to use instead of the shipped ones. Only for toybox."""
     adapter: Literal["lora", "full"] = "lora"
@@ -61,7 +64,11 @@ class PolicyConfig(Section):
     """diffusers' attention backend: native, _native_flash, flash, _flash_3_hub, ...; unset: its default. Not for
     toybox."""
     cache: Path = Path("runs/conditions")
-    """Folder of encoded prompts and references, shared by runs; may be deleted between runs. Not for toybox."""
+    """Folder of encoded prompts and references, shared by runs; `customized-grpo cache --clear` empties it. Not for
+    toybox."""
+    cache_limit: float | None = Field(None, gt=0)
+    """Most gigabytes (10^9 bytes) that the folder may take: what was used least recently goes when a run needs room for
+    its own, and a run that needs more does not begin; unset: no limit. Not for toybox."""
 
     READ_WITH: ClassVar[ReadWith] = {"lora_rank": ("adapter", ["lora"]), "lora_alpha": ("adapter", ["lora"])}
 
@@ -82,7 +89,7 @@ class PolicyConfig(Section):
 
 NOT_FOR_TOYBOX = (
     "model", "base_adapter", "height", "width", "reference_side", "guidance", "offload", "shard",
-    "gradient_checkpointing", "compile", "attention_backend", "cache",
+    "gradient_checkpointing", "compile", "attention_backend", "cache", "cache_limit",
 )  # fmt: skip
 ONLY_FOR_TOYBOX = ("weights", "adapter")
 
@@ -190,6 +197,9 @@ class AdvantagesConfig(Section):
     """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
     gamma: float = Field(0.4, ge=0)
     """Strength of SARS (paper's recipe: 0.4)."""
+    gamma_penalty: float | None = Field(None, ge=0)
+    """Strength of SARS's penalties, where the rewards conflict or both are bad (the worked examples of the paper's
+    figure: about 1, with 0.5 for gamma); unset: gamma."""
     thresholds: tuple[float | None, float | None] | None = None
     """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
     weights: Literal["constant", "tdw", "table"] = "tdw"
@@ -209,6 +219,7 @@ class AdvantagesConfig(Section):
 
     READ_WITH: ClassVar[ReadWith] = {
         "gamma": ("shape", ["sars"]),
+        "gamma_penalty": ("shape", ["sars"]),
         "constant": ("weights", ["constant", "table"]),  # calibrated tables start from it
         "lookup": ("weights", ["tdw", "table"]),
         "tdw": ("weights", ["tdw"]),

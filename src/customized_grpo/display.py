@@ -1,5 +1,6 @@
 """Live progress on a terminal, plain lines elsewhere."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,10 +41,13 @@ class Training:
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Show an iteration's figures: on the bar of a terminal, else as a line."""
+        conflict, silent = metrics["conflict_rate"], metrics["silent_groups"]
         figures = (
             f"prompt {metrics['reward/prompt/mean']:.3f}  identity {metrics['reward/identity/mean']:.3f}  "
-            f"conflict {metrics['conflict_rate']:.0%}"
+            f"conflict {'-' if math.isnan(conflict) else f'{conflict:.0%}'}"
         )
+        if silent > 0:
+            figures += f"  silent groups {silent:.0%}"
         self._progress.update(self._task, completed=metrics["iteration"], figures=figures)
         if not self._console.is_terminal:
             place = f"iteration {metrics['iteration']}/{self._progress.tasks[0].total:.0f}"

@@ -1,6 +1,7 @@
 """Errors that end a command, and their words."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -16,8 +17,21 @@ class TrainingError(Exception):
     and what to do."""
 
 
+class NotFinite(TrainingError):
+    """The generator draws pictures that are not finite."""
+
+
 class Diverged(TrainingError):
     """Processes hold different weights: none of them is worth saving."""
+
+
+@contextmanager
+def telling_where(where: str) -> Iterator[None]:
+    """Put `where` before the words of a `NotFinite` that is raised within."""
+    try:
+        yield
+    except NotFinite as error:
+        raise NotFinite(f"{where}: {error}") from error
 
 
 def shortened(items: Sequence[str], separator: str = "\n  ", most: int = 20) -> str:

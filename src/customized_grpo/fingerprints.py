@@ -9,7 +9,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
+from customized_grpo.build import init_adapter
 from customized_grpo.config import Config, flatten
+from customized_grpo.policies.lora_files import PEFT_FILE, PEFT_SETTINGS
 from customized_grpo.storage import file_sha256
 from customized_grpo.toybox.weights import shipped_folder
 
@@ -21,10 +23,10 @@ BLOB = re.compile("[0-9a-f]{64}")
 """How the hub's cache names a large file: by its SHA-256."""
 THREADS = 8
 MAY_CHANGE = (
-    "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.weights", "policy.device",
-    "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.", "rewards.prompt_model",
-    "rewards.identity_model", "rewards.hpsv3.backbone", "rewards.hpsv3.instruction", "rewards.max_invalid_share",
-    "rewards.device", "rewards.micro_batch", "rewards.deadline", "rewards.vlm_judge.url",
+    "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.init_from", "policy.weights",
+    "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.",
+    "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv3.backbone", "rewards.hpsv3.instruction",
+    "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch", "rewards.deadline", "rewards.vlm_judge.url",
     "rewards.vlm_judge.concurrency", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate",
     "evaluation.", "ranks.", "log.",
 )  # fmt: skip
@@ -65,10 +67,14 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     if policy.kind == "toybox":
         yield "policy.weights", policy.weights or shipped_folder(), r".*\.safetensors"
     else:
+        from customized_grpo.policies.base_adapter import locate_adapter
         from customized_grpo.policies.catalogue import MODELS
 
         yield "policy.model", policy.model or MODELS[policy.kind], either
-        yield "policy.base_adapter", policy.base_adapter, either
+        if policy.base_adapter is not None:
+            yield from _adapter("policy.base_adapter", locate_adapter(policy.base_adapter, "policy.base_adapter"))
+    if (adapter := init_adapter(policy)) is not None:
+        yield from _adapter("policy.init_from", adapter)
     for side, kind, model in (
         ("prompt", rewards.prompt, rewards.prompt_model),
         ("identity", rewards.identity, rewards.identity_model),
@@ -77,6 +83,13 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     if rewards.prompt == "hpsv3":
         yield "rewards.hpsv3.backbone", rewards.hpsv3.backbone, CONFIGURATIONS
         yield "rewards.hpsv3.instruction", rewards.hpsv3.instruction, either
+
+
+def _adapter(field: str, path: Path) -> Iterator[tuple[str, Path, str]]:
+    """A LoRA, and PEFT's settings beside it: they hold its alpha."""
+    yield field, path, ".*"
+    if (settings := path.with_name(PEFT_SETTINGS)).is_file() and path.name == PEFT_FILE:
+        yield f"{field}.settings", settings, ".*"
 
 
 def _reward_model(kind: str, model: str | None) -> str | None:

@@ -10,17 +10,17 @@ import torch
 from pydantic import ValidationError
 
 from customized_grpo import build
-from customized_grpo.checkpoint import list_checkpoints, load_weights, read_manifest
+from customized_grpo.checkpoint import load_weights, read_manifest
 from customized_grpo.config import Config, PolicyConfig, flatten
-from customized_grpo.data import image_grid, load_image, save_image
+from customized_grpo.data import Sample, image_grid, load_image, save_image
+from customized_grpo.data.images import check_drawn
+from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.messages import worded
-from customized_grpo.policies import EncodesAhead
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
-from customized_grpo.run import adapter_folder, load_run_config
+from customized_grpo.run import finished_adapter, load_run_config
 from customized_grpo.runtime import configure
-from customized_grpo.session import CHECKPOINTS
 from customized_grpo.storage import check_folder, writing
 
 MIN_SIDE = 256
@@ -62,7 +62,11 @@ def generate(options: Options) -> Path:
     _check(options)
     config = load_run_config(options.run)
     settings = _policy_config(config, options)
-    adapter = None if options.base or options.checkpoint else _adapter(options)
+    adapter = None
+    if not (options.base or options.checkpoint):
+        adapter = finished_adapter(
+            options.run, "--run", "draw from its newest checkpoint with --checkpoint", ema=options.ema
+        )
     pictures = [load_image(path, config.data.max_pixels) for path in options.reference]
     configure(config.threads)
     policy = build.build_policy(settings, config.seed)
@@ -73,14 +77,16 @@ def generate(options: Options) -> Path:
         run = flatten(config.model_dump(mode="json"))
         load_weights(options.checkpoint, run, policy.trainable_parameters(), average=options.ema)
     references = [policy.prepare_reference(picture, len(pictures)) for picture in pictures]
-    if isinstance(policy, EncodesAhead):
-        policy.encode_ahead([options.prompt], lambda index: references, lambda done: None)
+    asked = Sample("", options.prompt, tuple(options.reference))
+    with Display.silent().stages() as stages:
+        build.encode_rows(policy, [asked], lambda index: references, stages)
     count = options.count
     with policy.untuned() if options.base else nullcontext(), torch.no_grad():
         condition = policy.encode([options.prompt], [references]).take(torch.zeros(count, dtype=torch.long))
         noise = batched_normal(options.seed, 0, [0] * count, range(count), "generate", policy.latent_shape)
         sigmas = policy.sigmas(options.num_steps or config.rollout.num_steps, config.rollout.shift)
         images = sample_ode(policy, condition, noise.to(policy.device), sigmas, config.rollout.micro_batch)
+    check_drawn(images)
     scale = max(1, -(-MIN_SIDE // max(policy.size)))
     with writing(options.out.parent):
         save_image(image_grid(images, columns=count, scale=scale), options.out)
@@ -114,14 +120,3 @@ def _policy_config(config: Config, options: Options) -> PolicyConfig:
         return PolicyConfig.model_validate(config.policy.model_dump() | given)
     except ValidationError as error:
         raise UserError(f"--{worded(error)}") from error
-
-
-def _adapter(options: Options) -> Path:
-    """The folder of the adapter that is asked for."""
-    checkpoints = list_checkpoints(options.run / CHECKPOINTS)
-    if checkpoints and not any(options.run.glob("*.safetensors")):
-        raise UserError(
-            f"--run: {options.run} is not finished, and has no adapter yet; draw from its newest checkpoint with "
-            f"--checkpoint {checkpoints[-1]}"
-        )
-    return adapter_folder(options.run, ema=options.ema)

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from customized_grpo.errors import TrainingError, first_line
 
-MARKS = ("out of memory", "not enough memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""What torch writes where an allocation fails: CUDA's allocator, the CPU's on two systems, and cuBLAS."""
+MARKS = ("out of memory", "you tried to allocate", "ALLOC_FAILED")
+"""What torch writes where an allocation fails: on CUDA, on the CPU, and in cuBLAS."""
 
 DRAWING = "Lower rollout.micro_batch (and, for a first-pass ratio of 1, optimizer.micro_batch with it)"
 SCORING = "Lower rewards.micro_batch, or set rewards.device to another device or to cpu"
@@ -14,11 +14,15 @@ UPDATING = "Lower optimizer.micro_batch (and rollout.micro_batch with it), or se
 """What to do where memory runs out. A resumed run may change all of these settings."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` says that an allocation failed. Loads no torch, whose error is a RuntimeError."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether an allocation failed in `error`, or in what it was raised from.
+
+    Loads no torch, whose errors are RuntimeErrors.
+    """
+    if error is None:
+        return False
+    of_torch = isinstance(error, RuntimeError) and any(mark in str(error) for mark in MARKS)
+    return of_torch or isinstance(error, MemoryError) or is_out_of_memory(error.__cause__)
 
 
 @contextmanager

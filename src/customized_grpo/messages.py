@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
@@ -23,12 +24,19 @@ def explain(
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
+    known = [*field_names(model), *options]
+    text = re.sub(
+        r"^argument --([\w.]+): expected (?:one|at least one) argument.*", partial(_valueless, arguments, known), text
+    )
     text = re.sub(r"the following arguments are required: (.*)", partial(_missing, options), text)
     text = re.sub(r"^([\w.]+): .*?Expected an? <class '(\w+)'>.*(?:Got|Given) value: (.*)", _of_its_type, text)
     field = re.match(r"([\w.]+):", text)
-    stranger = re.search(r"(?:does not accept (?:option|nested key) '|[Uu]nrecognized arguments: --)([\w.]+)", text)
-    if stranger:
-        text = unknown(stranger[1], [*field_names(model), *options])
+    stranger = re.search(r"(?:does not accept (?:option|nested key) '|[Uu]nrecognized arguments: --)([\w.-]+)", text)
+    dashed = re.match(r"[Uu]nrecognized arguments: (-[^-].*)", text)
+    if dashed:
+        text = f"unknown option {dashed[1]}; give a value that begins with a dash as --OPTION=VALUE, or after -- alone"
+    elif stranger:
+        text = unknown(stranger[1], known)
     elif field and field[1] in field_names(model):
         text = _of_field(field[1], arguments, model) or text
     return text
@@ -45,8 +53,9 @@ def worded(error: ValidationError, fields_of: type[BaseModel] | None = None) -> 
 def unknown(name: str, names: Sequence[str]) -> str:
     """That there is no field or option `name`, and which of the `names` is most like it; the same last part in another
     section counts as near."""
-    last = name.split(".")[-1]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    plain = name.replace("-", "_")
+    last = plain.split(".")[-1]
+    near = difflib.get_close_matches(plain, names, n=1, cutoff=0.75)
     near = near or [known for known in names if known.split(".")[-1] == last]
     near = near or [k for k in names if difflib.get_close_matches(last, [k.split(".")[-1]], n=1, cutoff=0.75)]
     hint = f" Did you mean '{near[0]}'?" if near else ""
@@ -117,3 +126,13 @@ def _missing(options: Sequence[str], found: re.Match[str]) -> str:
     """What was left out as it is typed: the parser calls an option of a command COMMAND.OPTION."""
     names = [name.split(".")[-1] for name in found[1].split(", ")]
     return f"missing: {', '.join(f'--{name}' if name in options else name.upper() for name in names)}"
+
+
+def _valueless(arguments: Sequence[str], known: Sequence[str], found: re.Match[str]) -> str:
+    """Say what to write where an option has no value, or one that the parser takes for the next option."""
+    name = f"--{found[1]}"
+    value = next((value for option, value in pairwise(arguments) if option == name and value.startswith("-")), "--")
+    text = f"{name}: expected a value after it"
+    if value == "--" or value.removeprefix("--").partition("=")[0] in known:
+        return text
+    return f"{text}; give one that begins with a dash as {shlex.quote(f'{name}={value}')}"

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from customized_grpo import __version__
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config import Config
+from customized_grpo.config import Config, PolicyConfig
 from customized_grpo.errors import UserError
 
 
@@ -36,6 +36,18 @@ class Parser(ArgumentParser):
     def options(self) -> list[str]:
         """Names of all options."""
         return re.findall(r"^  --([\w.]+)", self.format_help(), re.MULTILINE)
+
+    def underscored(self, arguments: Sequence[str]) -> list[str]:
+        """Rewrite --max-bad as --max_bad: the names of this command's options, no value, and nothing after `--`."""
+        end = arguments.index("--") if "--" in arguments else len(arguments)
+        dashed = [argument for argument in arguments[:end] if "-" in argument.partition("=")[0].removeprefix("--")]
+        known = {f"--{name}" for name in self.options()} if dashed else set()
+        rewritten = []
+        for argument in arguments[:end]:
+            name, equals, value = argument.partition("=")
+            plain = "--" + name.removeprefix("--").replace("-", "_")
+            rewritten.append(plain + equals + value if name.startswith("--") and plain in known else argument)
+        return [*rewritten, *arguments[end:]]
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise BadArguments(message) from ex
@@ -71,6 +83,15 @@ def build_parser() -> Parser:
     commands.add_subcommand("prepare", _prepare_parser(), help="make a data folder of data as others lay it out")
     commands.add_subcommand("serve-reward", _serve_parser(), help="serve a reward to trainers on other machines")
 
+    commands.add_subcommand("export", _export_parser(), help="write the adapter of a checkpoint")
+    cache = Parser(
+        description="Say how much the folder of encoded prompts and references (policy.cache) takes, or empty it. "
+        "Nothing is removed while a run uses the folder."
+    )
+    cache.add_argument("--folder", type=Path, default=PolicyConfig().cache, help="the folder; %(default)s if left out")
+    cache.add_argument("--clear", action="store_true", help="remove all that is encoded; runs encode it again")
+    commands.add_subcommand("cache", cache, help="size of the encoded prompts and references, and how to clear them")
+
     report = Parser(description="Write a run's report.html anew.")
     report.add_argument("--run", type=Path, required=True, help="folder of the run (the --output of train)")
     commands.add_subcommand("report", report, help="write a run's report anew")
@@ -94,6 +115,9 @@ def _train_parser() -> ArgumentParser:
     train.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
     train.add_argument("--resume_from", type=Path | None, help="go on from this checkpoint: RUN/checkpoints/000020")
+    train.add_argument(
+        "--init_from", type=str | None, help="start from the values of an adapter: stands for --policy.init_from"
+    )
     train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start anew")
     train.add_argument(
         "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
@@ -148,6 +172,17 @@ def _generate_parser() -> ArgumentParser:
     return generate
 
 
+def _export_parser() -> ArgumentParser:
+    export = Parser(
+        description="Write the adapter of a checkpoint as `train` writes a finished run's. Diffusers loads the folder "
+        "with pipe.load_lora_weights(OUT), and generate, evaluate and train --init_from take it as a run's.",
+    )
+    export.add_argument("source", type=Path, help="checkpoint RUN/checkpoints/000020, or the folder of a finished run")
+    export.add_argument("out", type=Path, help="folder to write; new or empty")
+    export.add_argument("--ema", action="store_true", help="write the averaged weights, of a run with ema.decay")
+    return export
+
+
 def _diagnose_parser() -> ArgumentParser:
     diagnose = Parser(
         usage="customized-grpo diagnose (--run DIR | --config FILE) [--out DIR] [--any.field VALUE ...]",
@@ -170,7 +205,8 @@ def _diagnose_parser() -> ArgumentParser:
 def _prepare_parser() -> ArgumentParser:
     prepare = Parser(
         description="Make a data folder of subject folders with a prompts.txt, of DreamBench, SynCD, UNO's lists, or a "
-        "Hugging Face dataset on disk. Pictures are turned upright, laid on white, and scaled down where large.",
+        "Hugging Face dataset on disk. Pictures are turned upright, laid on white, converted to sRGB, and scaled down "
+        "where large.",
     )
     formats = ("auto", "folders", "dreambench", "manifest", "syncd", "huggingface")
     prepare.add_argument("src", type=Path, help="folder to read")

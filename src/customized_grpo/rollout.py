@@ -14,6 +14,7 @@ from torch import Tensor
 
 from customized_grpo.algorithm import ode_step, sde_step
 from customized_grpo.config import RolloutConfig
+from customized_grpo.errors import NotFinite
 from customized_grpo.policies import ConditionT, Policy
 from customized_grpo.randomness import batched_normal, generator
 
@@ -77,7 +78,7 @@ def sample_groups(
 
     Noise is a function of (seed, iteration, prompt, sample, step), so micro-batches change nothing. With a shared
     initial noise the steps before the first stochastic one are walked once per group. `on_progress` hears the share
-    done.
+    done. Raises `NotFinite` where a picture is not finite.
     """
     walk = _Walk(policy, condition, plan, config, seed, iteration, first)
     prefix = plan.shared_steps if config.initial_noise == "shared" else 0
@@ -91,7 +92,7 @@ def sample_groups(
         prompts, samples = rows // config.group_size, rows % config.group_size
         latents = None if trunk is None else trunk[prompts]
         final, kept = walk.run(prompts, samples, latents, range(prefix, config.num_steps))
-        parts.append((policy.decode(final), *(torch.stack(column) for column in zip(*kept, strict=True))))
+        parts.append((_decoded(policy, final), *(torch.stack(column) for column in zip(*kept, strict=True))))
         on_progress((int(rows[-1]) + 1) / len(batch))
     images, states, next_states, log_probs = (list(column) for column in zip(*parts, strict=True))
     return Rollout(
@@ -109,16 +110,33 @@ def sample_ode(
     policy: Policy[ConditionT], condition: ConditionT, noise: Tensor, sigmas: Tensor, micro_batch: int,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Tensor:  # fmt: skip
-    """Deterministic images [B, 3, H, W], one for each row of `condition`, from `noise` [B, *] down `sigmas` [T + 1]."""
+    """Deterministic images [B, 3, H, W], one for each row of `condition`, from `noise` [B, *] down `sigmas` [T + 1].
+
+    Raises `NotFinite` where a picture is not finite.
+    """
     images = []
     for rows in torch.arange(len(noise)).split(micro_batch):
         latents, part = noise[rows], condition.take(rows)
         for sigma, sigma_next in pairwise(sigmas):
             velocity = policy.velocity(latents, sigma.expand(len(rows)), part)
             latents = ode_step(latents, velocity, sigma, sigma_next)
-        images.append(policy.decode(latents))
+        images.append(_decoded(policy, latents))
         on_progress((int(rows[-1]) + 1) / len(noise))
     return torch.cat(images)
+
+
+def _decoded(policy: Policy[ConditionT], latents: Tensor) -> Tensor:
+    """Decode `latents` [B, *] to images [B, 3, H, W]. Raises `NotFinite` where some of them are not finite."""
+    images = policy.decode(latents)
+    # The latents too: clamped to [0, 1], an infinite pixel is a white one.
+    finite = latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1).to(latents.device)
+    if not finite.all():
+        raise NotFinite(
+            f"{int((~finite).sum())} of {len(finite)} pictures that the generator drew are not finite. Likely causes: "
+            "a precision that does not hold its numbers (try policy.precision=fp32); weights that grew without bound "
+            "(take an earlier checkpoint, and lower optimizer.learning_rate); damaged weights of the model or adapter"
+        )
+    return images
 
 
 @dataclass(frozen=True)

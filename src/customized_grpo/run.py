@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from customized_grpo import build
 from customized_grpo.before_after import write_evaluation
-from customized_grpo.checkpoint import read_manifest
+from customized_grpo.checkpoint import list_checkpoints, read_manifest
 from customized_grpo.config import Config
 from customized_grpo.display import Display
 from customized_grpo.distributed import Ranks, started
@@ -69,9 +69,8 @@ def train(
                     if ranks.first and (config.output / LOCK).is_file():
                         with locked(config.output, ANOTHER):
                             pass  # found out now rather than when all is loaded
-                    if resume_from is not None:
-                        read_manifest(resume_from)
-                    session = _session(config, display, termination, ranks)
+                    first = _first_iteration(config.output, resume=resume, resume_from=resume_from)
+                    session = _session(config, display, termination, ranks, first)
                 with ranks.together():
                     if ranks.first:
                         held.enter_context(_own(config.output, display))
@@ -84,8 +83,17 @@ def train(
             raise SystemExit(termination.status) from None
 
 
-def _session(config: Config, display: Display, termination: Termination, ranks: Ranks) -> Session:
-    """All parts of a run, built and checked; nothing is written yet."""
+def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) -> int:
+    """The earliest iteration that a run may go on from: newer checkpoints than the oldest may prove damaged."""
+    if resume_from is not None:
+        return read_manifest(resume_from).iteration
+    checkpoints = list_checkpoints(output / CHECKPOINTS) if resume else []
+    return min((int(path.name) for path in checkpoints), default=0)
+
+
+def _session(config: Config, display: Display, termination: Termination, ranks: Ranks, first: int) -> Session:
+    """All parts of a run that goes on from iteration `first` or later, built and checked; nothing is written yet but
+    what is encoded."""
     build.check_shares(config, ranks.world)
     if ranks.world > 1:
         display.note(f"{ranks.world} processes share {config.rollout.prompts_per_iteration} groups an iteration")
@@ -97,16 +105,10 @@ def _session(config: Config, display: Display, termination: Termination, ranks: 
         if path is not None
     }
     rewards, judge = build.build_rewards(config), build.build_judge(config)
-    policy = build.build_policy(config.policy, config.seed)
+    policy = build.build_start(config.policy, config.seed)
     for dataset in datasets.values():
         build.check_prompts(dataset.folder, dataset, policy)
-    evaluation = config.evaluation
-    wanted = {
-        "path": None,
-        "validation": max(evaluation.pairs, evaluation.gallery),
-        "test": evaluation.test_pairs,
-    }
-    used = {dataset: wanted[name] for name, dataset in datasets.items()}
+    used = build.read_samples(config, datasets, first)
     build.tell_long_prompts(config, policy, rewards, used, display)
     with display.stages() as stages, ranks.alone():
         build.encode_ahead(policy, used, stages)
@@ -119,7 +121,7 @@ def evaluate_run(
 ) -> Path | None:
     """Evaluate a finished run's base and tuned generator on `data` (default: the run's test, validation or training
     data), write `evaluation/` and the report; with `ema`, the averaged weights are the tuned ones. Returns the report's
-    path, None in processes other than the first."""
+    path, that of `evaluation/` for an exported adapter, None in processes other than the first."""
     if pairs is not None and pairs < 1:
         raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
     config = load_run_config(run)
@@ -140,14 +142,19 @@ def evaluate_run(
             dataset = build.open_dataset(path, config, policy)
             policy.load_adapter(adapter)
             rewards, judge = build.build_rewards(config), build.build_judge(config)
-            build.tell_long_prompts(config, policy, rewards, {dataset: pairs}, display)
+            used = {dataset: dataset.samples[:pairs]}
+            build.tell_long_prompts(config, policy, rewards, used, display)
             with display.stages() as stages:
-                build.encode_ahead(policy, {dataset: pairs}, stages)
+                build.encode_ahead(policy, used, stages)
         parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
         with ranks.together():
             display.comparison(write_evaluation(*parts))
+            if not ranks.first:
+                return None
+            if not rows:  # of an exported adapter: it has no training to report
+                return run / "evaluation"
             with writing(run):
-                return write_report(run) if ranks.first else None
+                return write_report(run)
 
 
 def adapter_folder(run: Path, *, ema: bool) -> Path:
@@ -161,6 +168,18 @@ def adapter_folder(run: Path, *, ema: bool) -> Path:
             "and writes them when it ends. Leave --ema out for the trained ones"
         )
     return run / EMA
+
+
+def finished_adapter(run: Path, option: str, instead: str, *, ema: bool) -> Path:
+    """Return where the finished run in the folder `run` has its adapter, or that of the averaged weights.
+
+    Raises `UserError` where the run is not finished: names the `option` that named the run, and what to do `instead`
+    with its newest checkpoint.
+    """
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    if checkpoints and not any(run.glob("*.safetensors")):
+        raise UserError(f"{option}: {run} is not finished, and has no adapter yet; {instead} {checkpoints[-1]}")
+    return adapter_folder(run, ema=ema)
 
 
 def load_run_config(run: Path) -> Config:
@@ -209,11 +228,12 @@ def _own(output: Path, display: Display) -> Iterator[None]:
 
 def _delete_run(output: Path) -> None:
     """Delete what a run wrote into `output`, and nothing else."""
-    for path in (output / name for name in WRITTEN):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    with writing(output):
+        for path in (output / name for name in WRITTEN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def _summary_writer() -> Any:

@@ -117,7 +117,8 @@ class Session:
             self._cut_logs()
             write_whole(self.output / "weights.json", json.dumps(weights))
         if self._writer is not None:
-            self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
+            with writing(self.output):
+                self.tensorboard = self._writer(self.output / "tensorboard", purge_step=self.trainer.iteration + 1)
 
     def loop(self) -> None:
         """Train to the last iteration, with validations and checkpoints on the way.
@@ -153,6 +154,7 @@ class Session:
                     with self.ranks.together(), self.termination.whole():
                         if self.ranks.first:
                             self._checkpoint()
+                            self._prune()
 
     def _check_equal(self, remedy: str) -> None:
         """Raise `Diverged` where the processes differ in weights or iterations."""
@@ -257,7 +259,8 @@ class Session:
                 results = write_evaluation(self.config, *parts, folder, pairs, self.ranks, self._poll)
             self.display.comparison(results)
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with writing(self.output):
+                self.tensorboard.close()
         with self.ranks.together(), writing(self.output):
             return write_report(self.output) if self.ranks.first else None
 
@@ -353,17 +356,27 @@ class Session:
                 f"iteration {metrics['iteration']}: {share:.1%} of the rewards could not be computed"
                 f"{self.trainer.failures()}; they count in no group's statistics"
             )
+        if metrics["silent_groups"] == 1:
+            self.display.warn(
+                f"iteration {metrics['iteration']}: no group taught anything: within each all images have equal "
+                "rewards, or fewer than two have any. Check the rewards, or raise rollout.eta or rollout.group_size"
+            )
 
     def _checkpoint(self) -> None:
         """Save the last whole iteration, unless that was done already: a whole checkpoint is not touched."""
-        iteration, settings = self.snapshot.iteration, self.config.checkpoint
+        iteration = self.snapshot.iteration
         if iteration is None or self._saved == iteration:
             return
         with saving():
             save_checkpoint(self._checkpoints, iteration, self.pinned, self.snapshot.tensors())
         self._saved = iteration
-        with writing(self._checkpoints):
-            prune_checkpoints(self._checkpoints, iteration, settings.keep_last, settings.keep_every)
+
+    def _prune(self) -> None:
+        """Remove old checkpoints. A run that ends early removes none: what ended it may be in the newest weights."""
+        settings = self.config.checkpoint
+        if self._saved is not None:
+            with writing(self._checkpoints):
+                prune_checkpoints(self._checkpoints, self._saved, settings.keep_last, settings.keep_every)
 
     def _keep(self, error: BaseException) -> None:
         """Save the last whole iteration of a run that `error` ends, and say where it goes on."""
@@ -391,9 +404,10 @@ class Session:
         with writing(self.output), (self.output / name).open("a", encoding="utf-8") as log:
             log.write(json.dumps(clean) + "\n")
         if self.tensorboard is not None:
-            for key, value in row.items():
-                if isinstance(value, int | float) and key != "iteration":
-                    self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
+            with writing(self.output):
+                for key, value in row.items():
+                    if isinstance(value, int | float) and key != "iteration":
+                        self.tensorboard.add_scalar(f"{name.split('.')[0]}/{key}", value, row["iteration"])
 
 
 def _checksum(tensor: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customized_grpo.errors import UserError, first_line
+from customized_grpo.errors import UserError, first_line, shortened
 
 if sys.platform != "win32":
     import fcntl
@@ -34,12 +34,51 @@ class StorageError(UserError):
 
 @contextmanager
 def writing(folder: Path, needed: int | None = None) -> Iterator[None]:
-    """Within it files are written into `folder`, of `needed` bytes where that is known. Raises `StorageError` where
-    that fails."""
+    """Write files into `folder` within it, of `needed` bytes where that is known.
+
+    Raises `StorageError` where that fails. Guards may be nested: the outermost names its own folder, which is the one
+    that the user named.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise StorageError(_worded(folder, needed, error)) from error
+    except StorageError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OSError | SafetensorError):
+            raise
+        raise StorageError(_worded(folder, needed, cause)) from cause
+
+
+@contextmanager
+def downloading(folder: Path, setting: str) -> Iterator[None]:
+    """Raise `StorageError` where the disk of `folder` fills up within; other errors pass.
+
+    `setting`: the environment variable that moves the folder to another disk.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # RuntimeError: of hf_xet
+        if _number(error) not in FULL:
+            raise
+        raise StorageError(f"{_worded(folder, None, error)}, or name a folder on another disk in {setting}") from error
+
+
+@contextmanager
+def replacing(path: Path, unfinished: Path | None = None) -> Iterator[Path]:
+    """Yield the path of a file to write, which takes the place of `path` at the end and is removed on any error.
+
+    `unfinished` is that path; by default `path` with `.part` after its name, for which there may be one writer at a
+    time. The folder is made. Raises `StorageError` where the disk does not take it.
+    """
+    unfinished = unfinished or path.with_name(path.name + UNFINISHED)
+    with writing(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield unfinished
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -51,22 +90,34 @@ def check_folder(folder: Path, name: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that replaces the one before it when it is complete."""
-    unfinished = path.with_name(path.name + UNFINISHED)
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    """Write a text file that replaces the one before it when it is complete. Raises `StorageError`."""
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file of `tensors` by name."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
-    follow_umask(path)
+    """Write a safetensors file of `tensors` by name, whole or not at all. Raises `StorageError`."""
+    with writing(path.parent, sum(tensor.nbytes for tensor in tensors.values())):
+        # safetensors writes to a file of another name, and renames it.
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        follow_umask(path)
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `UserError`, naming the file `path` and the tensors, where some hold numbers that are not finite."""
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} of its {len(tensors)} tensors hold numbers that are not finite "
+            f"({shortened(bad, ', ', 3)}): the run that wrote it diverged, or the file is damaged; take an earlier one"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Of types of one byte there is no test.
+    return bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())
 
 
 def follow_umask(path: Path) -> None:
@@ -91,7 +142,9 @@ def locked(folder: Path, what: str) -> Iterator[int | None]:
 
     Raises `UserError` where another holds it.
     """
-    with (folder / LOCK).open("w") as lock:
+    with writing(folder):
+        file = (folder / LOCK).open("w")
+    with file as lock:
         held: int | None = None
         if sys.platform != "win32":
             try:
@@ -108,25 +161,31 @@ def locked(folder: Path, what: str) -> Iterator[int | None]:
         yield held
 
 
-def _worded(folder: Path, needed: int | None, error: OSError | SafetensorError) -> str:
+def _worded(folder: Path, needed: int | None, error: Exception) -> str:
     size = "" if needed is None else f"{needed / 1e6:.1f} MB are needed, "
     if _number(error) not in FULL:
         return f"{folder}: cannot be written to ({first_line(error)}); see that the folder is there and yours"
+    free = free_bytes(folder)
     return (
-        f"{folder}: no space to write ({first_line(error)}): {size}{_free(folder) / 1e6:.1f} MB are free on the disk. "
+        f"{folder}: no space to write ({first_line(error)}): {size}{free / 1e6:.1f} MB are free on the disk. "
         "Make room, or raise the quota or the limit on the size of files"
     )
 
 
-def _number(error: OSError | SafetensorError) -> int | None:
-    """The operating system's number of an error; safetensors has it in its text."""
-    if isinstance(error, OSError):
+def _number(error: Exception) -> int | None:
+    """Return the operating system's number of an error, or of the one that it was raised from; None without one.
+
+    Libraries in Rust have it in their text.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    return _number(error.__cause__) if isinstance(error.__cause__, Exception) else None
 
 
-def _free(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
+    """Return how many bytes are free on the disk of `folder`, which need not be there yet."""
     return shutil.disk_usage(_nearest(folder)).free
 
 

@@ -31,13 +31,14 @@ from customized_grpo.algorithm import (
     group_advantages,
     quadrants,
     sde_step,
+    silent_groups,
     table_weights,
     time_weights,
 )
 from customized_grpo.config import AdvantagesConfig, Config
-from customized_grpo.data import SubjectDataset, batch_indices
+from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed import Ranks
-from customized_grpo.errors import TrainingError
+from customized_grpo.errors import TrainingError, telling_where
 from customized_grpo.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
 from customized_grpo.policies import ConditionT, Policy, in_step
 from customized_grpo.randomness import generator
@@ -105,6 +106,7 @@ class Trainer(Generic[ConditionT]):
         metrics.
 
         Before each change of the weights `before_update` is called. Up to the first, they are of the iteration before.
+        Raises `TrainingError` before any change where a picture, too many rewards or the gradient are not finite.
         """
         config, iteration = self.config, self.iteration
         clock = _Clock(on_phase, self.policy.device)
@@ -114,15 +116,16 @@ class Trainer(Generic[ConditionT]):
         with self.ranks.together():
             with in_step(self.policy, self.ranks), self._memory("drawing images", DRAWING):
                 clock.start("rollout")
-                task = self.task(iteration, mine)
-                condition = self.policy.encode(task.prompts, task.references)
-                rollout = sample_groups(
-                    self.policy, condition, len(task.prompts), plan, config.rollout,
-                    seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
-                )  # fmt: skip
+                samples = self.samples(iteration, mine)
+                condition = self.condition(samples)
+                with telling_where(f"iteration {iteration + 1}"):
+                    rollout = sample_groups(
+                        self.policy, condition, len(samples), plan, config.rollout,
+                        seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
+                    )  # fmt: skip
             clock.start("score")
             with self.ranks.alone(), self._memory("scoring images", SCORING):
-                rewards, valid = self.score(rollout.images, task)
+                rewards, valid = self.score(rollout.images, self.task(samples))
 
         rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
         with self.ranks.together():
@@ -137,24 +140,28 @@ class Trainer(Generic[ConditionT]):
             "iteration": self.iteration,
             "steps": list(plan.trained),
             **_reward_metrics(rewards, valid),
+            "silent_groups": silent_groups(advantages),
             **update,
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "samples_per_second": valid[..., 0].numel() / seconds["total"],
             "forwards": int(self.ranks.rows(torch.tensor([rollout.forwards])).sum()),
         }
 
-    def task(self, iteration: int, prompts: range | None = None) -> Task:
-        """What `iteration` (0 is the first) is to draw: its `prompts` (all if None), their references and masks."""
+    def samples(self, iteration: int, prompts: range | None = None) -> list[Sample]:
+        """The samples that `iteration` (0 is the first) is to draw: those of its `prompts`, all if None."""
         wanted = batch_indices(
             len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
         )
-        samples = [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
-        prepare = self.policy.prepare_reference
-        return Task(
-            [sample.prompt for sample in samples],
-            self.dataset.references(samples, prepare),
-            self.dataset.masks(samples, prepare) if self.config.rewards.identity_reference == "segmented" else None,
-        )
+        return [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
+
+    def condition(self, samples: Sequence[Sample]) -> ConditionT:
+        """The policy's condition of `samples`, of their references in the size in which it sees them."""
+        prompts = [sample.prompt for sample in samples]
+        return self.policy.encode(prompts, self.dataset.references(samples, self.policy.prepare_reference))
+
+    def task(self, samples: Sequence[Sample]) -> Task:
+        """What the rewards are told of `samples`, with their references as the files have them."""
+        return Task.of(self.dataset, samples, masks=self.config.rewards.identity_reference == "segmented")
 
     def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid: numbers, and called valid."""
@@ -200,6 +207,7 @@ class Trainer(Generic[ConditionT]):
             normalise=settings.normalise,
             shape=settings.shape,
             gamma=settings.gamma,
+            gamma_penalty=settings.gamma_penalty,
             thresholds=thresholds,
             clamp=settings.clamp,
         )
@@ -310,7 +318,8 @@ class Trainer(Generic[ConditionT]):
             where = f" (process {', '.join(bad)} of {self.ranks.world})" if self.ranks.world > 1 else ""
             raise TrainingError(
                 f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}{where}; this "
-                "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta"
+                "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta, and "
+                "with train --init_from the last checkpoint's `export` where what was learned is to be kept"
             )
         before()
         self.optimizer.step()

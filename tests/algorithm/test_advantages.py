@@ -19,6 +19,7 @@ from customized_grpo.algorithm import (
     hinge_rewards,
     quadrants,
     rank_advantages,
+    silent_groups,
     step_advantages,
     synergy_shaping,
     table_weights,
@@ -406,6 +407,44 @@ def test_unknown_names_are_refused_with_the_known_ones():
         combine_advantages(rewards, weights=time_weights(4), shape="mean")
 
 
+@pytest.mark.parametrize(
+    ("prompt", "identity", "added"), [(0.95, 0.7, 0.301), (-0.7, 0.9, -0.66), (0.56, -0.4, -0.22), (-0.67, -0.5, -0.32)]
+)
+def test_the_figures_of_the_authors_examples_need_a_strength_of_their_own_for_penalties(prompt, identity, added):
+    """What the figure adds, over tanh of the product, is the strength: about 0.5 for the bonus, 1 for penalties."""
+    strength = abs(added) / math.tanh(abs(prompt * identity))
+    assert strength == pytest.approx(
+        0.517 if added > 0 else {-0.66: 1.183, -0.22: 0.999, -0.32: 0.991}[added], abs=1e-3
+    )
+    found = float(synergy_shaping(torch.tensor([[[prompt, identity]]]), 0.5, 1.0))
+    expected = (0.5 if added > 0 else -1.0) * math.tanh(abs(prompt * identity))
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found == pytest.approx(added, abs=0.11)
+
+
+def test_penalties_may_have_their_own_strength():
+    advantages = torch.tensor([[[0.9, 0.5], [0.9, -0.7], [-0.5, -0.6], [0.0, 1.0]]], dtype=torch.float64)
+    products = [math.tanh(0.45), math.tanh(0.63), math.tanh(0.3), 0.0]
+    found = synergy_shaping(advantages, 0.4, 0.8)[0].tolist()
+    assert found == pytest.approx([0.4 * products[0], -0.8 * products[1], -0.8 * products[2], 0.0])
+    assert torch.equal(synergy_shaping(advantages, 0.4, 0.4), synergy_shaping(advantages, 0.4))
+    assert synergy_shaping(advantages, 0.4, 0.0)[0, 1:].tolist() == [0.0, 0.0, 0.0]
+
+
+def test_a_strength_of_penalties_reaches_the_advantages():
+    rewards = torch.tensor([[[0.9, 0.5], [0.2, 0.7], [0.1, 0.3], [0.4, 0.1]]], dtype=torch.float64)
+    weights = constant_weights(3, (0.5, 0.5))
+    advantages = group_advantages(rewards)
+    for found in (
+        combine_advantages(rewards, weights=weights, gamma=0.5, gamma_penalty=1.0),
+        step_advantages(rewards, weights=weights, gamma=0.5, gamma_penalty=1.0),
+    ):
+        expected = advantages.mean(-1) + synergy_shaping(advantages, 0.5, 1.0)
+        torch.testing.assert_close(found, expected[..., None].expand(-1, -1, 3))
+    with pytest.raises(ValueError, match="gamma_penalty is read by shape 'sars' only, found shape 'min'"):
+        combine_advantages(rewards, weights=weights, shape="min", gamma_penalty=1.0)
+
+
 def test_quadrants_and_conflict_rate_count_samples():
     advantages = torch.tensor(
         [[[1.0, 2.0], [0.5, -1.0], [-1.0, 0.2], [-1.0, -1.0]], [[0.0, 0.0], [1, 1], [2, -2], [3, 0]]]
@@ -418,10 +457,38 @@ def test_quadrants_and_conflict_rate_count_samples():
     assert quadrants(advantages, valid) == dict.fromkeys(shares, 1 / 4)
     assert conflict_rate(advantages, valid) == 2 / 4
     nothing = torch.zeros_like(valid)
-    assert quadrants(advantages, nothing) == dict.fromkeys(shares, 0.0)
-    assert conflict_rate(advantages, nothing) == 0.0
+    assert all(math.isnan(share) for share in quadrants(advantages, nothing).values())
+    assert math.isnan(conflict_rate(advantages, nothing))
     with pytest.raises(ValueError, match="two rewards"):
         quadrants(torch.zeros(1, 4, 3))
+
+
+def test_groups_of_equal_rewards_are_in_no_quadrant():
+    speaks = [[1.0, 2.0], [0.5, -1.0], [-1.0, 0.2], [-1.0, -1.0]]
+    one_reward = [[1.0, 0.0], [0.5, 0.0], [-1.0, 0.0], [-0.5, 0.0]]
+    advantages = torch.tensor([speaks, [[0.0, 0.0]] * 4, one_reward])
+    shares = dict.fromkeys(("both_good", "only_prompt", "only_identity", "both_bad"), 1 / 4)
+    assert quadrants(advantages) == shares == quadrants(advantages[:1])
+    assert conflict_rate(advantages) == 2 / 4
+    assert all(math.isnan(share) for share in quadrants(advantages[1:]).values())
+    assert math.isnan(conflict_rate(advantages[1:]))
+    # All that is left of the second group's differences is invalid.
+    advantages[1, 0], valid = 1.0, torch.ones_like(advantages, dtype=torch.bool)
+    valid[1, 0] = False
+    assert quadrants(advantages, valid) == shares
+
+
+def test_groups_whose_advantages_are_all_zero_are_silent():
+    rewards = torch.tensor([[[1.0, 2.0]] * 3, [[1.0, 2.0], [1.0, 3.0], [1.0, 4.0]], [[0.1, 0.2], [0.3, 0.1], [0.2, 1]]])
+    weights = constant_weights(4, (0.5, 0.5))
+    assert silent_groups(combine_advantages(rewards, weights=weights)) == pytest.approx(1 / 3)
+    assert silent_groups(combine_advantages(rewards, weights=constant_weights(4, (1, 0)), shape="none")) == (
+        pytest.approx(2 / 3)
+    )
+    valid = torch.ones_like(rewards, dtype=torch.bool)
+    valid[2, :2] = False
+    assert silent_groups(combine_advantages(rewards, valid, weights=weights)) == pytest.approx(2 / 3)
+    assert silent_groups(torch.zeros(5, 4, 3)) == 1.0
 
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(2, 3))

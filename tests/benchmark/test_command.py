@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 import re
 from collections.abc import Callable
@@ -10,11 +12,13 @@ from PIL import Image
 from pydantic import ValidationError
 
 from customized_grpo.benchmark import command as benchmark
+from customized_grpo.benchmark import page
 from customized_grpo.benchmark.command import run_benchmark, summary
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.benchmark.items import read_items
 from customized_grpo.config import Config
 from customized_grpo.data import load_image
+from customized_grpo.data.color_profiles import ADOBE_GAMMA, ADOBE_RGB, matrix_profile
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.policies.tiny import save_tiny
@@ -95,7 +99,7 @@ def test_it_goes_on_picture_by_picture(
     save = benchmark.save_image
     monkeypatch.setattr(benchmark, "save_image", lambda image, path: (drawn.append(path.name), save(image, path)))
     run_benchmark(config, display)
-    assert drawn == ["cup-01.part.png", "dog6-00.part.png"]
+    assert drawn == ["cup-01.png", "dog6-00.png"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "out" / "images").iterdir()} == whole
     assert (tmp_path / "out" / "benchmark.json").read_bytes() == scores
     with pytest.raises(UserError, match=r"begun with other settings \(num_steps: 2 -> 3\)"):
@@ -258,3 +262,24 @@ def test_intervals_are_over_subjects_and_leave_out_what_has_no_score() -> None:
     found = summary([record("a", 0.0), record("a", 0.0), record("b", 1.0), record("b", None)])["dino"]
     assert found["mean"] == pytest.approx(1 / 3) and (found["low"], found["high"]) == (0.0, 1.0)
     assert summary([record("a", 0.5)])["dino"] == {"mean": 0.5, "low": None, "high": None}
+
+
+def test_pictures_of_a_benchmark_that_are_no_numbers_are_told(
+    settings: Settings, display: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = torch.full((1, 3, 64, 64), float("nan"))
+    monkeypatch.setattr(benchmark, "sample_ode", lambda policy, *arguments: nothing.repeat(arguments[-1], 1, 1, 1))
+    with pytest.raises(UserError, match="the generator drew values that are not finite"):
+        run_benchmark(settings(), display)
+    assert list((tmp_path / "out").rglob("*.png")) == []
+
+
+def test_the_page_shows_photographs_as_they_are_seen(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.new("RGB", (200, 100), (60, 160, 60))
+    picture.save(tmp_path / "a.png", exif=exif, icc_profile=matrix_profile(ADOBE_RGB, ADOBE_GAMMA))
+    uri = page._thumbnail(tmp_path / "a.png")
+    with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as shown:
+        assert shown.size == (min(100, page.THUMBNAIL // 2), min(200, page.THUMBNAIL))
+        assert shown.getpixel((5, 5)) == (0, 161, 47) and "icc_profile" not in shown.info

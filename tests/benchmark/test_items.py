@@ -1,10 +1,13 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from customized_grpo.benchmark.items import pictures_made_elsewhere, read_items
+from customized_grpo.data.formats import SUFFIXES
 from customized_grpo.errors import UserError
 
 
@@ -84,3 +87,47 @@ def test_pictures_made_elsewhere_by_name_or_number(dreambench: Path, tmp_path: P
     assert [path.name for path in paths] == ["cup-00.jpg", "1_0.png", "rc_car-00.webp", "3_0.png", "4_0.png"]
     with pytest.raises(UserError, match="is no folder"):
         pictures_made_elsewhere(tmp_path / "nowhere", items)
+
+
+def test_a_benchmark_with_pictures_that_are_not_read_is_not_whole(
+    dreambench: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (dreambench / "cup" / "02.heic").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"is not whole:\n  cup: 02\.heic: HEIC pictures are read with pip install"):
+        read_items("dreambench", dreambench)
+
+
+def test_pictures_made_elsewhere_are_found_whatever_their_format(
+    dreambench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    items = read_items("dreambench", dreambench)
+    made = tmp_path / "made"
+    made.mkdir()
+    paths = [made / f"{item.id}{suffix}" for item, suffix in zip(items, SUFFIXES, strict=False)]
+    for path in paths:
+        path.touch()
+    assert pictures_made_elsewhere(made, items) == paths
+    paths[-1].rename(paths[-1].with_suffix(".heic"))
+    with pytest.raises(UserError, match=r"lacks 1 of 5 pictures:\n(.*\n)*  dog6-00\.heic: HEIC pictures are read with"):
+        pictures_made_elsewhere(made, items)
+    paths[0].with_suffix(".bmp").touch()
+    with pytest.raises(UserError, match=r"has both cup-00\.bmp and cup-00\.png; leave one of them out"):
+        pictures_made_elsewhere(made, items)
+
+
+def test_what_systems_leave_in_folders_is_no_data(dreambench: Path, tmp_path: Path) -> None:
+    before = read_items("dreambench", dreambench)
+    made = tmp_path / "made"
+    made.mkdir()
+    for number in range(len(before)):
+        Image.new("RGB", (4, 4)).save(made / f"{number}_0.png")
+        (made / f"._{number}_0.png").write_bytes(b"\0\5\x16\7")
+    pictures = pictures_made_elsewhere(made, before)
+    for folder in (dreambench, dreambench / "cup", made):
+        for name in ("._00.png", ".DS_Store", "Thumbs.db", ".hidden.png"):
+            (folder / name).write_bytes(b"\0\5\x16\7")
+        (folder / "@eaDir").mkdir()
+        (folder / "@eaDir" / "00.png").write_bytes(b"x")
+    assert read_items("dreambench", dreambench) == before and pictures_made_elsewhere(made, before) == pictures

@@ -81,6 +81,15 @@ def test_the_presets_are_what_their_names_say(make: Make) -> None:
     assert advantages(config, "customized-calibrated")["table"] == TABLE
 
 
+def test_what_all_runs_share_counts_in_those_that_read_it(make_tree: Callable[..., Any]) -> None:
+    tree = make_tree()
+    tree["train"]["advantages"] = {"gamma": 0.5, "gamma_penalty": 1.0}
+    config = CompareConfig.model_validate(tree)
+    customized, naive = (advantages(config, preset) for preset in ("customized", "naive-1:1"))
+    assert (customized["gamma"], customized["gamma_penalty"]) == (0.5, 1.0)
+    assert naive["gamma_penalty"] is None
+
+
 def test_settings_change_the_runs_they_name(make: Make) -> None:
     config = make(settings={"blind": {"rewards": {"identity_leak": "low"}}, "leaky": {}})
     assert run_settings(config, "blind", "sars", 0)["rewards"]["identity_leak"] == "low"

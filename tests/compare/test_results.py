@@ -201,6 +201,8 @@ def test_csv_round_trip(results: list[Result], tmp_path_factory: pytest.TempPath
     path = tmp_path_factory.mktemp("csv") / "comparison.csv"
     write_csv(path, results)
     assert read_csv(path) == results
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as spreadsheets save it
+    assert read_csv(path) == results
 
 
 def test_the_csv_reads_as_documented(grid: list[Cell], tmp_path: Path) -> None:

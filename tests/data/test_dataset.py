@@ -22,6 +22,7 @@ from customized_grpo.data import (
     write_metadata,
 )
 from customized_grpo.errors import UserError
+from customized_grpo.storage import StorageError
 
 
 def picture(path: Path, height: int = 8, width: int = 8, seed: int = 0) -> Path:
@@ -292,13 +293,27 @@ def test_references_and_masks_are_batches_in_order(folder: Path) -> None:
     both = {"references": ["a.png", "b.png"], "masks": ["a_mask.png", "b_mask.png"]}
     metadata(folder, record(**both), record(id="2", **{key: names[::-1] for key, names in both.items()}))
     data = SubjectDataset.open(folder)
-    references, masks = data.references(list(data), square), data.masks(list(data), square)
+    references, masks = data.references(list(data), square), data.masks(list(data))
     assert masks is not None
     assert torch.equal(references[0][0], resize_square(load_image(folder / "a.png"), 8))
     assert torch.equal(references[0][1], load_image(folder / "b.png"))
     assert torch.equal(torch.stack(references[1]), torch.stack(references[0]).flip(0))
-    assert torch.equal(masks[0][0], resize_square(load_mask(folder / "a_mask.png"), 8))
-    assert torch.equal(torch.stack(masks[1]), torch.stack(masks[0]).flip(0))
+    assert torch.equal(masks[0][0], load_mask(folder / "a_mask.png"))
+    assert torch.equal(masks[0][1], load_mask(folder / "b_mask.png"))
+    assert all(torch.equal(one, other) for one, other in zip(masks[1], masks[0][::-1], strict=True))
+
+
+def test_originals_have_the_size_of_their_files_and_are_not_kept(folder: Path) -> None:
+    picture(folder / "a.png", 12, 20, seed=3)
+    metadata(folder, record(), record(id="2", references=["b.png", "a.png"]))
+    data = SubjectDataset.open(folder)
+    originals = data.originals(list(data))
+    assert len(originals) == 2
+    assert [[tuple(each.shape) for each in row] for row in originals] == [[(3, 12, 20)], [(3, 8, 8), (3, 12, 20)]]
+    assert torch.equal(originals[0][0], load_image(folder / "a.png"))
+    assert torch.equal(originals[1:][0][0], load_image(folder / "b.png"))
+    picture(folder / "a.png", 12, 20, seed=4)
+    assert torch.equal(originals[0][0], load_image(folder / "a.png"))
 
 
 def test_samples_of_a_batch_may_differ_in_their_references(folder: Path) -> None:
@@ -319,14 +334,14 @@ def test_samples_of_a_batch_may_differ_in_their_references(folder: Path) -> None
 def test_a_batch_without_masks_has_none(folder: Path) -> None:
     metadata(folder, record())
     data = SubjectDataset.open(folder)
-    assert data.masks([data[0]], square) is None
+    assert data.masks([data[0]]) is None
 
 
 def test_batches_with_some_masks_are_refused_by_name(folder: Path) -> None:
     metadata(folder, record(id="one"), record(id="masked", masks=["a_mask.png"]))
     data = SubjectDataset.open(folder)
     with pytest.raises(UserError, match=r"1 of 2 samples of one batch have no masks: 'one'; give masks"):
-        data.masks(list(data), square)
+        data.masks(list(data))
 
 
 @pytest.mark.parametrize(("cache_bytes", "loads"), [(10**6, 2), (0, 4), (3 * 8 * 8 * 4, 4)])
@@ -403,10 +418,10 @@ def test_an_interrupted_write_leaves_the_old_file(folder: Path, monkeypatch: pyt
     before = sorted(os.listdir(folder)), (folder / "metadata.jsonl").read_bytes()
 
     def fail(descriptor: int) -> None:
-        raise OSError("disk full")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match=f"{folder}: no space to write"):
         write_metadata(folder, [Sample("new", "p", (Path("a.png"),))])
     assert (sorted(os.listdir(folder)), (folder / "metadata.jsonl").read_bytes()) == before
 

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from customized_grpo.data import SubjectDataset, images, load_image, load_mask
+from customized_grpo.data.color_profiles import ADOBE_GAMMA, ADOBE_RGB, matrix_profile
 from customized_grpo.data.prepare import LARGEST_SIDE, Options, prepare
 from customized_grpo.errors import UserError
 
@@ -278,7 +279,7 @@ def test_each_picture_is_decoded_once(lay: Lay, tmp_path: Path, monkeypatch: pyt
         return decode(path, max_pixels)
 
     files = [noise(tmp_path / f"{seed}.png", seed=seed) for seed in range(3)]
-    masks = None if lay is manifest else [half_mask(tmp_path / "masks" / f"{seed}.png", 20 + seed) for seed in range(3)]
+    masks = None if lay is manifest else [half_mask(tmp_path / "masks" / f"{s}.png", 20 * s, 30 * s) for s in (1, 2, 3)]
     lay(tmp_path / "src", files, masks)
     with monkeypatch.context() as patched:
         patched.setattr(images, "_decode", counted)
@@ -294,3 +295,44 @@ def test_what_could_not_be_opened_is_not_written(tmp_path: Path) -> None:
     assert prepare(tmp_path / "src", None, Options(max_side=LARGEST_SIDE)).samples == 1
     with pytest.raises(UserError, match=f"at most {LARGEST_SIDE}"):
         prepare(tmp_path / "src", None, Options(max_side=LARGEST_SIDE + 1))
+
+
+@every_layout
+def test_what_systems_and_tools_leave_is_left_out(lay: Lay, tmp_path: Path) -> None:
+    lay(tmp_path / "src", [noise(tmp_path / f"{seed}.png", seed=seed) for seed in range(3)], None)
+    folder_of = [tmp_path / "src", *(path for path in (tmp_path / "src").rglob("*") if path.is_dir())]
+    for folder in folder_of:
+        for name in ("._a.jpg", "._list.json", "._train.parquet", ".DS_Store", "Thumbs.db", "desktop.ini"):
+            (folder / name).write_bytes(b"\0\5\x16\7 Mac OS X")
+        for name in (".cache/huggingface/download", "__MACOSX", "@eaDir", ".ipynb_checkpoints"):
+            (folder / name).mkdir(parents=True)
+            shutil.copy(tmp_path / "0.png", folder / name / "a.png")
+            for left in ("prompts.txt", "list.json", "train.parquet"):
+                (folder / name / left).write_text("a picture of nothing")
+    outcome = prepare(tmp_path / "src", tmp_path / "out", Options(references="all"))
+    assert (outcome.samples, outcome.pictures, outcome.problems) == (3, 3, [])
+    assert all(len(sample.references) == 1 for sample in SubjectDataset.open(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("lay", MASKED)
+def test_masks_of_turned_photographs_lie_on_their_subject(lay: Lay, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = half_mask(tmp_path / "masks" / "a.png", 64, 96)
+    Image.open(mask).convert("RGB").save(tmp_path / "a.jpg", quality=95, exif=exif)
+    lay(tmp_path / "src", [tmp_path / "a.jpg", tmp_path / "a.jpg"], [mask, mask])
+    prepare(tmp_path / "src", tmp_path / "out", Options())
+    for sample in SubjectDataset.open(tmp_path / "out"):
+        image, cut = load_image(sample.references[0]), load_mask(sample.masks[0])
+        assert image.shape == (3, 96, 64) and ((image[:1] > 0.5) == (cut > 0.5)).float().mean() > 0.99
+
+
+@every_layout
+def test_colours_are_those_of_the_profile(lay: Lay, tmp_path: Path) -> None:
+    profile = matrix_profile(ADOBE_RGB, ADOBE_GAMMA)
+    for name in "ab":
+        Image.new("RGB", (30, 20), (60, 160, 60)).save(tmp_path / f"{name}.png", icc_profile=profile)
+    lay(tmp_path / "src", [tmp_path / "a.png", tmp_path / "b.png"], None)
+    prepare(tmp_path / "src", tmp_path / "out", Options())
+    for sample in SubjectDataset.open(tmp_path / "out"):
+        assert (load_image(sample.references[0])[:, 0, 0] * 255).tolist() == pytest.approx([0, 161, 47], abs=0.01)

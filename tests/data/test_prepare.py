@@ -97,6 +97,17 @@ def test_masks_beside_pictures_are_kept(tmp_path: Path) -> None:
     assert load_mask(one.masks[0])[0, 10, 20] == 1 and load_mask(one.masks[0])[0, 0, 0] == 0
 
 
+def test_masks_of_some_pictures_of_a_subject(tmp_path: Path) -> None:
+    source = folders(tmp_path / "src")
+    mask(source / "my_toy2" / "a_mask.bmp", 30, 20)
+    data = made(source, tmp_path / "first")
+    assert [len(sample.masks) for sample in data] == [0, 1, 1]
+    said = problems_of(source, references="all")
+    assert "2 of 3 entries" in said
+    assert "my_toy2-0: 1 of 2 pictures have no mask: b.png; draw them, or make them with --segment" in said
+    assert prepare(source, None, Options(references="all", segment=True)).samples == 3
+
+
 def test_dreambench(tmp_path: Path) -> None:
     source = tmp_path / "src"
     for name in ("rc_car", "dog6"):

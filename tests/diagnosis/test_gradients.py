@@ -59,8 +59,8 @@ def test_gradients_are_those_of_the_clipped_objective_of_one_reward(nudged: Make
     trainer = nudged()
     found = conflict_of(trainer, 2)
     config, plan = trainer.config, Plan(trainer.sigmas, (0, 1), (0, 1))
-    task = trainer.task(1)
-    condition = trainer.policy.encode(task.prompts, task.references)
+    samples = trainer.samples(1)
+    condition, task = trainer.condition(samples), trainer.task(samples)
     rollout = sample_groups(
         trainer.policy, condition, 2, plan, config.rollout, seed=config.seed, iteration=FRESH_NOISE + 1
     )

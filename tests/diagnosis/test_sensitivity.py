@@ -41,8 +41,7 @@ def measured(trainer: Trainer[Any], **counts: Any) -> Sensitivity:
 def branched(trainer: Trainer[Any], step: int, prompt: int, sample: int) -> Tensor:
     """One image of a group branched at `step`: written from the definition."""
     config, policy, sigmas = trainer.config, trainer.policy, trainer.sigmas
-    task = trainer.task(0)
-    condition = policy.encode(task.prompts, task.references).take(torch.tensor([prompt]))
+    condition = trainer.condition(trainer.samples(0)).take(torch.tensor([prompt]))
     key = (config.seed, FRESH_NOISE, [prompt])
     x = batched_normal(*key, [0], "initial noise", policy.latent_shape)
     for i in range(config.rollout.num_steps):

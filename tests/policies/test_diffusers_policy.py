@@ -5,6 +5,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rollout import sample_ode
+from customized_grpo.storage import StorageError
 from customized_grpo.trainer import Trainer
 
 Load = Callable[..., DiffusersPolicy]
@@ -123,7 +125,7 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
         name for name, _ in policy._transformer.named_parameters() if "lora_" in name
     }
 
-    task = trainer.task(0)
+    task = trainer.task(trainer.samples(0))
     captured: dict[str, Any] = {}
     update = trainer._update
 
@@ -249,7 +251,7 @@ def test_what_is_written_may_be_read_by_whom_the_umask_allows(load: Load, tmp_pa
     finally:
         os.umask(before)
     files = [*tmp_path.glob("run/*.safetensors"), *tmp_path.glob("conditions/*/*.safetensors")]
-    assert len(files) == 2 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
+    assert len(files) == 3 and {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_a_plain_pipeline_takes_averaged_weights(
@@ -318,17 +320,17 @@ def test_offload_keeps_the_encoders(load: Load, picture: Picture) -> None:
 def test_the_cache_tells_what_a_row_depends_on(
     one: dict[str, Any], other: dict[str, Any], load: Load, picture: Picture, tiny_models: dict[str, Path]
 ) -> None:
-    def path(settings: dict[str, Any]) -> Path:
+    def paths(settings: dict[str, Any]) -> set[Path]:
         more = {key: settings[key] for key in ("precision", "guidance") if key in settings}
         policy = load(settings.get("kind", "flux1-kontext"), reference_side=settings.get("side", 64), **more)
         reference = policy.prepare_reference(picture(64, 64, settings.get("picture", 0)), 1)
-        return policy._cache.path(settings.get("prompt", "a cat"), [reference])
+        return set(policy._cache.paths(settings.get("prompt", "a cat"), [reference]).values())
 
-    first = path(one)
-    assert path(one) == first
+    first = paths(one)
+    assert paths(one) == first
     if "tokenizer" in other:
         os.utime(tiny_models["flux1-kontext"] / "tokenizer_2" / "tokenizer.json")
-    assert path(other) != first
+    assert paths(other) != first
 
 
 @EVERY
@@ -375,3 +377,16 @@ def test_ode_samples_do_not_depend_on_micro_batches(load: Load, picture: Picture
     noise = torch.randn(3, *policy.latent_shape)
     images = [sample_ode(policy, condition, noise, policy.sigmas(3, 3.0), micro_batch) for micro_batch in (1, 3)]
     assert torch.allclose(*images, atol=1e-5)
+
+
+def test_a_full_disk_under_the_cache(
+    load: Load, picture: Picture, tmp_path: Path, files_up_to: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    policy = load("flux1-kontext")
+    reference = policy.prepare_reference(picture(64, 64), 1)
+    with files_up_to(1000), pytest.raises(StorageError, match=f"{tmp_path / 'conditions'}: no space .* MB are needed"):
+        policy.encode(["a cat"], [[reference]])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert policy.encode(["a cat"], [[reference]]).rows
+    with files_up_to(1000), pytest.raises(StorageError, match=f"{tmp_path / 'run'}: no space to write"):
+        policy.save_adapter(tmp_path / "run")

@@ -146,8 +146,12 @@ def test_a_dry_run_says_what_it_takes(
 ) -> None:
     main([*command(recipe, tiny_models[RECIPES[recipe]], rewards, data, tmp_path / "run")[3:], "--dry-run"])
     said = capsys.readouterr().out
-    for words in ("parameters of the generator", "trained", "rollout", "update", "expected peak memory"):
+    for words in (
+        "parameters of the generator", "trained", "rollout", "update", "expected peak memory", "disk, a checkpoint",
+        "weights of rewards.prompt", "weights of rewards.identity", "memory in the decoding", "disk, encoded prompts",
+    ):  # fmt: skip
         assert words in said
+    assert "not on this machine" not in said and "is not there" not in said
     assert not (tmp_path / "run").exists()
 
 

@@ -1,24 +1,21 @@
 """UNO's published weights: its LoRA, and it merged into a whole transformer, in the names of the first release."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customized_grpo.errors import UserError
-from customized_grpo.policies import uno
+from customized_grpo.policies import flux1, uno
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.policies.uno import (
-    diagonal_ids,
-    fused_to_diffusers,
-    is_fused,
-    is_published_lora,
-    published_to_diffusers,
-)
+from customized_grpo.policies.uno import diagonal_ids, fused_to_diffusers, is_fused
 
 Load = Callable[..., DiffusersPolicy]
 WIDTH, RANK, MLP = 32, 3, 128
@@ -86,7 +83,7 @@ def test_a_whole_transformer_in_the_first_names_is_known() -> None:
         transformer = FluxTransformer2DModel(num_layers=2, num_single_layers=2, guidance_embeds=True)
     ours = transformer.state_dict()
     state = _first_names(ours)
-    assert is_fused(state) and not is_fused(published()) and not is_published_lora(state)
+    assert is_fused(state) and not is_fused(published())
     converted = fused_to_diffusers(state)
     assert {name: tensor.shape for name, tensor in converted.items()} == {n: t.shape for n, t in ours.items()}
 
@@ -99,9 +96,34 @@ def test_a_whole_transformer_replaces_ours(load: Load, tmp_path: Path, monkeypat
     assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(UserError, match=r"'double_blocks\.0\.other' is no tensor of UNO's LoRA"):
-        published_to_diffusers({"double_blocks.0.other": torch.zeros(1)})
+def test_a_factor_for_each_projection_is_more_than_the_published_one() -> None:
+    """At rank 512 of FLUX.1: 1.195 B parameters, where one `down` for query, key and value makes 0.956 B."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(guidance_embeds=True)
+    layers = {name: module for name, module in transformer.named_modules() if re.fullmatch(flux1.LORA_TARGETS, name)}
+    assert all(isinstance(layer, torch.nn.Linear) for layer in layers.values())
+    ours = sum(512 * (layer.in_features + layer.out_features) for layer in layers.values())
+    shared = sum(
+        2 * 512 * layer.in_features for name, layer in layers.items() if name.endswith(("attn.to_q", "attn.add_q_proj"))
+    )
+    assert (ours, ours - shared) == (1_195_376_640, 956_301_312)
+
+
+@pytest.mark.parametrize(("height", "width"), [(600, 400), (427, 640), (1000, 301), (300, 300), (200, 330)])
+@pytest.mark.parametrize(("count", "side"), [(1, 512), (2, 320)])
+def test_references_are_prepared_as_by_the_published_code(height: int, width: int, count: int, side: int) -> None:
+    """Resized with Lanczos until the longer side fits, and then cut to whole tokens around the centre."""
+    levels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    longer = max(height, width)
+    new_height, new_width = (side * length // longer for length in (height, width))
+    resized = Image.fromarray(levels).resize((new_width, new_height), Image.Resampling.LANCZOS)
+    kept_height, kept_width = (length // 16 * 16 for length in (new_height, new_width))
+    left, top = (new_width - kept_width) // 2, (new_height - kept_height) // 2
+    cut = np.array(resized.crop((left, top, left + kept_width, top + kept_height)))
+    policy = SimpleNamespace(_family=uno.Uno(), _settings=SimpleNamespace(reference_side=None))
+    picture = torch.from_numpy(levels).permute(2, 0, 1).float() / 255
+    found = DiffusersPolicy.prepare_reference(policy, picture, count)  # type: ignore[arg-type]
+    assert torch.equal(found, torch.from_numpy(cut).permute(2, 0, 1).float() / 255)
 
 
 def test_each_reference_begins_where_the_last_one_ended() -> None:

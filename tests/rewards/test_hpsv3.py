@@ -153,6 +153,11 @@ def test_an_instruction_without_its_places(tmp_path: Path) -> None:
         read_instruction(tmp_path / "text")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_instruction(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(f"\ufeffJudge. {PLACE}\r\n{REWARD_TOKEN}".encode())
+    assert read_instruction(tmp_path / "text") == f"Judge. {PLACE}\n{REWARD_TOKEN}"
+
+
 def test_the_published_instruction_is_read_without_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "hpsv3" / "dataset" / "data_collator_qwen.py"
     source.parent.mkdir(parents=True)

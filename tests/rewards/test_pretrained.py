@@ -1,5 +1,6 @@
 """Pretrained rewards, on tiny random models of the true classes: equal to transformers' own processors and models."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import Task
 from customized_grpo.rewards.catalogue import load_rewards
-from customized_grpo.rewards.pictures import Preprocessing, composited
+from customized_grpo.rewards.pictures import DINO_PUBLISHED, Preprocessing, composited
 from customized_grpo.rewards.tiny import IMAGENET, KINDS, save_tiny_reward
 
 CPU = torch.device("cpu")
@@ -32,6 +33,14 @@ def smooth(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     coarse = torch.rand(count, 3, 6, 6, generator=draw)
     images = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
     return (images * 255).round() / 255
+
+
+def noise(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Pictures [count, 3, height, width] of hard edges, on 8-bit levels: noise beside black and white."""
+    draw = torch.Generator().manual_seed(seed)
+    levels = torch.randint(0, 256, (count, 3, height, width), generator=draw)
+    levels[..., : width // 2] = levels[..., : width // 2] // 128 * 255
+    return levels / 255
 
 
 def task(references: list[list[Tensor]], masks: list[list[Tensor]] | None = None) -> Task:
@@ -59,20 +68,32 @@ def test_pictures_are_prepared_as_by_the_checkpoints_processor(
     kind: str, height: int, width: int, models: dict[str, Path]
 ) -> None:
     processor = AutoImageProcessor.from_pretrained(models[kind])
-    images = smooth(2, height, width)
+    images = noise(2, height, width)
     expected = processor([to_pil(image) for image in images], return_tensors="pt")["pixel_values"]
     found = Preprocessing.of(processor.to_dict(), kind)(images)
     assert found.shape == expected.shape
-    # In units of 8-bit levels: the same filter, but Pillow rounds between its two passes.
+    # In units of 8-bit levels: the levels are the same, normalising rounds otherwise.
     levels = (found - expected).abs() * torch.tensor(processor.image_std).view(3, 1, 1) * 255
-    assert levels.max() < 1.01
-    assert levels.mean() < 0.3
+    assert levels.max() < 1e-3
+
+
+def test_torchvision_rounds_the_half_of_an_odd_crop_to_even() -> None:
+    """227 columns are cut to 224 from the second on where transformers begins at the first: round(1.5) is 2."""
+    columns = torch.arange(227.0).expand(1, 3, 224, 227) / 255
+    settings = {
+        "size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 224},
+        "image_mean": [0.0] * 3, "image_std": [1.0] * 3,
+    }  # fmt: skip
+    down = Preprocessing.of(settings, "here")
+    first = {each.half: float(each(columns)[0, 0, 0, 0] * 255) for each in (down, replace(down, half="even"))}
+    assert first == {"down": pytest.approx(1.0), "even": pytest.approx(2.0)}
+    assert DINO_PUBLISHED.half == "even"
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"resample": 1}, r"cannot resize by resample=1; expected 0 \(nearest-exact\), 2 \(bilinear\), 3 \(bicubic\)"),
+        ({"resample": 4}, r"cannot resize by resample=4; expected 0 \(nearest\), 1 \(lanczos\), 2 \(bilinear\), 3 \("),
         ({"size": {"longest_edge": 224}}, "cannot resize to {'longest_edge': 224}; expected shortest_edge"),
     ],
 )

@@ -1,5 +1,7 @@
 """A reward on another machine: a real server on a real port, and one that misbehaves in every way a server can."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from customized_grpo.errors import UserError
@@ -130,6 +133,15 @@ def test_scores_are_those_of_the_reward(masks: bool, served: Callable[..., Rewar
     expected = Redness().score(images, task)
     assert torch.allclose(found.values[0], expected.values[0], atol=1e-6)
     assert found.valid.tolist() == [[True] * 3, [False] * 3]
+
+
+def test_a_large_reference_and_its_mask_are_sent_scaled_down(misbehaving: Callable[..., Any]) -> None:
+    url, asked = misbehaving((200, {"values": [[0.5]], "valid": [[True]]}, {}))
+    reference, mask = torch.full((3, 1200, 2048), 0.5), torch.ones(1, 1200, 2048)
+    RemoteReward(transport(url)).score(torch.zeros(1, 1, 3, 8, 8), Task(["a cat"], [[reference]], [[mask]]))
+    for name in ("references", "masks"):
+        with Image.open(io.BytesIO(base64.b64decode(asked[0][name][0][0]))) as picture:
+            assert picture.size == (1024, 600)
 
 
 def test_groups_go_in_as_few_requests_as_the_server_takes(served: Callable[..., RewardServer]) -> None:

@@ -1,5 +1,7 @@
 """A vision-language judge behind a real local server that misbehaves in every way a judge can."""
 
+import base64
+import io
 import json
 import re
 import subprocess
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 from customized_grpo.cli import main
@@ -49,6 +52,16 @@ def batch(groups: int = 2, size: int = 3) -> tuple[Tensor, Task]:
 
 def told(question: dict[str, Any]) -> str:
     return str(question["messages"][1]["content"][-1]["text"])
+
+
+def test_a_judge_sees_a_large_reference_scaled_down(server: Start) -> None:
+    here = server(lambda question, number: (200, completion('{"subject": 3, "prompt": 2}')))
+    images = torch.rand(1, 1, 3, 6, 6)
+    judge(here.url).rate(images, Task(["a cat"], [[torch.full((3, 1200, 2048), 0.5)]], None))
+    sent = [part for part in here.asked[0]["messages"][1]["content"] if part["type"] == "image_url"]
+    content = base64.b64decode(sent[0]["image_url"]["url"].removeprefix("data:image/png;base64,"))
+    with Image.open(io.BytesIO(content)) as picture:
+        assert picture.size == (1024, 600)
 
 
 def test_both_rewards_come_of_one_round_of_questions(server: Start) -> None:

@@ -22,7 +22,7 @@ def test_an_export_is_a_dataset_of_the_drawn_pairs(tmp_path: Path) -> None:
     assert manifest == tmp_path / "made" / "metadata.jsonl"
     assert [sample.prompt for sample in dataset] == pairs.captions
     references = dataset.references(list(dataset), lambda image, count: image)
-    masks = dataset.masks(list(dataset), lambda image, count: image)
+    masks = dataset.masks(list(dataset))
     assert masks is not None
     for found, expected in ((references, pairs.references), (masks, pairs.masks)):
         assert torch.allclose(torch.stack([row[0] for row in found]), expected, atol=0.51 / 255)

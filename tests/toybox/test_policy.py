@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from customized_grpo.errors import UserError
@@ -77,20 +78,43 @@ def test_an_adapter_is_read_back_bitwise(make_policy: MakePolicy, adapter: str, 
 
 
 @pytest.mark.parametrize(
-    ("saved", "wanted"),
+    ("saved", "wanted", "said"),
     [
-        ({"adapter": "full"}, {"adapter": "lora"}),
-        ({"adapter": "lora"}, {"adapter": "full"}),
-        ({"lora_rank": 4}, {"lora_rank": 8}),
+        ({"adapter": "full"}, {"adapter": "lora"}, "set policy.adapter=full"),
+        ({"adapter": "lora"}, {"adapter": "full"}, "set policy.adapter=lora, policy.lora_rank=4, policy.lora_alpha=32"),
+        ({"lora_rank": 4}, {"lora_rank": 8}, "set policy.adapter=lora, policy.lora_rank=4, policy.lora_alpha=32"),
+        ({"lora_alpha": 8}, {}, r"\(its alpha is 8, expected 32\); set .* policy.lora_alpha=8"),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(
-    make_policy: MakePolicy, tmp_path: Path, saved: dict[str, object], wanted: dict[str, object]
+    make_policy: MakePolicy, tmp_path: Path, saved: dict[str, object], wanted: dict[str, object], said: str
 ) -> None:
     make_policy(**saved).save_adapter(tmp_path)
-    with pytest.raises(UserError, match=r"does not fit.*policy.adapter and policy.lora_rank") as caught:
+    with pytest.raises(UserError, match=rf"does not fit.*{said}") as caught:
         make_policy(**wanted).load_adapter(tmp_path)
     assert len(str(caught.value)) < 600, "one misfit is enough to say"
+
+
+@ADAPTERS
+def test_an_adapter_that_is_not_finite_is_refused(make_policy: MakePolicy, tmp_path: Path, adapter: str) -> None:
+    policy = make_policy(adapter=adapter)
+    policy.save_adapter(tmp_path)
+    before = velocity(policy)
+    state = load_file(tmp_path / ADAPTER_FILE)
+    name = sorted(state)[1]
+    state[name].view(-1)[0] = torch.nan
+    save_file(state, tmp_path / ADAPTER_FILE)
+    with pytest.raises(UserError, match=rf"{ADAPTER_FILE}: 1 of its {len(state)} tensors hold .* \({name}\)"):
+        policy.load_adapter(tmp_path)
+    assert torch.equal(velocity(policy), before)
+
+
+def test_an_adapter_may_be_named_by_its_file(make_policy: MakePolicy, tmp_path: Path) -> None:
+    first, second = make_policy(seed=0), make_policy(seed=1)
+    disturb(first)
+    first.save_adapter(tmp_path)
+    second.load_adapter((tmp_path / ADAPTER_FILE).rename(tmp_path / "best.safetensors"))
+    assert torch.equal(velocity(second), velocity(first))
 
 
 def test_a_missing_or_broken_adapter_is_named(make_policy: MakePolicy, tmp_path: Path) -> None:

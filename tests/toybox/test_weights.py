@@ -2,9 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from customized_grpo.errors import UserError
 from customized_grpo.toybox.encoders import IdentityEncoder, JudgeNetwork
+from customized_grpo.toybox.network import Generator
 from customized_grpo.toybox.weights import NAMES, load_network, read_quality, save_network
 
 
@@ -45,3 +47,11 @@ def test_no_file_is_larger_than_ten_megabytes(tiny_weights: Path) -> None:
 
 def test_what_was_measured_stands_beside_the_weights(tiny_weights: Path) -> None:
     assert {"judge", "ceiling", "base", "chance"} <= read_quality(tiny_weights).keys()
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_weights: Path, tmp_path: Path) -> None:
+    state = load_file(tiny_weights / "generator.safetensors")
+    state["denoiser.last.bias"][0] = torch.inf
+    save_file(state, tmp_path / "generator.safetensors")
+    with pytest.raises(UserError, match=r"generator\.safetensors: 1 of its .* not finite \(denoiser\.last\.bias\)"):
+        load_network(Generator(), "generator", tmp_path)

@@ -26,7 +26,7 @@ class Shaped(NamedTuple):
 
 
 Normaliser = Callable[[Tensor, Tensor | None], Tensor]
-Shaper = Callable[[Tensor, Tensor, float], Shaped]
+Shaper = Callable[..., Shaped]
 Stage = TypeVar("Stage")
 
 
@@ -96,30 +96,32 @@ NORMALISERS: dict[str, Normaliser] = {
 }
 
 
-def synergy_shaping(advantages: Tensor, gamma: float) -> Tensor:
-    """Synergy-aware reward shaping (SARS), the bonus `S [P, G]` of the paper, within `[-gamma, gamma]`.
+def synergy_shaping(advantages: Tensor, gamma: float, gamma_penalty: float | None = None) -> Tensor:
+    """Synergy-aware reward shaping (SARS), the bonus `S [P, G]` of the paper, within `[-gamma_penalty, gamma]`.
 
     `S = gamma s tanh(A_prompt A_identity)`, `s = +1` if at least one of the two is positive, else -1: a bonus
-    where both are good, a penalty where they conflict and where both are bad. For R > 2 rewards, the mean
-    over all pairs. Raises ValueError for R < 2.
+    where both are good, a penalty where they conflict and where both are bad. `gamma_penalty` takes the place of
+    `gamma` in penalties; None: `gamma`, as in the paper's equation. For R > 2 rewards, the mean over all pairs.
+    Raises ValueError for R < 2.
     """
     num_rewards = advantages.shape[-1]
     if num_rewards < 2:
         raise ValueError(f"synergy shaping compares rewards: it needs at least 2, found {num_rewards}")
+    penalty = gamma if gamma_penalty is None else gamma_penalty
     pairs = []
     for i, j in combinations(range(num_rewards), 2):
         a, b = advantages[..., i], advantages[..., j]
-        bonus = torch.tanh(a * b)
-        pairs.append(torch.where((a > 0) | (b > 0), bonus, -bonus))
-    return gamma * torch.stack(pairs).mean(dim=0)
+        product = torch.tanh(a * b)
+        pairs.append(torch.where((a > 0) & (b > 0), gamma * product, -penalty * product.abs()))
+    return torch.stack(pairs).mean(dim=0)
 
 
 def _no_shaping(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
     return Shaped(advantages, torch.zeros_like(advantages[..., 0]))
 
 
-def _sars(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
-    return Shaped(advantages, synergy_shaping(advantages, gamma))
+def _sars(advantages: Tensor, valid: Tensor, gamma: float, gamma_penalty: float | None = None) -> Shaped:
+    return Shaped(advantages, synergy_shaping(advantages, gamma, gamma_penalty))
 
 
 def _minimum(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
@@ -156,7 +158,7 @@ SHAPERS: dict[str, Shaper] = {
     "harmonic": _harmonic,
     "product": _product,
 }
-"""Shapers by name, each `(advantages [P, G, R], valid [P, G, R], gamma) -> Shaped`.
+"""Shapers by name, each `(advantages [P, G, R], valid [P, G, R], gamma) -> Shaped`; `sars` takes `gamma_penalty` too.
 
 * `none`: advantages pass, no bonus (naive GRPO, TDW alone).
 * `sars`: advantages pass, the bonus is `synergy_shaping`; the only one to read `gamma`.
@@ -272,40 +274,47 @@ def combine_advantages(
     normalise: str = "group",
     shape: str = "sars",
     gamma: float = 0.4,
+    gamma_penalty: float | None = None,
     thresholds: Sequence[float] | Tensor | None = None,
     clamp: float = 5.0,
 ) -> Tensor:
     """Advantages `[P, G, T]` of rewards `[P, G, R]`, by the named stages.
 
     `normalise` is a key of NORMALISERS, `shape` of SHAPERS; `weights` are as in `weigh_advantages`. `gamma` is the
-    strength of SARS (published: 0.4), read by `shape="sars"` only. `thresholds` switches the hinge on, before
-    everything else. Raises ValueError on an unknown name, listing the known ones, and as the stages do.
+    strength of SARS (published: 0.4), read by `shape="sars"` only, and `gamma_penalty` that of its penalties where they
+    have their own. `thresholds` switches the hinge on, before everything else. Raises ValueError on an unknown name,
+    listing the known ones, on a `gamma_penalty` that `shape` does not read, and as the stages do.
     """
     normaliser = _named(NORMALISERS, normalise, "normaliser")
     shaper = _named(SHAPERS, shape, "shaper")
+    if gamma_penalty is not None and shape != "sars":
+        raise ValueError(f"gamma_penalty is read by shape 'sars' only, found shape {shape!r}")
+    strengths = (gamma,) if gamma_penalty is None else (gamma, gamma_penalty)
     rewards, valid = _checked(rewards, valid)
     valid = valid.all(dim=-1, keepdim=True).expand_as(valid)
     if thresholds is not None:
         rewards = hinge_rewards(rewards, thresholds)
-    shaped = shaper(normaliser(rewards, valid), valid, gamma)
+    shaped = shaper(normaliser(rewards, valid), valid, *strengths)
     return clamp_advantages(weigh_advantages(shaped.advantages, weights, shaped.bonus, valid), clamp)
 
 
 def step_advantages(
-    rewards: Tensor, *, gamma: float, weights: Tensor, valid: Tensor | None = None, clamp: float = 5.0
-) -> Tensor:
+    rewards: Tensor, *, gamma: float, weights: Tensor, valid: Tensor | None = None, clamp: float = 5.0,
+    gamma_penalty: float | None = None,
+) -> Tensor:  # fmt: skip
     """The paper's advantages `[P, G, T]`: group z-score, SARS, per-step weights `[T, R]`, clamp.
 
     `clamp(sum_k w_k(i) A_k + S, -clamp, clamp)`. Errors as in `combine_advantages`.
     """
-    return combine_advantages(rewards, valid, weights=weights, gamma=gamma, clamp=clamp)
+    return combine_advantages(rewards, valid, weights=weights, gamma=gamma, gamma_penalty=gamma_penalty, clamp=clamp)
 
 
 def quadrants(advantages: Tensor, valid: Tensor | None = None) -> dict[str, float]:
     """Shares of samples by which of their two advantages `[P, G, 2]` are good (above 0); they sum to 1.
 
-    Keys: both_good, only_prompt, only_identity, both_bad. Counts samples whose rewards are both valid;
-    without any, every share is 0. Raises ValueError unless there are exactly two rewards.
+    Keys: both_good, only_prompt, only_identity, both_bad. Counts samples whose rewards are both valid, of groups in
+    which both rewards differ: a reward that is equal in a whole group finds nothing in it good or bad. Without any,
+    every share is NaN. Raises ValueError unless there are exactly two rewards.
     """
     prompt, identity = (_usable_samples(advantages, valid) > 0).unbind(dim=-1)
     counts = {
@@ -314,22 +323,30 @@ def quadrants(advantages: Tensor, valid: Tensor | None = None) -> dict[str, floa
         "only_identity": ~prompt & identity,
         "both_bad": ~prompt & ~identity,
     }
-    return {name: int(hits.sum()) / max(hits.numel(), 1) for name, hits in counts.items()}
+    return {name: float(hits.double().mean()) for name, hits in counts.items()}
 
 
 def conflict_rate(advantages: Tensor, valid: Tensor | None = None) -> float:
     """Share of samples whose two advantages `[P, G, 2]` have opposite signs, 0 having none.
 
-    Counts the same samples as `quadrants`.
+    Counts the same samples as `quadrants`; NaN without any.
     """
     pairs = _usable_samples(advantages, valid)
-    return int((pairs[:, 0] * pairs[:, 1] < 0).sum()) / max(len(pairs), 1)
+    return float((pairs[:, 0] * pairs[:, 1] < 0).double().mean())
+
+
+def silent_groups(advantages: Tensor) -> float:
+    """Share of groups that teach nothing: all their advantages `[P, G, ...]` are 0."""
+    return float((advantages == 0).flatten(1).all(dim=1).double().mean())
 
 
 def _usable_samples(advantages: Tensor, valid: Tensor | None) -> Tensor:
     if advantages.shape[-1] != 2:
         raise ValueError(f"quadrants are of two rewards (prompt, identity), found {advantages.shape[-1]}")
-    return advantages.reshape(-1, 2) if valid is None else advantages[valid.all(dim=-1)]
+    if valid is None:
+        valid = torch.ones_like(advantages, dtype=torch.bool)
+    differ = (valid & (advantages != 0)).any(dim=-2, keepdim=True).all(dim=-1)
+    return advantages[valid.all(dim=-1) & differ]
 
 
 def _dtype(rewards: Tensor) -> torch.dtype:

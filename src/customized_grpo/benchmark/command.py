@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,11 @@ from customized_grpo.benchmark.metrics import Group, Measure, load_measures, toy
 from customized_grpo.benchmark.page import write_page
 from customized_grpo.config import Config, PolicyConfig, RanksConfig, RewardsConfig
 from customized_grpo.data import load_image, save_image
+from customized_grpo.data.images import check_drawn
 from customized_grpo.display import Display, Stages
 from customized_grpo.distributed import Ranks, started
 from customized_grpo.errors import UserError, told_changes
-from customized_grpo.policies import EncodesAhead, Policy, in_step
+from customized_grpo.policies import Policy, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rollout import sample_ode
 from customized_grpo.run import adapter_folder, load_run_config
@@ -35,7 +35,7 @@ PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 MEASURED = {"identity_to", "hpsv3_as_published", "metrics"}
 """Settings of measuring."""
-UNSEEN = {"device", "offload", "shard", "cache", "gradient_checkpointing"}
+UNSEEN = {"device", "offload", "shard", "cache", "cache_limit", "gradient_checkpointing", "init_from"}
 """Settings of a generator that its pictures do not depend on."""
 
 
@@ -154,6 +154,10 @@ class _Pictures:
 
 def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
     """The generator's settings, with the benchmark's guidance."""
+    if run is None and config.policy.init_from is not None:
+        raise UserError(
+            "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
+        )
     policy = build.resolved_policy(run.policy if run else config.policy)
     if policy.kind == "toybox":
         if config.guidance is not None:
@@ -242,7 +246,10 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
     policy = None
     with ranks.together():
         if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
-            policy = _load_policy(config, work, mine, stages)
+            policy = _load_policy(config, work)
+            asked = [work.items[number] for number in left]
+            share = range(len(left))[ranks.rank :: ranks.world]
+            build.encode_rows(policy, asked, lambda index: _references(policy, asked[index]), stages, share)
     with ranks.together(), writing(config.output):
         if ranks.first:
             config.output.mkdir(parents=True, exist_ok=True)
@@ -253,22 +260,14 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
                 _draw_each(config, work, policy, mine, stages)
 
 
-def _load_policy(config: BenchmarkConfig, work: _Work, mine: Sequence[int], stages: Stages) -> Policy[Any]:
-    """The generator, checked against all items; those with the numbers `mine` are encoded."""
-    items = work.items
+def _load_policy(config: BenchmarkConfig, work: _Work) -> Policy[Any]:
+    """The generator, checked against all items."""
     policy = build.build_policy(work.policy, 0)
     assert config.data is not None
-    build.check_prompts(config.data, items, policy)
+    build.check_prompts(config.data, work.items, policy)
     adapter = _adapter(config)
     if adapter is not None:
         policy.load_adapter(adapter)
-
-    if isinstance(policy, EncodesAhead):
-        policy.encode_ahead(
-            [items[number].prompt for number in mine],
-            lambda index: _references(policy, items[mine[index]]),
-            lambda done: stages.update("encoding prompts and references", done, len(mine)),
-        )
     return policy
 
 
@@ -284,10 +283,8 @@ def _draw_each(config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: 
         chosen = [work.items[number] for number in rows]
         images = _drawn(config, policy, chosen, [_references(policy, item) for item in chosen], rows, sigmas)
         for number, image in zip(rows, images, strict=True):
-            unfinished = work.paths[number].with_suffix(".part.png")
             with writing(config.output):
-                save_image(image, unfinished)
-                os.replace(unfinished, work.paths[number])
+                save_image(image, work.paths[number])
         stages.update("drawing", start + len(rows), len(mine))
 
 
@@ -302,7 +299,9 @@ def _drawn(
 ) -> Tensor:
     condition = policy.encode([item.prompt for item in items], references)
     noise = batched_normal(config.seed, 0, rows, [0] * len(rows), PURPOSE, policy.latent_shape).to(policy.device)
-    return sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
+    images = sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
+    check_drawn(images)
+    return images
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from customized_grpo.data import SubjectDataset
 from customized_grpo.data.entries import Entry, Problem
+from customized_grpo.data.files import listed
+from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.sources import READERS, recognise
 from customized_grpo.errors import UserError, shortened
 
 UNFIT = re.compile(r"[^\w.-]+")
 """What a subject's name may have, and a file's is better without."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,15 @@ def read_items(benchmark: str, folder: Path) -> list[Item]:
 def pictures_made_elsewhere(folder: Path, items: Sequence[Item]) -> list[Path]:
     """The picture of each item in `folder`: named by the item, or by its number as in 17_0.png.
 
-    Raises `UserError` naming those that are not there.
+    Raises `UserError` naming those that are not there, and those that are there twice.
     """
     if not folder.is_dir():
         raise UserError(f"images: {folder} is no folder; name one with a picture for each prompt")
-    found = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES}
+    files = listed(folder)
+    found: dict[str, Path] = {}
+    for path in files:
+        if is_picture(path) and found.setdefault(path.stem, path) != path:
+            raise UserError(f"images: {folder} has both {found[path.stem].name} and {path.name}; leave one of them out")
     paths = [found.get(item.id, found.get(f"{number}_0")) for number, item in enumerate(items)]
     missing = [
         f"{item.id}.png or {number}_0.png: {item.prompt}"
@@ -71,7 +76,10 @@ def pictures_made_elsewhere(folder: Path, items: Sequence[Item]) -> list[Path]:
         if path is None
     ]
     if missing:
-        raise UserError(f"images: {folder} lacks {len(missing)} of {len(items)} pictures:\n  " + shortened(missing))
+        missing += [f"{path.name}: {text}" for path in files if (text := remedy(path.suffix))]
+        raise UserError(
+            f"images: {folder} lacks {paths.count(None)} of {len(items)} pictures:\n  " + shortened(missing)
+        )
     return [path for path in paths if path is not None]
 
 

@@ -12,13 +12,11 @@ from torch import Tensor
 from customized_grpo import evaluation
 from customized_grpo.benchmark.config import MetricsConfig
 from customized_grpo.config_rewards import RewardsConfig
-from customized_grpo.data import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.libraries import quiet
 from customized_grpo.rewards import Reward, Task
 from customized_grpo.runtime import resolve_device
 from customized_grpo.toybox.copying import layout
-from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.judge import Judge
 
 COPY = "copy"
@@ -71,8 +69,9 @@ def load_measures(config: MetricsConfig, layouts: Mapping[str, Tensor], *, hpsv3
 
     loaders: dict[str, Callable[[], Measure]] = {
         "dino": lambda: identity_measure("dino", checkpoint("dino", "dino").encoder(DINO_PUBLISHED)),
-        "clip_i": lambda: identity_measure("clip_i", checkpoint("clip", "clip_i").encoder()),
-        "clip_t": lambda: prompt_measure("clip_t", checkpoint("clip", "clip_t").to_prompt()),
+        # As DINO's, CLIP's published scores are of pictures that torchvision cropped.
+        "clip_i": lambda: identity_measure("clip_i", checkpoint("clip", "clip_i").encoder(half="even")),
+        "clip_t": lambda: prompt_measure("clip_t", checkpoint("clip", "clip_t").to_prompt(half="even")),
         "dinov2": lambda: identity_measure("dinov2", checkpoint("dinov2", "dino").encoder()),
         "hpsv3": hpsv3,
         COPY: lambda: copy_measure(layouts),
@@ -126,8 +125,7 @@ def toybox_measure(rewards: Sequence[Reward], judge: Judge) -> Measure:
     """ToyBox's own: the rewards (prompt, identity), what the judge says, and its copy-paste meter."""
 
     def measure(group: Group) -> Mapping[str, Tensor]:
-        reference = resize_square(group.references[0], SIZE)
-        task = Task(group.prompts, [[reference]] * len(group.prompts), None)
+        task = Task(group.prompts, [group.references] * len(group.prompts), None)
         return evaluation.measure(group.images, task, rewards, judge)
 
     return measure

@@ -12,11 +12,13 @@ from markupsafe import Markup
 from customized_grpo.benchmark.items import Item
 from customized_grpo.benchmark.published import OURS, PROMPTS, PUBLISHED, REAL_IMAGES, SUBJECTS
 from customized_grpo.compare.page import inline_svg
+from customized_grpo.data import load_image
+from customized_grpo.data.images import to_pil
 from customized_grpo.report import style
 from customized_grpo.report.formats import percent
 from customized_grpo.report.page import HUES, render_page
 from customized_grpo.report.page import LABELS as OF_REPORTS
-from customized_grpo.report.records import SHARES, Interval, data_uri
+from customized_grpo.report.records import SHARES, Interval, as_data_uri
 
 LABELS = {
     "dino": ("DINO", "identity"),
@@ -131,13 +133,20 @@ def _gallery(
         row = rows.setdefault(item.subject, {"subject": item.subject, "shots": []})
         if not row["shots"]:
             reference = item.references[0]
-            row["reference"] = data_uri(reference, reference.parent, THUMBNAIL)
+            row["reference"] = _thumbnail(reference)
         if len(row["shots"]) < SHOTS:
             values = record["metrics"]
             told = ", ".join(f"{label} {_text(name, _known(values[name]))}" for name, label, _ in metrics)
-            uri = data_uri(path, path.parent, THUMBNAIL)
+            uri = _thumbnail(path)
             row["shots"].append({"uri": uri, "prompt": item.prompt, "told": told})
     return list(rows.values())
+
+
+def _thumbnail(path: Path) -> str:
+    """The picture as it is seen by the generator and the rewards, upright and in sRGB."""
+    picture = to_pil(load_image(path))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    return as_data_uri(picture)
 
 
 def _plane(summary: Mapping[str, Interval], axes: tuple[str, str], others: Mapping[str, tuple[float, float]]) -> Markup:

@@ -13,6 +13,7 @@ from customized_grpo.compare.presets import BASE
 from customized_grpo.compare.results import Cell, presets_in, read_csv, read_results, write_csv
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
+from customized_grpo.storage import check_folder
 
 CSV = "comparison.csv"
 
@@ -60,6 +61,7 @@ def write_results(config: CompareConfig, cells: list[Cell], failures: Mapping[Ce
 
 def figures(csv: Path, output: Path) -> Path:
     """Draw the figures of a comparison.csv into the folder `output`. Raises `UserError` where it cannot be read."""
+    check_folder(output, "--output")
     results = read_csv(csv)
     write_figures(results, output, presets_in(results))
     return output

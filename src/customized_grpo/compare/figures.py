@@ -25,6 +25,7 @@ from customized_grpo.compare.results import (
 from customized_grpo.report import style
 from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT
 from customized_grpo.statistics import t_interval
+from customized_grpo.storage import write_whole
 
 CURVES = (REFERENCE, "naive-1:1.5", OURS)
 PAPER_SIGNALS = (0.502, 0.268, 0.230)
@@ -46,14 +47,13 @@ def write_figures(results: Sequence[Result], folder: Path, order: Sequence[str] 
 
     Names: curves, plane, signals, joint, and settings where there are several. `order`: that of the presets.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context(style.rc()):
         for name, draw in FIGURES.items():
             if figure := draw(results, presets_in(results, order)):
                 paths.append(folder / f"{name}.svg")
-                paths[-1].write_text(style.svg_text(figure), encoding="utf-8")
-                figure.savefig(folder / f"{name}.png", dpi=192, metadata={"Software": None})
+                write_whole(paths[-1], style.svg_text(figure))
+                style.save_png(figure, folder / f"{name}.png", dpi=192)
     return paths
 
 

@@ -25,7 +25,7 @@ from customized_grpo.config import Config, flatten
 from customized_grpo.display import Display, RunState
 from customized_grpo.errors import UserError
 from customized_grpo.run import load_run_config
-from customized_grpo.storage import LOCK, check_folder, locked
+from customized_grpo.storage import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
 
 POLL_SECONDS = 1.0
 RECORD = "grid.yaml"
@@ -77,7 +77,8 @@ def run_grid(config: CompareConfig, cells: Sequence[Cell], display: Display) -> 
 
     Raises `UserError` where another process works on this grid.
     """
-    config.output.mkdir(parents=True, exist_ok=True)
+    with writing(config.output):
+        config.output.mkdir(parents=True, exist_ok=True)
     with locked(config.output, "another compare") as lock, _stop_on_sigterm():
         _write_yaml(config.output / RECORD, _record(config))
         failures = _calibrate(config, cells, display, lock)
@@ -148,8 +149,9 @@ def _start(config: CompareConfig, cell: Cell, slot: int, lock: int | None) -> _J
 def _launch(
     command: Sequence[str], log_path: Path, threads: int, lock: int | None
 ) -> tuple[subprocess.Popen[bytes], IO[bytes], int]:
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    log = log_path.open("ab")
+    with writing(log_path.parent):
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        log = log_path.open("ab")
     before = log.seek(0, os.SEEK_END)
     process = subprocess.Popen(
         [sys.executable, "-m", "customized_grpo", *command], stdin=subprocess.DEVNULL, stdout=log,
@@ -240,7 +242,11 @@ def _record(config: CompareConfig) -> dict[str, Any]:
 
 def _check_output(output: Path) -> None:
     check_folder(output, "output")
-    if output.exists() and not (output / RECORD).is_file() and any(path.name != LOCK for path in output.iterdir()):
+    if (
+        output.exists()
+        and not (output / RECORD).is_file()
+        and any(path.name not in (LOCK, f"{RECORD}{UNFINISHED}") for path in output.iterdir())
+    ):
         raise UserError(
             f"output: the folder {output} is not empty and holds no grid (no {RECORD}); name another folder"
         )
@@ -319,5 +325,4 @@ def _slug(setting: str, preset: str = "", seed: int | None = None) -> str:
 
 
 def _write_yaml(path: Path, tree: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    write_whole(path, yaml.safe_dump(tree, sort_keys=False))

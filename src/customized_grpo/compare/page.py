@@ -91,7 +91,6 @@ def write_page(
         "failures": failures,
         "config": SECRET.sub(r"\1(not shown)", settings_text),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     return render_page(Path(__file__).parent, content, folder / "comparison.html")
 
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from customized_grpo.compare.presets import BASE, REFERENCE
 from customized_grpo.errors import UserError
 from customized_grpo.report.records import Columns, read_lines, to_columns
 from customized_grpo.statistics import t_interval
+from customized_grpo.storage import replacing
 
 Interval = tuple[float, float, float]
 JUDGED = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
@@ -172,23 +172,20 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
     """
     points = {(name, step) for result in results for name, curve in result.curve.items() for step in curve}
     curves = sorted(points, key=lambda point: ((*JUDGED, *REWARDS).index(point[0]), point[1]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("w", encoding="utf-8", newline="") as file:
+    with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*KEYS, *VALUES, *(f"curve/{name}@{step}" for name, step in curves)])
         for result in results:
             numbers = [result.values.get(name) for name in VALUES]
             numbers += [result.curve.get(name, {}).get(step) for name, step in curves]
             writer.writerow([result.setting, result.preset, result.seed, *map(_number, numbers)])
-    os.replace(unfinished, path)
 
 
 def read_csv(path: Path) -> list[Result]:
     """The results that `write_csv` wrote. Raises UserError naming file, line and column of what is not one."""
     remedy = "expected the comparison.csv that `customized-grpo compare` writes"
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             header, lines = list(reader.fieldnames or ()), list(reader)
     except FileNotFoundError as error:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, overload
 
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -29,9 +29,10 @@ from customized_grpo.data.images import (
     load_image,
     load_mask,
 )
+from customized_grpo.data.masks import misfit
 from customized_grpo.errors import UserError, shortened
 from customized_grpo.randomness import generator
-from customized_grpo.storage import file_sha256
+from customized_grpo.storage import file_sha256, write_whole
 
 METADATA = "metadata.jsonl"
 
@@ -53,6 +54,7 @@ class SubjectDataset:
     def __init__(self, folder: Path, samples: Sequence[Sample], max_pixels: int, cache_bytes: int) -> None:
         self.folder = folder
         self.samples = tuple(samples)
+        self._max_pixels = max_pixels
         self._pictures = PictureCache(max_pixels, cache_bytes)
 
     @classmethod
@@ -77,6 +79,12 @@ class SubjectDataset:
             _check_pictures(folder / METADATA, entries, max_pixels)
         return cls(folder, [sample for _, sample in entries], max_pixels, cache_bytes)
 
+    @classmethod
+    def outline(cls, folder: str | Path) -> "SubjectDataset":
+        """Read the lines of a dataset folder alone: no picture is looked at, or need be there. Raises UserError as
+        `open` does for lines."""
+        return cls(Path(folder), [sample for _, sample in _read_metadata(Path(folder))], MAX_PIXELS, CACHE_BYTES)
+
     def __len__(self) -> int:
         return len(self.samples)
 
@@ -99,10 +107,17 @@ class SubjectDataset:
 
     def references(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]]:
         """The references of B samples, for each its K pictures [3, h, w] in [0, 1], as `prepare` leaves them."""
-        return self._load(load_image, [sample.references for sample in samples], prepare)
+        return [
+            [self._pictures.get(load_image, path, prepare, len(sample.references)) for path in sample.references]
+            for sample in samples
+        ]
 
-    def masks(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]] | None:
-        """The masks of B samples, K of [1, h, w] in [0, 1] each, prepared as `references`; None if none has any.
+    def originals(self, samples: Sequence[Sample]) -> "Originals":
+        """The references of B samples in the size of their files, for each its K pictures [3, h, w] in [0, 1]."""
+        return Originals(load_image, [sample.references for sample in samples], self._max_pixels)
+
+    def masks(self, samples: Sequence[Sample]) -> "Originals | None":
+        """The masks of B samples, K of [1, h, w] in [0, 1] each, of the size of `originals`; None if none has any.
 
         Raises UserError when only some have masks.
         """
@@ -114,33 +129,45 @@ class SubjectDataset:
                 f"{self.folder / METADATA}: {len(without)} of {len(samples)} samples of one batch have no "
                 f"masks: {shortened([repr(name) for name in without], ', ')}; give masks to every sample or to none"
             )
-        return self._load(load_mask, [sample.masks for sample in samples], prepare)
+        return Originals(load_mask, [sample.masks for sample in samples], self._max_pixels)
 
-    def _load(self, load: ImageLoader, paths: Sequence[Sequence[Path]], prepare: Prepare) -> list[list[Tensor]]:
-        return [[self._pictures.get(load, path, prepare, len(row)) for path in row] for row in paths]
+
+class Originals(Sequence[list[Tensor]]):
+    """The pictures of B samples as their files have them: read each time a sample is asked for, and not kept.
+
+    Those of a whole dataset may be many times the memory of a machine.
+    """
+
+    def __init__(self, load: ImageLoader, paths: Sequence[tuple[Path, ...]], max_pixels: int) -> None:
+        self._load, self.paths, self._max_pixels = load, tuple(paths), max_pixels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> list[Tensor]: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Originals": ...
+    def __getitem__(self, index: int | slice) -> "list[Tensor] | Originals":
+        """The pictures [C, h, w] of a sample, or a part of the samples."""
+        if isinstance(index, slice):
+            return Originals(self._load, self.paths[index], self._max_pixels)
+        return [self._load(path, self._max_pixels) for path in self.paths[index]]
 
 
 def write_metadata(folder: str | Path, samples: Iterable[Sample]) -> Path:
     """Write `metadata.jsonl` into `folder` (made if need be), whole or not at all; returns its path.
 
     Relative paths count from `folder`. Raises UserError, as `SubjectDataset.open` would, for a sample that is
-    malformed, repeats an id or has a path that leaves the folder; the pictures themselves are not looked at.
+    malformed, repeats an id or has a path that leaves the folder; the pictures themselves are not looked at. Raises
+    StorageError where the disk does not take it.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     target = folder / METADATA
     root = Path(os.path.realpath(folder))
     lines = [json.dumps(_record_of(root, sample)) for sample in samples]
     _parse_lines(target, [(number, line.encode()) for number, line in enumerate(lines, 1)])
-    temporary = folder / f".{METADATA}.{os.getpid()}"
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(target, "".join(line + "\n" for line in lines))
     return target
 
 
@@ -317,6 +344,7 @@ def _check_pictures(metadata: Path, entries: Sequence[tuple[int, Sample]], max_p
         found = list(pool.map(partial(_size, _inspect_mask, max_pixels), masks))
         mask_sizes = dict(zip(masks, found, strict=True))
     place_of: dict[str, int] = {}
+    compared: set[tuple[Path, Path]] = set()
     for number, sample in entries:
         sizes = [reference_sizes[path] for path in sample.references]
         sizes += [mask_sizes[path] for path in sample.masks]
@@ -324,12 +352,10 @@ def _check_pictures(metadata: Path, entries: Sequence[tuple[int, Sample]], max_p
             place_of.setdefault(problem, number)
         for path, mask in zip(sample.references, sample.masks, strict=False):
             size, mask_size = reference_sizes[path], mask_sizes[mask]
-            if isinstance(size, tuple) and isinstance(mask_size, tuple) and size != mask_size:
-                problem = (
-                    f"{mask}: the mask is {mask_size[1]}x{mask_size[0]} but its reference {path.name} is "
-                    f"{size[1]}x{size[0]}; expected the same size"
-                )
-                place_of.setdefault(problem, number)
+            if isinstance(size, tuple) and isinstance(mask_size, tuple) and (path, mask) not in compared:
+                compared.add((path, mask))
+                if different := misfit(path, mask):
+                    place_of.setdefault(different, number)
     problems = [f"{metadata}:{number}: {problem}" for problem, number in place_of.items()]
     files = len({*references, *masks})
     _raise_listed(problems, f"{metadata}: {len(problems)} problems in {files} image files")

@@ -7,20 +7,21 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Entry:
-    """A prompt about a subject. `place` says where it was read, for messages; `masks` is empty or as `references`;
-    `labels` says what messages call a picture whose file is not the user's."""
+    """A prompt about a subject. `place` says where it was read, for messages; `masks` is empty or as `references`, with
+    None where a picture has none; `labels` says what messages call a picture whose file is not the user's."""
 
     place: str
     prompt: str
     references: tuple[Path, ...]
-    masks: tuple[Path, ...] = ()
+    masks: tuple[Path | None, ...] = ()
     subject: str | None = None
     labels: Mapping[Path, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with an entry, and where; or with `count` of them at once."""
+    """What is wrong with an entry, and where; or with `count` of them at once. With a count of 0 no entry is lost, but
+    something in the folder is left out of them."""
 
     place: str
     text: str

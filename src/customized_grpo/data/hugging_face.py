@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.data.entries import Entry, Found, Problem, inside
+from customized_grpo.data.files import is_left_behind
 from customized_grpo.errors import UserError, first_line
+from customized_grpo.storage import writing
 
 # Of several that are there the first counts: "image" beside a reference is most often what was drawn from it.
 PROMPTS: tuple[str, ...] = ("prompt", "text", "caption", "instruction")
@@ -62,7 +64,7 @@ def is_saved(source: Path) -> bool:
 def parquet_files(source: Path) -> list[Path]:
     """The parquet files in the folder `source`, or up to two folders down, in order."""
     found = [path for pattern in ("*", "*/*", "*/*/*") for path in source.glob(f"{pattern}.parquet")]
-    return sorted(path for path in found if not any(p.startswith(".") for p in path.relative_to(source).parts))
+    return sorted(path for path in found if not any(map(is_left_behind, path.relative_to(source).parts)))
 
 
 def open_tables(source: Path, split: str | None = None) -> list[Table]:
@@ -191,7 +193,8 @@ def _picture(source: Path, scratch: Path, name: str, value: Any, labels: dict[Pa
     if isinstance(value, bytes):
         # Named after what is in it, so that a picture that many rows have is decoded once.
         path = scratch / hashlib.sha256(value).hexdigest()
-        path.write_bytes(value)
+        with writing(scratch):
+            path.write_bytes(value)
         labels.setdefault(path, name)
         return path
     if isinstance(value, str) and value:

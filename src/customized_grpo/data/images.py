@@ -10,22 +10,27 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image
 from torch import Tensor
 
+from customized_grpo.data.color_profiles import ToRgb, to_srgb
+from customized_grpo.data.formats import open_picture
+from customized_grpo.data.resampling import resample, to_levels
 from customized_grpo.errors import UserError
+from customized_grpo.storage import replacing
 
 MAX_PIXELS = 50_000_000
 CACHE_BYTES = 512 * 2**20
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 ImageLoader = Callable[[Path, int], Tensor]
 
 _MODES_8BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 _MODES_16BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+_WITHOUT_RANGE = {"F": " (floating-point numbers, of no fixed range)", "I": " (whole numbers, of no fixed range)"}
 # What Pillow's decoders let through on damaged files.
 BROKEN = (
     OSError,
+    RuntimeError,
     SyntaxError,
     ValueError,
     EOFError,
@@ -48,34 +53,37 @@ _UPRIGHT = {
 
 
 def load_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The picture at `path`: [3, H, W], EXIF orientation applied, transparency composited on white.
+    """Read the picture at `path`: [3, H, W] in sRGB, EXIF orientation applied, transparency composited on white.
 
-    Of an animation the first frame. Raises UserError, naming the file, when it is missing, not of `FORMATS`,
-    broken or truncated, or has more than `max_pixels` (by its header, before anything is decoded).
+    Colours are converted by the picture's profile; without one they are taken for sRGB. Of an animation the first
+    frame. Raises UserError, naming the file, when it is missing, of a format that is not read, broken or truncated, has
+    a damaged colour profile, or more than `max_pixels` (by its header, before anything is decoded).
     """
-    image = _decode(Path(path), max_pixels)
+    path = Path(path)
+    image = _decode(path, max_pixels)
+    convert = _conversion(path, image)
     if image.mode in _MODES_16BIT:
-        return _pixels_16bit(image).repeat(3, 1, 1)
+        return _grey_16bit(image, convert)
     if image.has_transparency_data:
-        rgba = _pixels(image, "RGBA")
-        color, alpha = rgba[:3], rgba[3:]
+        rgba = image.convert("RGBA")
+        color, alpha = _rgb(rgba, convert), _pixels(rgba.getchannel("A"))
         return (color * alpha + (1 - alpha)).clamp(0, 1)
-    return _pixels(image, "RGB")
+    return _rgb(image, convert)
 
 
 def load_mask(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """The mask at `path`: [1, H, W], 1 on the subject (white, opaque) and 0 elsewhere (black or transparent).
+    """Read the mask at `path`: [1, H, W], 1 on the subject (white, opaque) and 0 elsewhere (black or transparent).
 
-    Raises UserError as `load_image` does, and when no pixel is brighter than 0.5: most often a mask of 0s and
-    1s where white is 255.
+    Its values are no colours: a colour profile changes nothing. Raises UserError as `load_image` does, and when no
+    pixel is brighter than 0.5: most often a mask of 0s and 1s where white is 255.
     """
     image = _decode(Path(path), max_pixels)
     if image.mode in _MODES_16BIT:
         mask = _pixels_16bit(image)
     elif image.has_transparency_data:
-        mask = _pixels(image, "L") * _pixels(image, "RGBA")[3:]
+        mask = _pixels(image.convert("L")) * _pixels(image.convert("RGBA").getchannel("A"))
     else:
-        mask = _pixels(image, "L")
+        mask = _pixels(image.convert("L"))
     brightest = float(mask.max())
     if brightest <= 0.5:
         raise UserError(
@@ -86,9 +94,26 @@ def load_mask(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
 
 
 def inspect_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) of the upright picture at `path`, decoded wholly. Raises UserError as `load_image`."""
-    width, height = _decode(Path(path), max_pixels).size
+    """Return (height, width) of the upright picture at `path`, decoded as a whole. Raises UserError as `load_image`."""
+    path = Path(path)
+    image = _decode(path, max_pixels)
+    _conversion(path, image)
+    width, height = image.size
     return height, width
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Return (height, width) of the upright picture at `path`, by its header alone.
+
+    Raises `UserError` where the file is no picture that is read.
+    """
+    try:
+        with open_picture(Path(path)) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except BROKEN as error:
+        raise UserError(f"{path}: not a picture that can be read ({error})") from error
+    return (width, height) if turned else (height, width)
 
 
 def resize_square(image: Tensor, size: int) -> Tensor:
@@ -107,19 +132,31 @@ def resize_square(image: Tensor, size: int) -> Tensor:
     return F.interpolate(square[None], (size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
 
 
-def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, H, W] resized (bicubic, antialiased) to (height, width) `size`, cropped at its centre if its shape differs.
+def resize(image: Tensor, size: tuple[int, int], kernel: str = "bicubic") -> Tensor:
+    """Resize [C, H, W] until it covers (height, width) `size`, and crop its centre to that.
 
-    An image of that size is returned as it is.
+    Resized as Pillow does, on 8-bit levels. `kernel`: one of `resampling.SUPPORT`. An image of that size is returned
+    unchanged.
     """
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
-    scale = max(size[0] / height, size[1] / width)
-    kept_height, kept_width = min(height, round(size[0] / scale)), min(width, round(size[1] / scale))
-    top, left = (height - kept_height) // 2, (width - kept_width) // 2
-    cut = image[:, top : top + kept_height, left : left + kept_width]
-    return F.interpolate(cut[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+    if size[0] * width >= size[1] * height:
+        covering = (size[0], size[0] * width // height)
+    else:
+        covering = (size[1] * height // width, size[1])
+    top, left = (covering[0] - size[0]) // 2, (covering[1] - size[1]) // 2
+    levels = resample(to_levels(image), covering, kernel)
+    return levels[:, top : top + size[0], left : left + size[1]].float() / 255
+
+
+def within(image: Tensor, side: int) -> Tensor:
+    """Scale [C, H, W] down to at most `side` pixels on its longer side; a smaller image is returned as it is."""
+    height, width = image.shape[-2:]
+    longer = max(height, width)
+    if longer <= side:
+        return image
+    return resize(image, (max(1, round(height * side / longer)), max(1, round(width * side / longer))))
 
 
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
@@ -173,7 +210,8 @@ def to_pil(image: Tensor) -> Image.Image:
 def save_image(image: Tensor, path: str | Path) -> None:
     """Write [3, H, W] or [1, H, W] in [0, 1] as an 8-bit PNG, values clamped and rounded, making its folder.
 
-    Raises UserError when the name does not end in .png, ValueError for other shapes and non-finite values.
+    The file is whole or not there. Raises UserError when the name does not end in .png, StorageError where the disk
+    does not take it, ValueError for other shapes and non-finite values.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -182,8 +220,17 @@ def save_image(image: Tensor, path: str | Path) -> None:
         raise ValueError(f"expected an image [3, H, W] or [1, H, W], got {list(image.shape)}")
     if not torch.isfinite(image).all():
         raise ValueError(f"{path}: the image has values that are not finite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    to_pil(image).save(path, format="PNG")
+    with replacing(path) as unfinished:
+        to_pil(image).save(unfinished, format="PNG")
+
+
+def check_drawn(images: Tensor) -> None:
+    """Raise `UserError` where a generator drew pictures [..., H, W] with values that are not finite."""
+    if not torch.isfinite(images).all():
+        raise UserError(
+            "the generator drew values that are not finite (NaN or infinite): its weights are damaged, or overflow in "
+            "this precision; use an earlier checkpoint, or fp32"
+        )
 
 
 def image_grid(images: Tensor, columns: int, scale: int = 1, padding: int = 0, background: float = 1.0) -> Tensor:
@@ -217,7 +264,7 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
     if os.path.getsize(path) == 0:
         raise UserError(f"{path}: the image file is empty")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with open_picture(path) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise UserError(
@@ -227,20 +274,41 @@ def _decode(path: Path, max_pixels: int) -> Image.Image:
             image.load()
             turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             upright = image.transpose(turn) if turn is not None else image
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: not an image of a known format ({', '.join(FORMATS)})") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"{path}: too large ({error}); scale the image down") from error
     except BROKEN as error:
         raise UserError(f"{path}: broken or truncated image ({error}); replace the file") from error
     if upright.mode not in _MODES_8BIT + _MODES_16BIT:
-        raise UserError(f"{path}: cannot read pixels of mode {upright.mode}; save it as RGB or greyscale")
+        kind = upright.mode + _WITHOUT_RANGE.get(upright.mode, "")
+        raise UserError(f"{path}: cannot read pixels of mode {kind}; save it with 8 bits as RGB or greyscale")
     return upright
 
 
-def _pixels(image: Image.Image, mode: str) -> Tensor:
-    """[C, H, W] in [0, 1] of an 8-bit image converted to `mode`."""
-    values = torch.from_numpy(np.array(image.convert(mode)))
+def _conversion(path: Path, image: Image.Image) -> ToRgb | None:
+    try:
+        return to_srgb(image)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; save the picture in sRGB, or without a profile") from error
+
+
+def _rgb(image: Image.Image, convert: ToRgb | None) -> Tensor:
+    """[3, H, W] in [0, 1] of an 8-bit image, its transparency left out."""
+    return _pixels(image.convert("RGB") if convert is None else convert(image))
+
+
+def _grey_16bit(image: Image.Image, convert: ToRgb | None) -> Tensor:
+    """[3, H, W] in [0, 1] of a 16-bit greyscale image, converted by the 256 levels that its values lie between."""
+    grey = _pixels_16bit(image)
+    if convert is None:
+        return grey.repeat(3, 1, 1)
+    levels = np.asarray(convert(Image.fromarray(np.arange(256, dtype=np.uint8)[None])), dtype=np.float32)[0] / 255
+    places, values = np.arange(256) / 255, grey[0].numpy()
+    return torch.from_numpy(np.stack([np.interp(values, places, each).astype(np.float32) for each in levels.T]))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """[C, H, W] in [0, 1] of an 8-bit image."""
+    values = torch.from_numpy(np.array(image))
     if values.ndim == 2:
         values = values[..., None]
     return values.permute(2, 0, 1).contiguous().float() / 255

@@ -15,9 +15,11 @@ from torch import Tensor
 from customized_grpo.data.dataset import METADATA, Sample, write_metadata
 from customized_grpo.data.entries import Entry, Found, Problem
 from customized_grpo.data.hugging_face import Named, open_tables, read_hugging_face
-from customized_grpo.data.images import MAX_PIXELS, load_image, load_mask, resize, save_image, to_pil
+from customized_grpo.data.images import MAX_PIXELS, load_image, resize, save_image, to_pil, within
+from customized_grpo.data.masks import load_mask_of
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
 from customized_grpo.errors import UserError, shortened
+from customized_grpo.storage import StorageError, check_folder, writing
 
 LARGEST = 150_000_000
 """Pixels of the largest picture that is taken, by its header; more could be meant to exhaust memory."""
@@ -72,7 +74,7 @@ def prepare(
     if partial is not None:
         shutil.rmtree(partial, ignore_errors=True)
     try:
-        pictures = _Pictures(partial, options.max_side, segment)
+        pictures = _Pictures(partial, options.max_side, segment, options.segment)
         samples: list[Sample] = []
         problems: list[Problem] = []
         with closing(reading) as found:
@@ -89,9 +91,10 @@ def prepare(
         if partial is not None and output is not None:
             # It opens: the lines are checked here, and the pictures are our own.
             write_metadata(partial, samples)
-            if output.exists():
-                output.rmdir()
-            os.replace(partial, output)
+            with writing(output.parent):
+                if output.exists():
+                    output.rmdir()
+                os.replace(partial, output)
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -103,6 +106,8 @@ def _check(source: Path, output: Path | None, options: Options) -> None:
         raise UserError(f"--max_side is at least 16 pixels and at most {LARGEST_SIDE}, and --max_bad at least 0")
     if output is not None and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not an empty folder; name a new one")
+    if output is not None:
+        check_folder(output, "out")
     if not source.is_dir():
         raise UserError(f"{source} is no folder")
 
@@ -123,10 +128,13 @@ def _reading(name: str, source: Path, options: Options) -> tuple[int, Generator[
 
 
 class _Pictures:
-    """Writes each distinct picture once, with its mask; or, without a folder, only looks at it."""
+    """Writes each distinct picture once, with its mask; or, without a folder, only looks at it.
 
-    def __init__(self, folder: Path | None, max_side: int, segment: Segment | None) -> None:
-        self._folder, self._max_side, self._segment = folder, max_side, segment
+    With `makes_masks` missing masks are made, by `segment`, where there is a folder.
+    """
+
+    def __init__(self, folder: Path | None, max_side: int, segment: Segment | None, makes_masks: bool) -> None:
+        self._folder, self._max_side, self._segment, self._makes_masks = folder, max_side, segment, makes_masks
         self._written: dict[tuple[Path, Path | None], tuple[Path, Path | None] | str] = {}
 
     @property
@@ -149,6 +157,10 @@ class _Pictures:
             return Problem(entry.place, "its prompt or subject has half of a surrogate pair, which no file can hold")
         pairs = [each for each in written if not isinstance(each, str)]
         cut = [mask for _, mask in pairs if mask is not None]
+        if cut and len(cut) < len(pairs) and not self._makes_masks:
+            bare = [path.name for path, (_, mask) in zip(entry.references, pairs, strict=False) if mask is None]
+            text = f"{len(bare)} of {len(pairs)} pictures have no mask: {shortened(bare, ', ', most=5)}"
+            return Problem(entry.place, f"{text}; draw them, or make them with --segment")
         return Sample(identifier, entry.prompt, tuple(image for image, _ in pairs), tuple(cut), subject)
 
     def _write(self, path: Path, mask: Path | None) -> tuple[Path, Path | None] | str:
@@ -156,13 +168,15 @@ class _Pictures:
         if key not in self._written:
             try:
                 self._written[key] = self._made(path, mask, f"{len(self._written):06d}")
+            except StorageError:
+                raise  # nothing is wrong with the picture
             except UserError as error:
                 self._written[key] = str(error)
         return self._written[key]
 
     def _made(self, path: Path, mask: Path | None, name: str) -> tuple[Path, Path | None]:
-        image = _within(load_image(path, LARGEST), self._max_side)
-        cut = None if mask is None else load_mask(mask, LARGEST)
+        image = within(load_image(path, LARGEST), self._max_side)
+        cut = None if mask is None else load_mask_of(path, mask, LARGEST)
         if cut is None and self._segment is not None:
             cut = self._segment(image)
             if cut.max() <= 0.5:
@@ -183,12 +197,6 @@ class _Pictures:
 
 def _is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _within(image: Tensor, max_side: int) -> Tensor:
-    height, width = image.shape[-2:]
-    scale = max_side / max(height, width)
-    return image if scale >= 1 else resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
 
 
 def _segmenter() -> Segment:

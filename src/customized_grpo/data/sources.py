@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.data.entries import Entry, Found, Problem, inside
+from customized_grpo.data.files import listed, read_lines
+from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.hugging_face import is_saved, parquet_files
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, shortened
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 PROMPTS, CLASSES = "prompts.txt", "prompts_and_classes.txt"
+MASK = "_mask"
+"""What the name of a mask has after that of its picture."""
 PLACE = "{}"
 """Where a template of prompts.txt has the subject's name."""
 LISTED = 30
@@ -27,14 +30,14 @@ def read_folders(source: Path) -> Iterator[Found]:
 
     Masks, where there are any, are named after their pictures: toy.jpg and toy_mask.png.
     """
-    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+    for folder in (path for path in listed(source) if path.is_dir()):
         prompts = folder / PROMPTS
         if not prompts.is_file():
             yield Problem(folder.name, f"no {PROMPTS}; write one prompt a line")
             continue
         name = re.sub(r"[_\W\d]+", " ", folder.name).strip() or folder.name
         try:
-            text = inside(source, prompts).read_text(encoding="utf-8-sig")
+            lines = [line.strip() for line in read_lines(inside(source, prompts))]
         except UnicodeDecodeError as error:
             yield Problem(
                 folder.name, f"{PROMPTS} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
@@ -43,7 +46,6 @@ def read_folders(source: Path) -> Iterator[Found]:
         except ValueError as error:
             yield Problem(folder.name, str(error))
             continue
-        lines = [line.strip() for line in text.splitlines()]
         yield from _of_subject(source, folder, [line.replace(PLACE, name) for line in lines if line])
 
 
@@ -51,7 +53,7 @@ def read_dreambench(source: Path) -> Iterator[Found]:
     """DreamBench's folder: one of pictures for each subject, and prompts_and_classes.txt with the subjects' classes and
     25 templates for objects and for living things."""
     try:
-        text = (source / CLASSES).read_text(encoding="utf-8-sig")
+        text = "\n".join(read_lines(source / CLASSES))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{source / CLASSES}: cannot be read ({error}); expected DreamBench's file of that name"
@@ -123,9 +125,9 @@ def recognise(source: Path) -> str:
         return HUGGING_FACE
     if (source / CLASSES).is_file():
         return "dreambench"
-    if any(source.glob(f"*/{PROMPTS}")):
+    if any((folder / PROMPTS).is_file() for folder in listed(source)):
         return "folders"
-    for path in sorted(source.glob("*.json")):
+    for path in _lists(source):
         first = next(iter(_load(path)), None)
         if isinstance(first, dict):
             return "syncd" if "ref_img" in first or "filenames" in first else "manifest"
@@ -138,19 +140,27 @@ def recognise(source: Path) -> str:
 
 
 def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[Found]:
-    pictures = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in PICTURES and not p.stem.endswith("_mask")]
+    files = listed(folder)
+    named = {path.stem: path for path in files if is_picture(path)}
+    pictures = [path for path in files if is_picture(path) and not path.stem.endswith(MASK)]
+    unread: dict[str, list[str]] = {}
+    for path in files:
+        if text := remedy(path.suffix):
+            unread.setdefault(text, []).append(path.name)
+    for text, names in unread.items():
+        yield Problem(folder.name, f"{shortened(names, ', ', most=5)}: {text}", count=0)
     if not pictures or not prompts:
         yield Problem(folder.name, "no pictures" if prompts else f"{PROMPTS} is empty")
         return
-    masks = [folder / f"{picture.stem}_mask.png" for picture in pictures]
+    masks = [named.get(f"{picture.stem}{MASK}") for picture in pictures]
     for number, prompt in enumerate(prompts):
         try:
             references = tuple(inside(source, picture) for picture in pictures)
-            cut = tuple(inside(source, mask) for mask in masks) if all(mask.is_file() for mask in masks) else ()
+            cut = tuple(mask and inside(source, mask) for mask in masks)
         except ValueError as error:
             yield Problem(folder.name, str(error))
             return
-        yield Entry(f"{folder.name}-{number}", prompt, references, cut, folder.name)
+        yield Entry(f"{folder.name}-{number}", prompt, references, cut if any(cut) else (), folder.name)
 
 
 def _entry(
@@ -170,10 +180,14 @@ def _entry(
 
 
 def _records(source: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
-    for path in sorted(source.glob("*.json")):
+    for path in _lists(source):
         for number, record in enumerate(_load(path)):
             if isinstance(record, dict):
                 yield path, number, record
+
+
+def _lists(source: Path) -> list[Path]:
+    return [path for path in listed(source) if path.suffix == ".json"]
 
 
 def _load(path: Path) -> list[Any]:

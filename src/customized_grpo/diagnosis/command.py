@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rich.table import Table
 from customized_grpo import build
 from customized_grpo.algorithm import constant_weights, time_weights
 from customized_grpo.config import Config
+from customized_grpo.data import batch_indices
 from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
@@ -23,13 +23,12 @@ from customized_grpo.errors import UserError
 from customized_grpo.run import load_run_config
 from customized_grpo.runtime import configure
 from customized_grpo.statistics import t_interval
-from customized_grpo.storage import check_folder
+from customized_grpo.storage import UNFINISHED, check_folder, write_whole, writing
 from customized_grpo.trainer import REWARD_NAMES
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
 WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS)
 """What the command writes into its folder, and all that it replaces."""
-UNFINISHED = f"{WEIGHTS}.part"
 
 Record = dict[str, Any]
 
@@ -53,16 +52,21 @@ def diagnose(
     """
     config = _check(config, run, output, {"prompts": prompts, "group_size": group_size, "batches": batches})
     configure(config.threads)
-    policy = build.build_policy(config.policy, config.seed)
-    if run is not None:
+    if run is None:
+        policy = build.build_start(config.policy, config.seed)
+    else:
+        policy = build.build_policy(config.policy, config.seed)
         policy.load_adapter(run)
     dataset = build.open_dataset(config.data.path, config, policy)
     if prompts > len(dataset):
         raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
     rewards = build.build_rewards(config)
-    build.tell_long_prompts(config, policy, rewards, {dataset: None}, display)
+    # Both measurements take the first samples of the order in which training would.
+    drawn = max(prompts, batches * config.rollout.prompts_per_iteration)
+    used = {dataset: [dataset[index] for index in sorted(set(batch_indices(len(dataset), drawn, config.seed, 0)))]}
+    build.tell_long_prompts(config, policy, rewards, used, display)
     with display.stages() as stages:
-        build.encode_ahead(policy, {dataset: None}, stages)
+        build.encode_ahead(policy, used, stages)
         sensitivity = measure(
             config, policy, rewards, dataset, prompts=prompts, group_size=group_size,
             on_progress=lambda done, of: stages.update("sensitivity", done, of),
@@ -81,13 +85,11 @@ def diagnose(
         "findings": find(conflict, sensitivity),
     }
     measured = f"{record['settings']['generator']}, {prompts} prompts of {config.data.path}, groups of {group_size}"
-    output.mkdir(parents=True, exist_ok=True)
-    (output / RECORD).write_text(json.dumps(_clean(record), indent=1) + "\n", encoding="utf-8")
-    write_figure(_clean(record), output / FIGURE)
-    # Last, and whole or not at all: who finds it takes the diagnosis for done.
-    unfinished = output / UNFINISHED
-    unfinished.write_text(weights_yaml(weights, measured), encoding="utf-8")
-    os.replace(unfinished, output / WEIGHTS)
+    with writing(output):
+        write_whole(output / RECORD, json.dumps(_clean(record), indent=1) + "\n")
+        write_figure(_clean(record), output / FIGURE)
+        # Last: who finds it takes the diagnosis for done.
+        write_whole(output / WEIGHTS, weights_yaml(weights, measured))
     _show(record, display)
     return output / RECORD
 
@@ -207,7 +209,7 @@ def _show(record: Mapping[str, Any], display: Display) -> None:
 def _check_output(output: Path) -> None:
     check_folder(output, "--out")
     found = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    others = sorted(found - {*WRITTEN, UNFINISHED})
+    others = sorted(found - {*WRITTEN, *(f"{name}{UNFINISHED}" for name in WRITTEN)})
     if others:
         raise UserError(
             f"--out: the folder {output} holds other files than a diagnosis ({', '.join(others[:3])}"

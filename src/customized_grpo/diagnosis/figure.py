@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from customized_grpo.errors import UserError
-from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT, grid, new_figure, rc, svg_text
+from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT, grid, new_figure, rc, save_png, svg_text
+from customized_grpo.storage import write_whole
 
 HUES = {"prompt": PROMPT, "identity": IDENTITY}
 HEIGHT = 3.5
@@ -34,8 +35,8 @@ def write_figure(record: Mapping[str, Any], stem: Path) -> tuple[Path, Path]:
         _draw_shares(share, record["sensitivity"])
         _draw_weights(weight, record["weights"])
         svg, png = stem.with_suffix(".svg"), stem.with_suffix(".png")
-        svg.write_text(svg_text(figure), encoding="utf-8")
-        figure.savefig(png, dpi=2 * figure.dpi, metadata={"Software": None})
+        write_whole(svg, svg_text(figure))
+        save_png(figure, png, dpi=2 * figure.dpi)
     return svg, png
 
 
@@ -43,7 +44,6 @@ def redraw(path: Path, folder: Path) -> Path:
     """Draw the figure of the diagnosis.json at `path` into `folder`. Raises `UserError` where it is not one."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        folder.mkdir(parents=True, exist_ok=True)
         write_figure(record, folder / "diagnosis")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a diagnosis.json that diagnose wrote ({error}); write it again") from error

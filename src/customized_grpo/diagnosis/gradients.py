@@ -85,13 +85,12 @@ def measure_conflict(
     found: list[list[Array]] = []
     ticks = Ticks(on_progress, batches * len(steps))
     for batch in range(batches):
-        task = trainer.task(batch)
-        condition = policy.encode(task.prompts, task.references)
+        samples = trainer.samples(batch)
         rollout = sample_groups(
-            policy, condition, len(task.prompts), plan, config.rollout,
+            policy, trainer.condition(samples), len(samples), plan, config.rollout,
             seed=config.seed, iteration=FRESH_NOISE + batch,
         )  # fmt: skip
-        scores, valid = trainer.score(rollout.images, task)
+        scores, valid = trainer.score(rollout.images, trainer.task(samples))
         trainer.check_valid(valid)
         valid = valid.all(-1, keepdim=True).expand_as(valid)
         advantages = NORMALISERS[config.advantages.normalise](scores, valid).flatten(0, 1).T

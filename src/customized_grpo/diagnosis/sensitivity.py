@@ -18,7 +18,7 @@ from customized_grpo.data import SubjectDataset
 from customized_grpo.diagnosis.gradients import FRESH_NOISE, OnProgress, Ticks, silent
 from customized_grpo.errors import UserError
 from customized_grpo.policies import ConditionT, Policy
-from customized_grpo.rewards import Reward, Task
+from customized_grpo.rewards import Reward
 from customized_grpo.rollout import Plan, sample_groups
 from customized_grpo.statistics import t_interval
 from customized_grpo.trainer import REWARD_NAMES, Trainer
@@ -112,12 +112,12 @@ def measure(
     steps, firsts, parts = settings.num_steps - 1, range(0, prompts, at_once), []
     ticks = Ticks(on_progress, steps * len(firsts))
     for number, first in enumerate(firsts):
-        task = _cut(trainer.task(number), prompts - first)
-        condition = policy.encode(task.prompts, task.references)
+        samples = trainer.samples(number)[: prompts - first]
+        condition, task = trainer.condition(samples), trainer.task(samples)
         branches = []
         for i in range(steps):
             rollout = sample_groups(
-                policy, condition, len(task.prompts), Plan(trainer.sigmas, (i,), (i,)), settings,
+                policy, condition, len(samples), Plan(trainer.sigmas, (i,), (i,)), settings,
                 seed=config.seed, iteration=FRESH_NOISE + number,
             )  # fmt: skip
             scores, valid = trainer.score(rollout.images, task)
@@ -165,10 +165,6 @@ def calibrated_weights(shares: npt.ArrayLike, constant: Sequence[float]) -> Arra
     table = np.tile(weights, (len(share) + 1, 1))
     table[:-1][active] = weights * relative / relative.mean(0)
     return table
-
-
-def _cut(task: Task, count: int) -> Task:
-    return Task(task.prompts[:count], task.references[:count], None if task.masks is None else task.masks[:count])
 
 
 def _shares(means: Array) -> Array:

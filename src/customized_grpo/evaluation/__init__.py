@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customized_grpo.data import Sample, SubjectDataset
+from customized_grpo.data import Sample, SubjectDataset, resize_square
 from customized_grpo.distributed import Ranks
+from customized_grpo.errors import telling_where
 from customized_grpo.memory import DRAWING, SCORING, explain_out_of_memory
 from customized_grpo.policies import ConditionT, Policy, References, in_step
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards import Reward, Scores, Task
 from customized_grpo.rollout import sample_ode
 from customized_grpo.statistics import mean_interval
+from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.judge import Judge
 
 JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
@@ -28,7 +30,8 @@ PURPOSE = "evaluation"
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images [N, 3, H, W] of N pairs, their references, and each metric [N] (float; the judge's verdicts 0 or 1)."""
+    """Images [N, 3, H, W] of N pairs, their references as the files have them, read when they are asked for, and each
+    metric [N] (float; the judge's verdicts 0 or 1)."""
 
     samples: Sequence[Sample]
     references: References
@@ -68,6 +71,7 @@ def evaluate(
     """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise.
 
     `masks`: the rewards want the references' masks. `ranks` share the pairs out, and each gets the whole evaluation.
+    Raises `NotFinite` where a picture is not finite.
     """
     ranks = ranks or Ranks()
     samples = list(dataset)[:pairs]
@@ -76,23 +80,22 @@ def evaluate(
     with ranks.together():
         images, metrics = torch.zeros(0, 3, *policy.size), None
         with in_step(policy, ranks), explain_out_of_memory("drawing images to evaluate", DRAWING):
-            references = dataset.references(samples, policy.prepare_reference)
-            task = Task(
-                [sample.prompt for sample in own],
-                references[mine.start : mine.stop],
-                dataset.masks(own, policy.prepare_reference) if masks and own else None,
-            )
+            task = Task.of(dataset, own, masks=masks)
             if own:
+                prepared = dataset.references(own, policy.prepare_reference)
                 noise = batched_normal(seed, 0, mine, [0] * len(own), PURPOSE, policy.latent_shape).to(policy.device)
-                condition = policy.encode(task.prompts, task.references)
+                condition = policy.encode(task.prompts, prepared)
                 sigmas = policy.sigmas(num_steps, shift)
-                images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
+                with telling_where("evaluation"):
+                    images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
             with ranks.alone(), explain_out_of_memory("scoring images to evaluate", SCORING):
                 metrics = measure(images, task, rewards, judge)
     names = (*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS) if judge else REWARD_METRICS
     table = ranks.rows(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))
-    return Evaluation(samples, references, ranks.rows(images), dict(zip(names, table.unbind(1), strict=True)))
+    return Evaluation(
+        samples, dataset.originals(samples), ranks.rows(images), dict(zip(names, table.unbind(1), strict=True))
+    )
 
 
 def measure(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge | None) -> dict[str, Tensor]:
@@ -129,8 +132,8 @@ def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:
 
 
 def first_references(references: References) -> Tensor:
-    """The first reference of each pair, [N, 3, h, w]: all of one size."""
-    return torch.stack([row[0] for row in references])
+    """The first reference of each pair as ToyBox's judge sees it, [N, 3, 32, 32]."""
+    return torch.stack([resize_square(row[0], SIZE) for row in references])
 
 
 def _other(samples: Sequence[Sample], row: int) -> int | None:

@@ -92,14 +92,36 @@ class Policy(Protocol[ConditionT]):
         """Write what was trained as safetensors into `folder`."""
         ...
 
-    def load_adapter(self, folder: Path) -> None:
-        """Read what `save_adapter` wrote. Raises `UserError` where it does not fit."""
+    def load_adapter(self, place: Path) -> None:
+        """Read what `save_adapter` wrote into the folder `place`, or the file `place`.
+
+        Raises `UserError` where it does not fit, or holds numbers that are not finite.
+        """
         ...
+
+
+class RowAsked(Protocol):
+    """A prompt with the files of its references."""
+
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def references(self) -> Sequence[Path]: ...
 
 
 @runtime_checkable
 class EncodesAhead(Protocol):
     """A policy whose encoders are large: they run once over the data, before the generator takes their place."""
+
+    def reserve(
+        self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
+    ) -> None:
+        """Make room for what `encode_ahead` leaves of `rows`, whose prepared `references` are had by index.
+
+        Raises `UserError` where there is none. Of the processes of a machine one makes room; to the others it is
+        `check_only`.
+        """
+        ...
 
     def encode_ahead(
         self, prompts: Sequence[str], references: Callable[[int], Sequence[Tensor]], on_progress: Callable[[int], None]

@@ -7,13 +7,15 @@ import torch.distributed as dist
 
 from customized_grpo.config import PolicyConfig
 from customized_grpo.errors import UserError
+from customized_grpo.policies.base_adapter import locate_adapter, merge_base_adapter
+from customized_grpo.policies.cache_folder import GIGABYTE
 from customized_grpo.policies.conditions import ConditionCache
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, Settings
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.flux1_kontext import Flux1Kontext
 from customized_grpo.policies.flux2 import Flux2
 from customized_grpo.policies.flux2_klein import Flux2Klein
-from customized_grpo.policies.loading import fingerprint, load_pipeline, locate, locate_file, merge_base_adapter
+from customized_grpo.policies.loading import check_model, fingerprint, load_pipeline, locate
 from customized_grpo.policies.qwen_image_edit_plus import QwenImageEditPlus
 from customized_grpo.policies.uno import Uno
 
@@ -38,7 +40,7 @@ NEEDS_CUDA = ("flash", "_flash", "_native_cudnn", "_native_flash", "xformers")
 NO_BACKWARD = ("sage", "_sage")
 """How the names of those begin that have no backward pass. One more is `_flash_3`: diffusers wraps FlashAttention 3 in
 an operator of its own, and gives that none; `_flash_3_hub`, of the same kernels, is called as it is."""
-ROW_FORMAT = 2
+ROW_FORMAT = 3
 """Of what families leave in the cache; another number where one of them encodes otherwise."""
 
 
@@ -49,14 +51,19 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
         # Kernels of others, FSDP and NCCL take the current device for the one that is meant.
         torch.cuda.set_device(device)
     family = FAMILIES[config.kind]
-    adapter = None if config.base_adapter is None else locate_file(config.base_adapter, "policy.base_adapter")
-    folder = locate(config.model or MODELS[config.kind], family)
+    model = config.model or MODELS[config.kind]
+    check_model(model, family)  # the cheapest first: a file of a few lines, an adapter, the weights
+    adapter = None if config.base_adapter is None else locate_adapter(config.base_adapter, "policy.base_adapter")
+    folder = locate(model, family)
     pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     if adapter is not None:
         merge_base_adapter(pipe, adapter)
     guided = family.is_guided(pipe, family.guidance if config.guidance is None else config.guidance)
     stands_for = json.dumps([ROW_FORMAT, config.kind, fingerprint(folder), bf16, guided])
-    return DiffusersPolicy(family, pipe, ConditionCache(config.cache, stands_for), settings_of(config, device, seed))
+    depends_on = {name: inputs for name, inputs in family.depends_on.items() if guided or name != "negative"}
+    limit = None if config.cache_limit is None else config.cache_limit * GIGABYTE
+    cache = ConditionCache(config.cache, stands_for, depends_on, limit)
+    return DiffusersPolicy(family, pipe, cache, settings_of(config, device, seed))
 
 
 def check_backend(name: str | None, device: torch.device) -> None:

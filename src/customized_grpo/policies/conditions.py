@@ -2,21 +2,38 @@
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.storage import save_tensors
+from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, mark_used, surplus
+from customized_grpo.policies.sizes import sizes_of
+from customized_grpo.storage import free_bytes, save_tensors, writing
+
+if TYPE_CHECKING:
+    from customized_grpo.policies.family import Family
 
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) of references, in pixels."""
+Inputs = tuple[str, ...]
+"""What an encoded tensor depends on, beside the generator: some of PROMPT and REFERENCES, in this order."""
+PROMPT, REFERENCES = "prompt", "references"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A row that is to be encoded: its prompt, the files of its pictures, and the sizes in which these are seen."""
+
+    prompt: str
+    pictures: tuple[Path, ...]
+    sizes: Sizes
 
 
 @dataclass(frozen=True)
@@ -66,50 +83,151 @@ class Conditions:
         generator apart, so that nothing is padded and nothing masked.
         """
         sources = self.index.tolist()
-        moved = {source: self._moved(source, device) for source in dict.fromkeys(sources)}
+        moved: dict[int, Tensor] = {}
+        for source in dict.fromkeys(sources):
+            for tensor in self.rows[source].tensors.values():
+                if id(tensor) not in moved:  # rows share tensors
+                    moved[id(tensor)] = tensor.to(device, non_blocking=True)
         for batch in self.groups():
-            rows = [moved[sources[place]] for place in batch]
+            rows = [
+                {name: moved[id(tensor)] for name, tensor in self.rows[sources[place]].tensors.items()}
+                for place in batch
+            ]
             # Stacked even where all rows are one: matrix products of expanded tensors take another path, and round
             # otherwise.
             tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
             yield Batch(tensors, self.rows[sources[batch[0]]].sizes, torch.tensor(batch))
 
-    def _moved(self, source: int, device: torch.device) -> dict[str, Tensor]:
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in self.rows[source].tensors.items()}
-
 
 class ConditionCache:
-    """Rows on disk, one safetensors file each, named by a hash of the generator, the prompt and the references."""
+    """Rows on disk. What a row shares with others, as a negative prompt or the tokens of its references, lies in a file
+    of its own, which is written and read once.
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        """`fingerprint` stands for everything else that a row depends on: model, precision, guidance."""
-        self._folder, self._fingerprint = folder, fingerprint
+    A file is named by a hash of the generator, and of what its tensors depend on: the prompt, the references or both.
+    """
 
-    def path(self, prompt: str, references: Sequence[Tensor]) -> Path:
-        """Where the row of `prompt` with its prepared `references` [3, h, w] lies."""
-        digest = hashlib.sha256(json.dumps([self._fingerprint, prompt]).encode())
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        depends_on: Mapping[str, Inputs] | None = None,
+        limit: float | None = None,
+    ) -> None:
+        """`fingerprint` stands for everything else that a row depends on: model, precision, guidance. `depends_on`: for
+        each tensor of a row what it depends on; None puts all into one file. `limit`: most bytes that the folder may
+        take."""
+        self.folder, self._fingerprint, self._limit = folder, fingerprint, limit
+        self._depends_on = depends_on
+        self._alive: WeakValueDictionary[tuple[Path, str], Tensor] = WeakValueDictionary()
+        self._hold: Hold | None = None
+
+    def paths(self, prompt: str, references: Sequence[Tensor]) -> dict[Inputs, Path]:
+        """Where the parts of the row of `prompt` with its prepared `references` [3, h, w] lie, by what they depend
+        on."""
+        pictures = hashlib.sha256()
         for reference in references:
-            digest.update(repr(tuple(reference.shape)).encode())
-            digest.update(reference.detach().contiguous().float().numpy().tobytes())
-        name = digest.hexdigest()
-        return self._folder / name[:2] / f"{name}.safetensors"
+            pictures.update(repr(tuple(reference.shape)).encode())
+            pictures.update(reference.detach().contiguous().float().numpy().tobytes())
+        values = {PROMPT: prompt, REFERENCES: pictures.hexdigest()}
+        found = {}
+        for inputs in sorted(set((self._depends_on or {"": (PROMPT, REFERENCES)}).values())):
+            told = [self._fingerprint, {name: values[name] for name in inputs}]
+            name = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+            found[inputs] = self.folder / name[:2] / f"{name}.safetensors"
+        return found
+
+    def missing(self, prompt: str, references: Sequence[Tensor]) -> set[Inputs]:
+        """The parts of a row that are not there yet; those that are count as used now."""
+        paths = self.paths(prompt, references)
+        there = {inputs: path for inputs, path in paths.items() if path.is_file()}
+        for path in there.values():
+            mark_used(path)
+        return paths.keys() - there.keys()
 
     def read(self, prompt: str, references: Sequence[Tensor]) -> Row | None:
-        """The row, or None where there is none yet. Raises `UserError` for a damaged file."""
-        path = self.path(prompt, references)
-        if not path.is_file():
+        """The row, or None where a part is not there yet. Tensors that other rows have, too, are the same objects.
+        Raises `UserError` for a damaged file."""
+        paths = self.paths(prompt, references)
+        if not all(path.is_file() for path in paths.values()):
             return None
+        tensors: dict[str, Tensor] = {}
+        for path in paths.values():
+            tensors |= self._read_part(path)
+        return Row(tensors, sizes_of(references))
+
+    def _read_part(self, path: Path) -> dict[str, Tensor]:
         try:
             with safe_open(path, "pt") as file:
-                sizes = tuple((height, width) for height, width in json.loads(file.metadata()["sizes"]))
-                return Row({name: file.get_tensor(name) for name in file.keys()}, sizes)  # noqa: SIM118
+                found = {}
+                for name in file.keys():  # noqa: SIM118
+                    tensor = self._alive.get((path, name))
+                    found[name] = self._alive[path, name] = file.get_tensor(name) if tensor is None else tensor
+                return found
         except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: a damaged file of the condition cache ({error}); delete it") from error
 
-    def write(self, prompt: str, references: Sequence[Tensor], row: Row) -> None:
-        """Keep `row`, whole or not at all."""
-        path = self.path(prompt, references)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{uuid.uuid4().hex}.part")
-        save_tensors(row.tensors, unfinished, metadata={"sizes": json.dumps(row.sizes)})
-        os.replace(unfinished, path)
+    def write(self, prompt: str, references: Sequence[Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Keep the `tensors` of a row, each part whole or not at all; parts that are there already stay as they are.
+        Raises `StorageError` where the disk does not take them."""
+        for inputs, path in self.paths(prompt, references).items():
+            part = {
+                name: tensor
+                for name, tensor in tensors.items()
+                if self._depends_on is None or self._depends_on[name] == inputs
+            }
+            if not path.is_file():
+                with writing(self.folder, sum(tensor.nbytes for tensor in part.values())):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    save_tensors(part, path)
+
+    def check(self, needed: int) -> int:
+        """Return how many bytes the folder takes. Raises `UserError` where the limit, or the disk, has no room for rows
+        of `needed` bytes."""
+        there = sum(each.bytes for each in list_files(self.folder))
+        check_room(self.folder, needed, there, free_bytes(self.folder), self._limit)
+        return there
+
+    def reserve(self, needed: int, rows: Callable[[], Iterable[tuple[str, Sequence[Tensor]]]]) -> None:
+        """Hold the folder, and make room in it for `rows` (prompts with their prepared references), which take `needed`
+        bytes with what of them is there already.
+
+        Files that were used least recently go first, and never one of `rows`. Raises `UserError` as `check`, and where
+        files would have to go from under another run.
+        """
+        there = self.check(needed)
+        self._hold = self._hold or Hold(self.folder)
+        if self._limit is not None and there + needed > self._limit:
+            keep = {path for row in rows() for path in self.paths(*row).values()}
+            if gone := surplus(list_files(self.folder), keep, self._limit - needed):
+                self._hold.remove(gone)
+
+
+def check_room(folder: Path, needed: int, there: int, free: int, limit: float | None) -> None:
+    """Raise `UserError` where `needed` bytes are more than the `limit` of the cache in `folder`, or than its disk can
+    have with `free` bytes and the `there` bytes of the cache."""
+    if limit is not None and needed > limit:
+        raise UserError(
+            f"policy.cache_limit: the prompts and references that are read take about {gigabytes(needed)} in {folder}, "
+            f"more than the limit of {gigabytes(limit)}; raise it, leave it out, or plan fewer iterations"
+        )
+    if needed > there + free:
+        raise UserError(
+            f"policy.cache: the prompts and references that are read take about {gigabytes(needed)} in {folder}, where "
+            f"{gigabytes(free)} are free; name a folder on a larger disk, or plan fewer iterations"
+        )
+
+
+def bytes_of_rows(family: "Family", network: Any, dtype: torch.dtype, rows: Sequence[Planned], *, guided: bool) -> int:
+    """About how many bytes `rows` take, what they share counted once; `network` is the transformer's configuration.
+
+    Exact but for text of a varying length, which is taken to be of a common one.
+    """
+    parts: dict[object, int] = {}
+    for sizes in {row.sizes for row in rows}:
+        example = family.example(network, sizes, guided=guided)
+        counts = {name: tensor.numel() * dtype.itemsize for name, tensor in example.items()}
+        for row in (row for row in rows if row.sizes == sizes):
+            values: dict[str, object] = {PROMPT: row.prompt, REFERENCES: row.pictures}
+            for name, count in counts.items():
+                parts[name, tuple(values[each] for each in family.depends_on[name])] = count
+    return sum(parts.values())

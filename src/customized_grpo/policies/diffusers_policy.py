@@ -11,22 +11,31 @@ import torch
 from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
-from customized_grpo.data.images import resize
+from customized_grpo.data.images import image_size, resize
 from customized_grpo.distributed import Ranks
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies import Lengths, References
-from customized_grpo.policies.conditions import Batch, ConditionCache, Conditions, Row
+from customized_grpo.policies import Lengths, References, RowAsked
+from customized_grpo.policies.conditions import Batch, ConditionCache, Conditions, Planned, Row, bytes_of_rows
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
+from customized_grpo.policies.lora_files import NAME
 from customized_grpo.policies.phase import Phase, phase
 from customized_grpo.policies.shard import shard
 from customized_grpo.policies.sizes import token_count
 from customized_grpo.runtime import CPU
+from customized_grpo.storage import writing
 
 MOST_GRAPHS = 64
 """Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled anew
 with gradients and without, with the adapter and without, for one sample and for several. Beyond, blocks run
 uncompiled."""
+
+
+def plan_row(family: Family, row: RowAsked, side: int | None) -> Planned:
+    """What is encoded of `row`, by the headers of its pictures."""
+    pictures = tuple(row.references)
+    sizes = tuple(family.reference_size(*image_size(path), len(pictures), side) for path in pictures)
+    return Planned(row.prompt, pictures, sizes)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,9 @@ class DiffusersPolicy:
     def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
         """See `Policy.prepare_reference`."""
         height, width = picture.shape[-2:]
-        return resize(picture, self._family.reference_size(height, width, count, self._settings.reference_side))
+        # The pipelines resize with Lanczos.
+        size = self._family.reference_size(height, width, count, self._settings.reference_side)
+        return resize(picture, size, "lanczos")
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], references: References) -> Conditions:
@@ -112,13 +123,27 @@ class DiffusersPolicy:
         rows = [self._row(prompt, list(pictures)) for prompt, pictures in zip(prompts, references, strict=True)]
         return Conditions(tuple(rows), torch.arange(len(rows)))
 
+    def reserve(
+        self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
+    ) -> None:
+        """See `policies.EncodesAhead`."""
+        side = self._settings.reference_side
+        planned = [plan_row(self._family, row, side) for row in rows]
+        needed = bytes_of_rows(
+            self._family, self._transformer.config, self._pipe.vae.dtype, planned, guided=self.guided
+        )
+        if check_only:
+            self._cache.check(needed)
+        else:
+            self._cache.reserve(needed, lambda: ((row.prompt, references(index)) for index, row in enumerate(rows)))
+
     @torch.no_grad()
     def encode_ahead(
         self, prompts: Sequence[str], references: Callable[[int], Sequence[Tensor]], on_progress: Callable[[int], None]
     ) -> None:
         """See `policies.EncodesAhead`."""
         for index, prompt in enumerate(prompts):
-            self._row(prompt, references(index))
+            self._encode(prompt, references(index))
             on_progress(index + 1)
         if self._settings.offload:
             self._move_text_encoders(CPU)
@@ -204,23 +229,35 @@ class DiffusersPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         """See `Policy.save_adapter`: in diffusers' own format."""
-        save_lora(self._transformer, self._family.pipeline, folder)
+        with writing(folder):
+            save_lora(self._family.pipeline, self._transformer.peft_config[NAME], self._trainable, folder)
 
-    def load_adapter(self, folder: Path) -> None:
-        """See `Policy.load_adapter`."""
-        load_lora(self._transformer, folder)
+    def load_adapter(self, place: Path) -> None:
+        """See `Policy.load_adapter`: a LoRA in any layout that is read (docs/adapters.md)."""
+        load_lora(self._transformer, place)
 
     def _row(self, prompt: str, references: Sequence[Tensor]) -> Row:
         row = self._cache.read(prompt, references)
         if row is None:
-            self._move_text_encoders(self.device)
-            self._pipe.vae.to(self.device)
-            encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=self.guided)
-            row = Row({name: tensor.cpu() for name, tensor in encoded.tensors.items()}, encoded.sizes)
-            self._cache.write(prompt, references, row)
-            if self._placed and self._settings.offload:
-                self._move_text_encoders(CPU)
+            self._encode(prompt, references)
+            row = self._cache.read(prompt, references)
+        if row is None:
+            raise UserError(f"policy.cache: files go from {self._cache.folder} while it is in use; leave it alone")
         return row
+
+    def _encode(self, prompt: str, references: Sequence[Tensor]) -> None:
+        """Leave in the cache what of a row is not there yet."""
+        missing = self._cache.missing(prompt, references)
+        if not missing:
+            return
+        self._move_text_encoders(self.device)
+        self._pipe.vae.to(self.device)
+        # A negative prompt's part that is there already is not encoded again.
+        guided = self.guided and self._family.depends_on["negative"] in missing
+        encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=guided)
+        self._cache.write(prompt, references, {name: tensor.cpu() for name, tensor in encoded.tensors.items()})
+        if self._placed and self._settings.offload:
+            self._move_text_encoders(CPU)
 
     def _move_text_encoders(self, device: torch.device) -> None:
         encoders = [getattr(self._pipe, name) for name in self._family.text_encoders]

@@ -1,6 +1,7 @@
 """What an iteration of a large generator takes, from its configurations alone: its weights stay where they are."""
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from customized_grpo.config import Config
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.estimate import Estimate, Subject, estimate
+from customized_grpo.policies import RowAsked
 from customized_grpo.policies.catalogue import FAMILIES, MODELS, settings_of
-from customized_grpo.policies.conditions import ConditionCache, Conditions, Row
-from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.policies.conditions import ConditionCache, Conditions, Row, bytes_of_rows
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
 from customized_grpo.policies.family import Family
 from customized_grpo.policies.loading import DAMAGED, locate, read_index
 from customized_grpo.policies.sizes import token_count
@@ -23,8 +25,9 @@ from customized_grpo.runtime import resolve_device, resolve_precision
 META = torch.device("meta")
 
 
-def dry_run(config: Config, processes: int = 1) -> Estimate:
-    """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square.
+def dry_run(config: Config, processes: int = 1, rows: Sequence[RowAsked] | None = None) -> Estimate:
+    """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square;
+    and of disk what `rows`, all that the run reads, take once they are encoded.
 
     Raises `UserError` where the model cannot be had, or takes no such settings.
     """
@@ -32,12 +35,13 @@ def dry_run(config: Config, processes: int = 1) -> Estimate:
     family = FAMILIES[settings.kind]
     folder = locate(settings.model or MODELS[settings.kind], family, weights=False)
     bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
-    return estimate_pipeline(
-        config, family, outline(folder, family, torch.bfloat16 if bf16 else torch.float32), processes
-    )
+    pipe = outline(folder, family, torch.bfloat16 if bf16 else torch.float32)
+    return estimate_pipeline(config, family, pipe, processes, rows)
 
 
-def estimate_pipeline(config: Config, family: Family, pipe: Any, processes: int = 1) -> Estimate:
+def estimate_pipeline(
+    config: Config, family: Family, pipe: Any, processes: int = 1, rows: Sequence[RowAsked] | None = None
+) -> Estimate:
     """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on
     the meta device."""
     settings, network = config.policy, pipe.transformer
@@ -67,7 +71,12 @@ def estimate_pipeline(config: Config, family: Family, pipe: Any, processes: int 
         block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
         fused_tokens=tokens,
     )
-    return estimate(config, subject, processes)
+    estimated = estimate(config, subject, processes)
+    if rows is None:
+        return estimated
+    planned = [plan_row(family, each, settings.reference_side) for each in rows]
+    encoded = bytes_of_rows(family, network.config, dtype, planned, guided=policy.guided)
+    return replace(estimated, disk=estimated.disk | {"encoded prompts and references": float(encoded)})
 
 
 def outline(folder: Path, family: Family, dtype: torch.dtype) -> Any:

@@ -1,13 +1,13 @@
 """What one family of diffusers pipelines does in its own way; `diffusers_policy` makes a policy of it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from customized_grpo.policies import Lengths
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
 
 
 class Family(Protocol):
@@ -26,6 +26,9 @@ class Family(Protocol):
     """Names of the parts that are let go once all prompts are encoded."""
     lora_targets: str
     """Regular expression of the names of the linear layers that get LoRA factors."""
+    depends_on: Mapping[str, Inputs]
+    """For each tensor of a row what it depends on: what rows share is encoded, kept and read once. The tensor named
+    "negative" is of guided rows alone."""
     max_references: int
     guidance: float
     """Used where the configuration gives none."""
@@ -55,7 +58,7 @@ class Family(Protocol):
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> Row:
-        """One prompt and its references [3, h, w] in [0, 1]; `guided`: with a negative prompt."""
+        """One prompt and its references [3, h, w] in [0, 1]; `guided`: with "negative", of a negative prompt."""
         ...
 
     def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
 """FLUX.1 Kontext: one reference, whose tokens follow the image's and whose ids have 1 on their first axis."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import Tensor
 
 from customized_grpo.policies import Lengths, flux1, schedule
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import to_area, token_count
 
 
@@ -20,6 +20,7 @@ class Flux1Kontext:
     saved_as: tuple[str, ...] = ("FluxKontextPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     lora_targets = flux1.LORA_TARGETS
+    depends_on: Mapping[str, Inputs] = flux1.DEPENDS_ON
     max_references = 1
     guidance = 3.5
     reference_side = 1024

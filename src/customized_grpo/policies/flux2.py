@@ -4,7 +4,7 @@ Shape legend: b samples, H x W image in pixels, N = H/16 * W/16 image tokens, S 
 channels of a packed latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from customized_grpo.policies import Lengths, flux1, schedule
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
 LORA_TARGETS = (
@@ -36,6 +36,7 @@ class Flux2:
     saved_as: tuple[str, ...] = ("Flux2Pipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder",)
     lora_targets = LORA_TARGETS
+    depends_on: Mapping[str, Inputs] = {"text": (PROMPT,), "reference": (REFERENCES,)}
     max_references = MAX_REFERENCES
     guidance = 4.0
 

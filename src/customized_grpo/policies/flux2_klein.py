@@ -1,6 +1,6 @@
 """FLUX.2 [klein]: FLUX.2's tokens; a Qwen3 reads the prompt, and guidance is classifier-free, or distilled away."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from customized_grpo.errors import UserError
 from customized_grpo.policies import Lengths, flux2
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of
 
 
@@ -21,6 +21,7 @@ class Flux2Klein:
     saved_as: tuple[str, ...] = ("Flux2KleinPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder",)
     lora_targets = flux2.LORA_TARGETS
+    depends_on: Mapping[str, Inputs] = {"text": (PROMPT,), "negative": (), "reference": (REFERENCES,)}
     max_references = flux2.MAX_REFERENCES
     guidance = 4.0
 

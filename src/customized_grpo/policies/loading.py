@@ -1,9 +1,9 @@
-"""Pipelines from a local folder or a hub id, checked before hours are spent; LoRAs to start from, merged into them."""
+"""Pipelines from a local folder or a hub id, checked before hours are spent."""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -11,17 +11,21 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
 from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
-from torch import Tensor
 
 from customized_grpo.connection import check_hub
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies import uno
 from customized_grpo.policies.family import Family
-from customized_grpo.policies.lora import PREFIX, read_lora
+from customized_grpo.storage import downloading
 
 INDEX = "model_index.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
@@ -30,29 +34,19 @@ SHARDS = "*.safetensors.index.json"
 """Indices of weights in several files."""
 
 
+def from_hub() -> AbstractContextManager[None]:
+    """Guard downloads from the hub: `StorageError` where the disk of its cache is full."""
+    return downloading(Path(constants.HF_HUB_CACHE), "HF_HOME")
+
+
 def locate(model: str, family: Family, *, weights: bool = True) -> Path:
     """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be, with its
     `weights` or only its configurations.
 
     Raises `UserError` where there is none, where it is another pipeline's, or lacks a part.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
-        folder = _download(model, weights)
-    index = read_index(folder)
-    if index.get("_class_name") not in family.saved_as:
-        raise UserError(
-            f"policy.model: {folder} holds a {index.get('_class_name')}, but policy.kind takes a "
-            f"{' or '.join(family.saved_as)}; name another model or kind"
-        )
-    kind = index.get("transformer", [None, None])[1]
-    if kind != family.transformer.__name__:
-        raise UserError(
-            f"policy.model: the transformer in {folder} is a {kind}, but policy.kind takes a "
-            f"{family.transformer.__name__}; name another model or kind"
-        )
+    index = check_model(model, family)
+    folder = Path(model) if Path(model).is_dir() else _download(model, weights)
     missing = [
         name
         for name, value in index.items()
@@ -61,6 +55,32 @@ def locate(model: str, family: Family, *, weights: bool = True) -> Path:
     if missing:
         raise UserError(f"policy.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew")
     return folder
+
+
+def check_model(model: str, family: Family) -> dict[str, Any]:
+    """Read what `model`, a folder or a hub id, is a pipeline of; of a hub id no other file is downloaded.
+
+    Raises `UserError` where there is none, or where it is another family's.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        index = read_index(folder)
+    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
+    else:
+        index = read_index(_fetch(model, lambda: Path(hf_hub_download(model, INDEX)).parent))
+    if index.get("_class_name") not in family.saved_as:
+        raise UserError(
+            f"policy.model: {model} holds a {index.get('_class_name')}, but policy.kind takes a "
+            f"{' or '.join(family.saved_as)}; name another model or kind"
+        )
+    kind = index.get("transformer", [None, None])[1]
+    if kind != family.transformer.__name__:
+        raise UserError(
+            f"policy.model: the transformer in {model} is a {kind}, but policy.kind takes a "
+            f"{family.transformer.__name__}; name another model or kind"
+        )
+    return index
 
 
 def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
@@ -114,36 +134,6 @@ def without_pickles() -> Iterator[None]:
         torch.load = load
 
 
-def merge_base_adapter(pipe: Any, path: Path) -> None:
-    """Merge the LoRA in the safetensors file `path` into the transformer, so that training starts from it.
-
-    It is in diffusers' format, in that of UNO's published LoRA, or a whole FLUX.1 transformer in the names of its first
-    release, UNO merged in. Raises `UserError` where it does not fit.
-    """
-    state, scale = _read_adapter(path)
-    try:
-        if uno.is_fused(state):
-            pipe.transformer.load_state_dict(uno.fused_to_diffusers(state))
-            return
-        factors = uno.published_to_diffusers(state) if uno.is_published_lora(state) else state
-        _check_fits(pipe.transformer, factors, path)
-        pipe.load_lora_weights({f"{PREFIX}{name.removeprefix(PREFIX)}": tensor for name, tensor in factors.items()})
-        pipe.fuse_lora(lora_scale=scale)
-        pipe.unload_lora_weights()
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"policy.base_adapter: {path} does not fit the transformer ({first_line(error)}); name one that was made "
-            "for this model"
-        ) from error
-
-
-def _read_adapter(path: Path) -> tuple[dict[str, Tensor], float]:
-    try:
-        return read_lora(path)
-    except UserError as error:
-        raise UserError(f"policy.base_adapter: {error}") from error
-
-
 def fingerprint(folder: Path) -> str:
     """Stands for all that encodes in the pipeline in `folder`: the place, names, sizes and times of its files, the
     transformer's left out, and the libraries that run them."""
@@ -157,25 +147,20 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_fits(transformer: Any, factors: dict[str, Tensor], path: Path) -> None:
-    """What diffusers would leave out with a warning is refused: factors of layers that the transformer lacks."""
-    layers = {name for name, _ in transformer.named_modules()}
-    known = {name for name in factors if name.removeprefix("transformer.").split(".lora_")[0] in layers}
-    unknown = [name for name in factors if ".lora_" in name and name not in known]
-    if unknown or not known:
-        example = f"no layer for '{(unknown or list(factors))[0]}'"
-        raise UserError(
-            f"policy.base_adapter: {path} does not fit the transformer ({example}); name one that was made for this "
-            "model"
-        )
-
-
 def _download(model: str, weights: bool) -> Path:
+    if not weights:
+        return _fetch(model, lambda: Path(snapshot_download(model, allow_patterns=["*.json"])))
+    return _fetch(model, lambda: Path(DiffusionPipeline.download(model, use_safetensors=True)))
+
+
+def _fetch(model: str, download: Callable[[], Path]) -> Path:
+    """What `download` gets of the hub's `model`. Raises `UserError` where it cannot be had."""
     check_hub()
     try:
-        if not weights:
-            return Path(snapshot_download(model, allow_patterns=["*.json"]))
-        return Path(DiffusionPipeline.download(model, use_safetensors=True))
+        with from_hub():
+            return download()
+    except RemoteEntryNotFoundError as error:
+        raise UserError(f"policy.model: {model} holds no diffusers pipeline: it has no {INDEX}") from error
     except GatedRepoError as error:
         raise UserError(
             f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
@@ -194,16 +179,26 @@ def locate_file(name: str, field: str) -> Path:
     path = Path(name)
     if path.is_file():
         return path
-    owner, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
-    if path.is_absolute() or not file.endswith(".safetensors"):
+    if path.is_absolute() or name.count("/") < 2 or not name.endswith(".safetensors"):
         raise UserError(
             f"{field}: {name} is neither a file nor owner/name/file.safetensors on the hub; note that only safetensors "
             "files are read"
         )
+    return _download_file(name, field)
+
+
+def download_beside(name: str, beside: str, field: str) -> None:
+    """Download the file `beside` that stands in the folder of `owner/name/file` on the hub. Raises `UserError`, naming
+    the configuration `field`, where there is none."""
+    _download_file(f"{name.rpartition('/')[0]}/{beside}", field)
+
+
+def _download_file(name: str, field: str) -> Path:
+    owner, repository, file = name.split("/", 2)
     check_hub()
     try:
-        return Path(hf_hub_download(f"{owner}/{repository}", file))
+        with from_hub():
+            return Path(hf_hub_download(f"{owner}/{repository}", file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
         raise UserError(
             f"{field}: {name} is no file here, and could not be had from the hub ({first_line(error)})"

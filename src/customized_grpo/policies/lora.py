@@ -1,22 +1,31 @@
 """LoRA factors on a diffusers transformer: made from a seed, saved and loaded in diffusers' own format."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from customized_grpo.errors import UserError
+from customized_grpo.policies.lora_files import (
+    DIFFUSERS_FILE,
+    NAME,
+    PEFT_FILE,
+    Factors,
+    adapter_file,
+    read_lora,
+    saved_name,
+)
+from customized_grpo.policies.lora_layers import place_factors
 from customized_grpo.storage import follow_umask
 
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-NAME = "default"
-PREFIX = "transformer."
+
+def lora_config(targets: str, rank: int, alpha: int) -> LoraConfig:
+    """Return PEFT's settings of factors for the layers that the regular expression `targets` matches."""
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
 
 
 def add_lora(transformer: Any, targets: str, rank: int, alpha: int, seed: int) -> list[tuple[str, nn.Parameter]]:
@@ -24,11 +33,10 @@ def add_lora(transformer: Any, targets: str, rank: int, alpha: int, seed: int) -
 
     `seed` draws their starting point, at which they change nothing.
     """
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights="gaussian")
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(config, adapter_name=NAME)
+        transformer.add_adapter(lora_config(targets, rank, alpha), adapter_name=NAME)
     factors = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     for _, parameter in factors:
         parameter.data = parameter.data.float()
@@ -47,53 +55,61 @@ class CastLinear(nn.Linear):
         return nn.functional.linear(input, self.weight.to(input.dtype))
 
 
-def save_lora(transformer: Any, pipeline: Any, folder: Path) -> None:
-    """Write `folder/pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` takes."""
-    metadata = transformer.peft_config[NAME].to_dict()
+def save_lora(pipeline: Any, config: LoraConfig, factors: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write `folder/pytorch_lora_weights.safetensors`, which `pipe.load_lora_weights(folder)` takes.
+
+    `factors` are named as `add_lora` names them; `pipeline` is the class that knows the format, and `config` what the
+    factors were made with.
+    """
+    layers = {saved_name(name): tensor.detach().contiguous() for name, tensor in factors}
     pipeline.save_lora_weights(
-        folder, transformer_lora_layers=_factors(transformer), transformer_lora_adapter_metadata=metadata
+        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=config.to_dict()
     )
-    follow_umask(folder / ADAPTER_FILE)
+    follow_umask(folder / DIFFUSERS_FILE)
 
 
-def load_lora(transformer: Any, folder: Path) -> None:
-    """Read what `save_lora`, or diffusers, wrote. Raises `UserError` where it is of another base, rank or layers."""
-    path = folder / ADAPTER_FILE
-    if not path.is_file():
-        raise UserError(f"{path}: no adapter there; name the folder of a finished run")
-    state, scale = read_lora(path)
+@torch.no_grad()
+def load_lora(transformer: Any, place: Path) -> None:
+    """Give the factors of `transformer` the values in a LoRA file of any layout that is read.
+
+    `place` is the file or its folder. Raises `UserError` where it is of another base, rank, alpha or other layers.
+    """
+    lora = read_lora(adapter_file(place, (DIFFUSERS_FILE, PEFT_FILE)))
+    found = place_factors(lora, transformer)
+    own: dict[str, Any] = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
     config = transformer.peft_config[NAME]
-    if wrong := misfit(state, _factors(transformer)) or _other_scale(scale, config.lora_alpha / config.r):
-        raise UserError(
-            f"{path}: this adapter does not fit the policy of the run's config ({wrong}); check policy.model, "
-            "policy.lora_rank and policy.lora_alpha"
+    if wrong := _misfit(found, own.keys(), config.r, config.lora_alpha):
+        raise UserError(f"{lora.path}: this adapter does not fit the policy of the configuration: {wrong}")
+    for name, layer in own.items():
+        layer.lora_A[NAME].weight.copy_(found[name].down)
+        layer.lora_B[NAME].weight.copy_(found[name].up)
+
+
+def _misfit(found: Mapping[str, Factors], layers: Iterable[str], rank: int, alpha: int) -> str:
+    """Why factors for other layers, or of another rank or scale, cannot be trained on, and what to set."""
+    wanted = set(layers)
+    missing, unknown = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
+    if missing or unknown:
+        return (
+            f"it {'lacks' if missing else 'has'} factors for {(missing or unknown)[0]}: it fits "
+            f"{len(wanted) - len(missing)} of the {len(wanted)} layers that are trained, and has {len(unknown)} more; "
+            "check policy.model, or merge it with policy.base_adapter"
         )
-    set_peft_model_state_dict(transformer, state, adapter_name=NAME)
-
-
-def read_lora(path: Path) -> tuple[dict[str, Tensor], float]:
-    """The factors in a safetensors file, without the prefix "transformer.", and the scale of their product: alpha by
-    rank, 1 where the file does not say. Raises `UserError` for a damaged file, and for scales layer by layer."""
-    try:
-        with safe_open(path, "pt") as file:
-            state = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            said = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, ValueError, OSError) as error:
-        raise UserError(f"{path}: damaged, or no safetensors file ({error})") from error
-    settings = {name.removeprefix(PREFIX): value for name, value in said.items()}
-    odd = [name for name in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora") if settings.get(name)]
-    if odd or any(name.endswith(".alpha") or "dora_scale" in name for name in state):
-        raise UserError(f"{path}: a LoRA with {', '.join(odd) or 'scales of its own for layers'} is not read here")
-    return state, settings["lora_alpha"] / settings["r"] if {"lora_alpha", "r"} <= settings.keys() else 1.0
-
-
-def _factors(transformer: Any) -> dict[str, Tensor]:
-    factors: dict[str, Tensor] = get_peft_model_state_dict(transformer, adapter_name=NAME)
-    return factors
-
-
-def _other_scale(found: float, expected: float) -> str:
-    return "" if abs(found - expected) < 1e-6 else f"its alpha is {found:g} times its rank, expected {expected:g}"
+    shapes = {(each.rank, round(each.scale * each.rank, 6)) for each in found.values()}
+    if shapes == {(rank, float(alpha))}:
+        return ""
+    if len(shapes) > 1:
+        return "its layers have several ranks or scales, and the policy's one; merge it with policy.base_adapter"
+    (their_rank, their_alpha) = shapes.pop()
+    if not their_alpha.is_integer():
+        return (
+            f"it has rank {their_rank} and alpha {their_alpha:g}, and policy.lora_alpha is a whole number; merge it "
+            "with policy.base_adapter"
+        )
+    return (
+        f"it has rank {their_rank} and alpha {their_alpha:g}, and the policy rank {rank} and alpha {alpha}; set "
+        f"policy.lora_rank={their_rank} and policy.lora_alpha={their_alpha:g}"
+    )
 
 
 def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,7 @@ Shape legend: b samples, H x W image in pixels, N = H/16 * W/16 image tokens, S 
 channels of a packed latent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil
 
 from customized_grpo.data.images import to_pil
 from customized_grpo.policies import schedule
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import sizes_of, to_area, token_count
 
 NEGATIVE_PROMPT = " "
@@ -43,6 +43,10 @@ class QwenImageEditPlus:
         r"transformer_blocks\.\d+\.attn\."
         r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
     )
+    # The text encoder sees the references beside either prompt.
+    depends_on: Mapping[str, Inputs] = {
+        "text": (PROMPT, REFERENCES), "negative": (REFERENCES,), "reference": (REFERENCES,),
+    }  # fmt: skip
     max_references = 3
     guidance = 4.0
     reference_side = 1024

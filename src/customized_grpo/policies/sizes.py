@@ -19,10 +19,9 @@ def token_count(sizes: Sequence[tuple[int, int]]) -> int:
     return sum(height * width // TOKEN**2 for height, width in sizes)
 
 
-def to_area(height: int, width: int, area: float, multiple: int = TOKEN) -> tuple[int, int]:
+def to_area(height: int, width: int, area: int, multiple: int = TOKEN) -> tuple[int, int]:
     """(height, width) of about `area` pixels in the shape of `height` x `width`, in multiples of `multiple`."""
-    scale = math.sqrt(area / (height * width))
-    return _rounded(height * scale, multiple), _rounded(width * scale, multiple)
+    return _rounded_root(area * height, width, multiple), _rounded_root(area * width, height, multiple)
 
 
 def to_longer_side(height: int, width: int, side: int) -> tuple[int, int]:
@@ -32,5 +31,12 @@ def to_longer_side(height: int, width: int, side: int) -> tuple[int, int]:
     return (longer, shorter) if height >= width else (shorter, longer)
 
 
-def _rounded(length: float, multiple: int) -> int:
-    return max(multiple, round(length / multiple) * multiple)
+def _rounded_root(numerator: int, denominator: int, multiple: int) -> int:
+    """The multiple of `multiple`, at least one, that is nearest to sqrt(numerator / denominator); of two as near, the
+    even one. Computed in integers: a float may fall on the other side of a half."""
+    square, unit = 4 * numerator, denominator * multiple**2
+    halves = math.isqrt(square // unit)
+    count = (halves + 1) // 2
+    if halves % 2 and count % 2 and halves**2 * unit == square:  # exactly between two, of which `count` is the odd one
+        count -= 1
+    return max(1, count) * multiple

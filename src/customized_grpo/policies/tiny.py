@@ -42,6 +42,7 @@ from transformers import (
 )
 
 from customized_grpo.policies.qwen_image_edit_plus import ImageTextProcessor
+from customized_grpo.storage import writing
 
 BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
 BYTES += [chr(256 + index) for index in range(256 - len(BYTES))]
@@ -231,12 +232,13 @@ def save_tiny(kind: str, folder: Path, seed: int = 0) -> Path:
         # Random linear layers of these widths leave the transformer almost silent, and parity easy.
         for parameter in pipeline.transformer.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-    pipeline.save_pretrained(folder)
-    if kind == "qwen-image-edit-plus":
-        # Up to 3 x 3 tokens for a picture: of one, its row and column would not show.
-        images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=100 * 100)
-        ImageTextProcessor(images, pipeline.tokenizer).save_pretrained(folder / "processor")
-        index = json.loads((folder / "model_index.json").read_text())
-        index["processor"] = ["transformers", "Qwen2VLProcessor"]
-        (folder / "model_index.json").write_text(json.dumps(index))
+    with writing(folder):
+        pipeline.save_pretrained(folder)
+        if kind == "qwen-image-edit-plus":
+            # Up to 3 x 3 tokens for a picture: of one, its row and column would not show.
+            images = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=100 * 100)
+            ImageTextProcessor(images, pipeline.tokenizer).save_pretrained(folder / "processor")
+            index = json.loads((folder / "model_index.json").read_text())
+            index["processor"] = ["transformers", "Qwen2VLProcessor"]
+            (folder / "model_index.json").write_text(json.dumps(index))
     return folder

@@ -1,7 +1,6 @@
 """UNO (arXiv 2504.02160) on FLUX.1-dev: several references, each placed where the last one ended on both axes."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +9,9 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
-from customized_grpo.errors import UserError
 from customized_grpo.policies import Lengths, flux1, schedule
-from customized_grpo.policies.conditions import Batch, Row, Sizes
+from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
 from customized_grpo.policies.sizes import to_longer_side
-
-_PUBLISHED = re.compile(r"(double|single)_blocks\.(\d+)\.processor\.(qkv|proj)_lora([12]?)\.(down|up)\.weight")
 
 
 class Uno:
@@ -26,6 +22,7 @@ class Uno:
     saved_as: tuple[str, ...] = ("FluxPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     lora_targets = flux1.LORA_TARGETS
+    depends_on: Mapping[str, Inputs] = flux1.DEPENDS_ON
     max_references = 4
     guidance = 4.0
     reference_side = 512
@@ -78,11 +75,6 @@ def diagonal_ids(size: tuple[int, int], references: Sizes) -> Tensor:
     return torch.cat(ids)
 
 
-def is_published_lora(state: dict[str, Tensor]) -> bool:
-    """Whether `state` has the names of UNO's published LoRA (`dit_lora.safetensors`)."""
-    return all(_PUBLISHED.fullmatch(name) for name in state)
-
-
 def is_fused(state: dict[str, Tensor]) -> bool:
     """Whether `state` is a whole FLUX.1 transformer in the names of its first release, as UNO merged into it is."""
     return "double_blocks.0.img_attn.qkv.weight" in state
@@ -91,32 +83,4 @@ def is_fused(state: dict[str, Tensor]) -> bool:
 def fused_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A whole transformer, UNO merged in, in diffusers' names."""
     converted: dict[str, Tensor] = convert_flux_transformer_checkpoint_to_diffusers(dict(state))
-    return converted
-
-
-def published_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """UNO's published LoRA in diffusers' names.
-
-    It has one pair of factors for queries, keys and values together; here each gets its third of `up`, and all the same
-    `down`. Raises `UserError` on names that it does not have.
-    """
-    converted: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        match = _PUBLISHED.fullmatch(name)
-        if match is None:
-            raise UserError(f"'{name}' is no tensor of UNO's LoRA; expected names as {_PUBLISHED.pattern}")
-        kind, block, part, stream, factor = match.groups()
-        prefix = f"transformer.{'transformer_blocks' if kind == 'double' else 'single_transformer_blocks'}.{block}."
-        if part == "qkv":
-            names = ["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"]
-            targets = names if stream == "2" else ["attn.to_q", "attn.to_k", "attn.to_v"]
-        else:
-            targets = [{"1": "attn.to_out.0", "2": "attn.to_add_out", "": "proj_out"}[stream]]
-        if factor == "down":
-            converted |= {f"{prefix}{target}.lora_A.weight": tensor.clone() for target in targets}
-        else:
-            parts = tensor.chunk(len(targets))
-            converted |= {
-                f"{prefix}{t}.lora_B.weight": part.contiguous() for t, part in zip(targets, parts, strict=True)
-            }
     return converted

@@ -130,6 +130,7 @@ def health_charts(metrics: Columns) -> list[Chart]:
     for name, title, unit in (
         ("kl", "KL to the base", "mean over the trained steps"),
         ("invalid_share", "Invalid rewards", "share of samples left out"),
+        ("silent_groups", "Silent groups", "share of groups whose advantages are all 0"),
     ):
         if metrics.has(name) and np.nanmax(np.abs(metrics[name])) > 0:
             charts.append(
@@ -137,7 +138,7 @@ def health_charts(metrics: Columns) -> list[Chart]:
                     title,
                     unit,
                     _plain(metrics, name),
-                    percent=name == "invalid_share",
+                    percent=name != "kl",
                     include=(0.0,),
                     small=True,
                     height=190,

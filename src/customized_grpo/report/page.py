@@ -1,7 +1,6 @@
 """`report.html`: one self-contained page about a run folder, no scripts in it and nothing from elsewhere."""
 
 import math
-import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from customized_grpo.report.records import (
 )
 from customized_grpo.report.svg import Array
 from customized_grpo.statistics import paired_difference
+from customized_grpo.storage import write_whole
 
 LABELS = {
     "joint_success": "Joint success",
@@ -51,6 +51,7 @@ FACTS = (
     ("Data", "data.path"),
     ("Shaping", "advantages.shape"),
     ("SARS \u03b3", "advantages.gamma"),
+    ("SARS \u03b3 of penalties", "advantages.gamma_penalty"),
     ("Weights", "advantages.weights"),
     ("Samples per group", "rollout.group_size"),
     ("Groups per iteration", "rollout.prompts_per_iteration"),
@@ -87,9 +88,7 @@ def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, points=points, reward=reward, duration=duration, scientific=scientific)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(environment.get_template("template.html.j2").render(content), encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, environment.get_template("template.html.j2").render(content))
     return path
 
 
@@ -251,6 +250,13 @@ def remarks(run: Run) -> list[tuple[str, str]]:
             f"{percent(float(np.nanmax(invalid)))} in one iteration."
         )
         found.append(("Note", text))
+    silent = metrics["silent_groups"]
+    if metrics.has("silent_groups") and (count := int((silent == 1).sum())):
+        text = (
+            f"In {count} of {metrics.length} iterations no group taught anything: within each all rewards were equal, "
+            "or missing."
+        )
+        found.append(("WARNING", text))
     base, tuned = run.final.get("base"), run.final.get("tuned")
     done = int(metrics["iteration"].max())
     if tuned and tuned.iteration is not None and tuned.iteration != done:

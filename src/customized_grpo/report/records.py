@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
             f"{folder / 'metrics.jsonl'}: no training iteration in it, so there is nothing to report. "
             "Expected one JSON object an iteration, as `customized-grpo train` writes: is it a run folder?"
         )
-    config_text = (folder / "config.yaml").read_text() if (folder / "config.yaml").is_file() else ""
+    config_text = (folder / "config.yaml").read_text(encoding="utf-8") if (folder / "config.yaml").is_file() else ""
     try:
         config = yaml.safe_load(config_text) if config_text else {}
     except yaml.YAMLError as error:
@@ -108,7 +108,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     rows: dict[float, dict[str, Any]] = {}
-    texts = path.read_text().splitlines()
+    texts = path.read_bytes().decode("utf-8", errors="replace").removesuffix("\n").split("\n")
     for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
@@ -138,11 +138,20 @@ def data_uri(path: Path, inside: Path, limit: int = 256) -> str:
         with Image.open(io.BytesIO(content)) as picture:
             if picture.format != "PNG" or max(picture.size) > limit:
                 picture.thumbnail((limit, limit))
-                shrunk = io.BytesIO()
-                picture.convert("RGB").save(shrunk, "PNG")
-                content = shrunk.getvalue()
+                return as_data_uri(picture.convert("RGB"))
     except (UnidentifiedImageError, OSError):
         return ""
+    return _png_uri(content)
+
+
+def as_data_uri(picture: Image.Image) -> str:
+    """Return a picture as a PNG data URI."""
+    content = io.BytesIO()
+    picture.save(content, "PNG")
+    return _png_uri(content.getvalue())
+
+
+def _png_uri(content: bytes) -> str:
     return "data:image/png;base64," + base64.b64encode(content).decode("ascii")
 
 
@@ -187,7 +196,7 @@ def _weights(path: Path, rows: list[dict[str, Any]]) -> Weights | None:
 
 def _object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path}: broken JSON (line {error.lineno}: {error.msg}); delete it and write it again"

@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -16,6 +17,7 @@ from matplotlib.transforms import Bbox
 
 from customized_grpo.compare.presets import BASE, OURS, REFERENCE
 from customized_grpo.report.records import Interval
+from customized_grpo.storage import replacing
 
 PAPER, INK, MUTED, RULE, AXIS = "#fcfbf8", "#1d1e22", "#63656d", "#e3e0d8", "#a9a79f"
 PROMPT, IDENTITY, CONFLICT, BAD = "#1a6cb0", "#bb4d12", "#8a62b0", "#c9c7c0"
@@ -72,6 +74,12 @@ def svg_text(figure: Figure) -> str:
     fonts = ", ".join(f"'{name}'" for name in FONTS) + ", sans-serif"
     text = content.getvalue().decode("utf-8")
     return re.sub(r"(font: [^'\";]*|font-family: )'[^\";]*", rf"\g<1>{fonts}", text)
+
+
+def save_png(figure: Figure, path: Path, dpi: float) -> None:
+    """Write `figure` as a PNG file, whole or not at all. Raises `StorageError` where the disk does not take it."""
+    with replacing(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=dpi, metadata={"Software": None})
 
 
 def percent(value: float, _: object = None) -> str:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qw
 from customized_grpo.connection import check_hub
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies.loading import locate_file
+from customized_grpo.policies.loading import from_hub, locate_file
 from customized_grpo.policies.lora import misfit
 from customized_grpo.policies.qwen_image_edit_plus import ImageTextProcessor
 from customized_grpo.rewards import Scores, Task
@@ -114,9 +114,10 @@ def load_hpsv3(
     if not Path(backbone).exists():
         check_hub()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
-        pictures = Qwen2VLImageProcessorPil.from_pretrained(backbone, min_pixels=PIXELS, max_pixels=PIXELS)
-        config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
+        with from_hub():
+            tokenizer = AutoTokenizer.from_pretrained(backbone, trust_remote_code=False)
+            pictures = Qwen2VLImageProcessorPil.from_pretrained(backbone, min_pixels=PIXELS, max_pixels=PIXELS)
+            config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"rewards.hpsv3.backbone: {backbone} could not be loaded ({first_line(error)}); name a folder, or a hub id "
@@ -154,7 +155,7 @@ def read_instruction(path: Path | None) -> str:
     if path is not None:
         if not path.is_file():
             raise UserError(f"rewards.hpsv3.instruction: {path} is no file")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     else:
         text = _published_instruction()
     for part in (PLACE, REWARD_TOKEN):

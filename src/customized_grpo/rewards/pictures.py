@@ -8,22 +8,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from customized_grpo.data.resampling import resample, to_levels
 from customized_grpo.errors import UserError
 
-RESAMPLE = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers for ways to resize, by torch's names."""
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""Kernels that pictures are resized with, by Pillow's numbers."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Resize -> centre crop -> normalise. `shortest`: the shorter side after resizing, or `exact` (height, width)."""
+    """Resize -> centre crop -> normalise. `shortest`: the shorter side after resizing, or `exact` (height, width).
+
+    `half`: where the crop begins when an odd number of pixels is cut off: "down" half of them rounded down, as
+    transformers does, or "even" rounded to the nearest even number, as torchvision does.
+    """
 
     shortest: int | None
     exact: tuple[int, int] | None
     crop: tuple[int, int] | None
-    mode: str
+    kernel: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    half: str = "down"
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], source: str) -> "Preprocessing":
@@ -55,18 +61,16 @@ class Preprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """`images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, h, w], normalised."""
-        pixels = _eight_bit(images.float())
-        height, width = pixels.shape[-2:]
+        levels = to_levels(images)
+        height, width = levels.shape[-2:]
         target = self.exact or (height, width)
         if self.shortest is not None:
             short = min(height, width)
             target = (self.shortest * height // short, self.shortest * width // short)
-        if target != (height, width):
-            smooth = {"antialias": True} if self.mode != "nearest-exact" else {}
-            pixels = _eight_bit(F.interpolate(pixels, target, mode=self.mode, **smooth))
+        levels = resample(levels, target, self.kernel)
         if self.crop is not None:
-            pixels = _centre(pixels, self.crop)
-        return _normalised(pixels, self.mean, self.std)
+            levels = _centre(levels, self.crop, self.half)
+        return _normalised(levels.float() / 255, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Letterbox:
 
     def __call__(self, images: Tensor) -> Tensor:
         """`images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, side, side], normalised."""
-        pixels = _eight_bit(images.float())
+        pixels = to_levels(images).float() / 255
         scale = self.side / max(pixels.shape[-2:])
         height, width = (round(length * scale) for length in pixels.shape[-2:])
         if scale != 1:
@@ -92,7 +96,7 @@ class Letterbox:
         return _normalised(pixels, self.mean, self.std)
 
 
-DINO_PUBLISHED = Preprocessing(256, None, (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DINO_PUBLISHED = Preprocessing(256, None, (224, 224), "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "even")
 """What DINO's scores on DreamBench are published with: its checkpoint's own processor resizes to 224 x 224."""
 
 
@@ -101,21 +105,19 @@ def composited(reference: Tensor, mask: Tensor, background: float) -> Tensor:
     return torch.lerp(torch.full_like(reference, background), reference, mask)
 
 
-def _eight_bit(images: Tensor) -> Tensor:
-    return (images.clamp(0, 1) * 255).round() / 255
-
-
 def _normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     level, spread = (pixels.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
     return (pixels - level) / spread
 
 
-def _centre(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def _centre(pixels: Tensor, size: tuple[int, int], half: str) -> Tensor:
     height, width = pixels.shape[-2:]
     missing = [max(0, wanted - given) for wanted, given in zip(size, (height, width), strict=True)]
     if any(missing):
         top, left = missing[0] // 2 + missing[0] % 2, missing[1] // 2 + missing[1] % 2
         pixels = F.pad(pixels, (left, missing[1] - left, top, missing[0] - top))
         height, width = pixels.shape[-2:]
-    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    cut = (height - size[0], width - size[1])
+    # Python rounds halves to even.
+    top, left = (round(each / 2) if half == "even" else each // 2 for each in cut)
     return pixels[..., top : top + size[0], left : left + size[1]]

@@ -1,6 +1,7 @@
 """Pretrained encoders as rewards: DINO, CLIP, SigLIP, PickScore and HPSv2, through transformers."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from customized_grpo.config_rewards import IDENTITY_ENCODERS
 from customized_grpo.connection import check_hub
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import Lengths
-from customized_grpo.policies.loading import check_shards, locate_file, without_pickles
+from customized_grpo.policies.loading import check_shards, from_hub, locate_file, without_pickles
 from customized_grpo.rewards import Reward
 from customized_grpo.rewards.open_clip import load_open_clip
 from customized_grpo.rewards.pictures import Letterbox, Preprocessing
@@ -84,8 +85,9 @@ class Checkpoint:
             return IdentitySimilarity(self.encoder(), segmented=segmented, background=background, several=several)
         return self.to_prompt()
 
-    def encoder(self, preprocess: Preprocessing | None = None) -> PictureEncoder:
-        """Features of pictures; `preprocess` takes the place of the checkpoint's own image processor.
+    def encoder(self, preprocess: Preprocessing | None = None, half: str = "down") -> PictureEncoder:
+        """Features of pictures; `preprocess` takes the place of the checkpoint's own image processor, `half` that of
+        its rounding of odd crops (see `Preprocessing`).
 
         Raises `UserError` where the model takes pictures of another size.
         """
@@ -94,12 +96,12 @@ class Checkpoint:
             raise UserError(f"{self._field}: {self._name} takes {side}x{side} pixels, expected {preprocess.crop}")
         return PictureEncoder(
             self._class_token if self._kind == "dino" else self._projected,
-            preprocess or self._preprocessing(),
+            preprocess or self._preprocessing(half),
             self._device,
             self._micro_batch,
         )
 
-    def _preprocessing(self) -> Callable[[Tensor], Tensor]:
+    def _preprocessing(self, half: str) -> Callable[[Tensor], Tensor]:
         if self._model.config.model_type == "dinov3_vit":
             # Its image processor needs torchvision, but its settings are all in its file.
             settings, _ = BaseImageProcessor.get_image_processor_dict(self._processor)
@@ -108,10 +110,10 @@ class Checkpoint:
         if self._kind == "hpsv2":
             side = self._model.config.vision_config.image_size
             return Letterbox(side, tuple(settings["image_mean"]), tuple(settings["image_std"]))
-        return Preprocessing.of(settings, f"{self._field}: {self._processor}")
+        return replace(Preprocessing.of(settings, f"{self._field}: {self._processor}"), half=half)
 
-    def to_prompt(self) -> PromptSimilarity:
-        """Cosine of pictures with prompts, for the kinds that read prompts."""
+    def to_prompt(self, half: str = "down") -> PromptSimilarity:
+        """Cosine of pictures with prompts, for the kinds that read prompts; `half`: see `encoder`."""
         tokenizer = self._load(AutoTokenizer, self._processor)
         # SigLIP was trained on texts padded to their full length, without a mask.
         padding = "max_length" if self._kind == "siglip" else True
@@ -127,7 +129,7 @@ class Checkpoint:
         def measure(prompts: Sequence[str]) -> Lengths:
             return Lengths([len(each) for each in tokenizer(list(prompts), verbose=False)["input_ids"]], most)
 
-        return PromptSimilarity(self.encoder(), read, measure)
+        return PromptSimilarity(self.encoder(half=half), read, measure)
 
     def _class_token(self, pixels: Tensor) -> Tensor:
         hidden: Tensor = self._model(pixel_values=pixels.to(self._dtype)).last_hidden_state
@@ -141,7 +143,7 @@ class Checkpoint:
         _check_way(name)
         more = {"use_safetensors": True} if loader is AutoModel else {}
         try:
-            with without_pickles():
+            with from_hub(), without_pickles():
                 return loader.from_pretrained(name, trust_remote_code=False, **more)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(
@@ -161,6 +163,9 @@ def _has_processor(name: str) -> bool:
     loads the model tells."""
     _check_way(name)
     try:
-        return cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+        with from_hub():
+            return (
+                cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False) is not None
+            )
     except OSError:
         return False

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customized_grpo.data.images import to_pil
+from customized_grpo.data.images import to_pil, within
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies import References
 from customized_grpo.rewards import Scores, Task
@@ -31,6 +31,9 @@ from customized_grpo.rewards.transport import Refused, Scoring, Transport, Unava
 
 TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
 """Environment variable of the token, on both sides."""
+REFERENCE_SIDE = 1024
+"""References with a longer side are scaled down to it before they are sent, to a reward or to a judge: encoders look at
+a fourth of that or less, and a request stays small."""
 COMPRESS_LEVEL = 1
 """Of zlib. Photographs of 1024 x 1024 take 86 ms and 1.78 MB, with Pillow's usual level 6 285 ms and 1.75 MB."""
 ENCODING_THREADS = min(8, os.cpu_count() or 1)
@@ -197,7 +200,7 @@ class _SharedPictures:
         self._room = threading.Semaphore(2 * ENCODING_THREADS)
 
     def rows(self, pictures: References) -> _Rows:
-        found = [[self._begun(picture) for picture in row] for row in pictures]
+        found = [[self._begun(within(picture, REFERENCE_SIDE)) for picture in row] for row in pictures]
         return [[future.result() for future in row] for row in found]
 
     def _begun(self, picture: Tensor) -> "Future[_Picture]":
@@ -210,8 +213,9 @@ class _SharedPictures:
         return self._known[key]
 
 
-def encoded(image: Tensor) -> str:
-    """A picture [C, H, W] in [0, 1] as the base64 of a PNG."""
+def encoded(image: Tensor, side: int | None = None) -> str:
+    """A picture [C, H, W] in [0, 1] as the base64 of a PNG, scaled down to `side` pixels if it is larger."""
+    image = image if side is None else within(image, side)
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG", compress_level=COMPRESS_LEVEL)
     return base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from customized_grpo.config_rewards import ENCODERS, IDENTITY_ENCODERS, RewardsConfig
 from customized_grpo.errors import UserError, first_line
+from customized_grpo.memory import is_out_of_memory
 from customized_grpo.messages import worded
 from customized_grpo.rewards import Reward, Scores
 from customized_grpo.rewards.catalogue import load_hpsv3_reward, load_pretrained
@@ -41,8 +42,6 @@ SLOWEST = 2**20
 """Bytes a second at which a body must come, averaged since its start, after PATIENCE."""
 PEEK = 1.0
 """Seconds after which a request that waits looks whether its client is still there."""
-OUT_OF_MEMORY = ("out of memory", "tried to allocate", "ALLOC_FAILED")
-"""In messages of RuntimeErrors of torch's allocators (CUDA, MPS, CPU), of CUDA and of its libraries."""
 
 
 class RewardServer(ThreadingHTTPServer):
@@ -220,20 +219,12 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _refusal(error: Exception) -> Refused:
-    if _out_of_memory(error):
+    if is_out_of_memory(error):
         # Of 5xx, for the trainer to try again: memory may be taken by others for a while.
         return Refused(HTTPStatus.SERVICE_UNAVAILABLE, f"out of memory: {first_line(error)[:200]}")
     # Of 4xx, for the trainer to stop and say so: the same request would fail again.
     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"the reward failed: {kind}{first_line(error)[:200]}")
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory ran out in `error` or in what it was raised from."""
-    if error is None:
-        return False
-    of_torch = isinstance(error, RuntimeError) and any(sign in str(error) for sign in OUT_OF_MEMORY)
-    return of_torch or isinstance(error, MemoryError | torch.OutOfMemoryError) or _out_of_memory(error.__cause__)
 
 
 def _answer(scores: Scores) -> dict[str, Any]:

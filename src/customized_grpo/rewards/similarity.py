@@ -1,7 +1,7 @@
 """Rewards that are cosines in a pretrained encoder's space: DINO, CLIP, SigLIP, PickScore, HPSv2."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ class IdentitySimilarity:
         """`segmented`: compare with the subject cut out by its mask, on the grey level `background`. `several`: to more
         than one reference the "mean" of the cosines, or the largest ("max")."""
         self._encoder, self._segmented, self._background, self._several = encoder, segmented, background, several
+        self._kept: dict[Hashable, Tensor] = {}
 
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`."""
@@ -65,6 +66,15 @@ class IdentitySimilarity:
         return Scores(values, values.isfinite())
 
     def _targets(self, task: Task, prompt: int) -> Tensor:
+        """Features [K, E] of the prompt's references; of named ones they are kept, and no picture is read again."""
+        if task.names is None:
+            return self._encoded(task, prompt)
+        name = task.names[prompt]
+        if name not in self._kept:
+            self._kept[name] = self._encoded(task, prompt)
+        return self._kept[name]
+
+    def _encoded(self, task: Task, prompt: int) -> Tensor:
         references = list(task.references[prompt])
         if self._segmented:
             if task.masks is None:

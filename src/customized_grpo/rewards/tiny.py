@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import (
     BitImageProcessorPil,
     CLIPConfig,
@@ -28,6 +27,7 @@ from transformers import (
 
 from customized_grpo.policies.tiny import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 from customized_grpo.rewards.hpsv3 import HPSv3
+from customized_grpo.storage import save_tensors, writing
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 KINDS = ("dino", "dinov3", "vit", "vits16", "clip", "siglip")
@@ -41,7 +41,7 @@ _LAYERS: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidd
 
 def save_tiny_reward(kind: str, folder: Path, seed: int = 0) -> Path:
     """Build the tiny model `kind`, one of KINDS, and save it with its processors into `folder`."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), writing(folder):
         torch.manual_seed(seed)
         if kind == "dino":
             Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)).save_pretrained(
@@ -83,8 +83,9 @@ def save_tiny_hpsv3(folder: Path, seed: int = 0) -> tuple[Path, Path]:
     backbone = folder / "backbone"
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = HPSV3_TEMPLATE
-    tokenizer.save_pretrained(backbone)
-    Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280).save_pretrained(backbone)
+    with writing(folder):
+        tokenizer.save_pretrained(backbone)
+        Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=28 * 28 * 1280).save_pretrained(backbone)
     text = {
         "model_type": "qwen2_vl_text", **_LAYERS, "hidden_size": 32, "num_key_value_heads": 2, "vocab_size": 300,
         "rope_parameters": {"mrope_section": [2, 3, 3], "rope_type": "default", "rope_theta": 1e6},
@@ -94,7 +95,8 @@ def save_tiny_hpsv3(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         text_config=text, vision_config=vision, vision_start_token_id=259, vision_end_token_id=260,
         image_token_id=262, video_token_id=263,
     )  # fmt: skip
-    config.save_pretrained(backbone)
+    with writing(folder):
+        config.save_pretrained(backbone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = HPSv3(Qwen2VLModel(config), 32)
@@ -105,5 +107,5 @@ def save_tiny_hpsv3(folder: Path, seed: int = 0) -> tuple[Path, Path]:
         ): tensor.contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(state | {"lm_head.weight": torch.zeros(300, 32)}, folder / "HPSv3.safetensors")
+    save_tensors(state | {"lm_head.weight": torch.zeros(300, 32)}, folder / "HPSv3.safetensors")
     return folder / "HPSv3.safetensors", backbone

@@ -17,7 +17,7 @@ from customized_grpo.config_rewards import VlmJudgeConfig
 from customized_grpo.errors import UserError, shortened
 from customized_grpo.rewards import Scores, Task
 from customized_grpo.rewards.chat import BEST, QUESTIONS, QUOTED, Unreadable, messages, parse
-from customized_grpo.rewards.remote import encoded
+from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
 from customized_grpo.rewards.transport import Refused, Scoring, Transport, Unavailable
 
 KEY = "OPENAI_API_KEY"
@@ -79,7 +79,7 @@ class VlmJudge:
         if last is not None and last.images() is images and last.task is task:
             return last.ratings
         places = [(p, g) for p in range(images.shape[0]) for g in range(images.shape[1])]
-        references = [[encoded(picture) for picture in row] for row in task.references]
+        references = [[encoded(picture, REFERENCE_SIDE) for picture in row] for row in task.references]
         rating = Rating(self._transport.scoring(), probed=False)
         pool = ThreadPoolExecutor(self._settings.concurrency)
         try:

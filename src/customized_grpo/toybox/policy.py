@@ -1,27 +1,28 @@
 """The ToyBox generator as a policy: LoRA factors or the whole denoiser are trained, the context tower never is."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.policies import References
+from customized_grpo.policies.lora import misfit
+from customized_grpo.policies.lora_files import METADATA, adapter_file, header_settings, read_tensors, saved_name
 from customized_grpo.runtime import resolve_precision
-from customized_grpo.storage import save_tensors
+from customized_grpo.storage import save_tensors, writing
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
 from customized_grpo.toybox.network import Context, Denoiser, Generator
-from customized_grpo.toybox.weights import first_misfit, load_network
+from customized_grpo.toybox.weights import load_network
 
 LORA_TARGETS = ["qkv", "out", "up", "down", "modulation"]
 OWN_SHIFT = 2.0
@@ -50,6 +51,7 @@ class ToyBoxPolicy:
         self._context = generator.context.requires_grad_(False)
         self._base = generator.denoiser.requires_grad_(False)
         self._autocast = resolve_precision(precision) == "bf16"
+        self._lora = (lora_rank, lora_alpha) if adapter == "lora" else None
         self._tuned: Denoiser | PeftModel
         if adapter == "lora":
             config = LoraConfig(r=lora_rank, lora_alpha=lora_alpha, target_modules=LORA_TARGETS)
@@ -120,30 +122,42 @@ class ToyBoxPolicy:
 
     def save_adapter(self, folder: Path) -> None:
         """See `Policy.save_adapter`: PEFT's file for LoRA, the denoiser's state otherwise."""
-        folder.mkdir(parents=True, exist_ok=True)
-        state = (
-            get_peft_model_state_dict(self._tuned) if isinstance(self._tuned, PeftModel) else self._tuned.state_dict()
-        )
-        save_tensors(state, folder / ADAPTER_FILE)
+        save_weights(self.trainable_parameters(), folder, self._lora)
 
-    def load_adapter(self, folder: Path) -> None:
+    def load_adapter(self, place: Path) -> None:
         """See `Policy.load_adapter`."""
-        path = folder / ADAPTER_FILE
-        if not path.is_file():
-            raise UserError(f"{path}: no adapter there; name the folder of a finished run")
-        try:
-            state = load_file(path)
-            if isinstance(self._tuned, PeftModel):
-                if state.keys() != get_peft_model_state_dict(self._tuned).keys():
-                    raise RuntimeError("its tensors have other names")
-                set_peft_model_state_dict(self._tuned, state)
-            else:
-                self._tuned.load_state_dict(state)
-        except (SafetensorError, RuntimeError) as error:
+        path = adapter_file(place, [ADAPTER_FILE])
+        own = {saved_name(name): parameter for name, parameter in self.trainable_parameters()}
+        state, header = read_tensors(path)
+        wrong = misfit(state, own)
+        alpha = header_settings(path, header).get("lora_alpha")
+        if not wrong and self._lora and alpha not in (None, self._lora[1]):
+            wrong = f"its alpha is {alpha}, expected {self._lora[1]}"
+        if wrong:
             raise UserError(
-                f"{path}: this adapter does not fit the policy of the run's config ({first_misfit(error)}); "
-                "check policy.adapter and policy.lora_rank"
-            ) from error
+                f"{path}: this adapter does not fit the policy of the configuration ({wrong}); set "
+                f"{_settings_of(state, alpha)}"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast("cpu", torch.bfloat16, enabled=self._autocast)
+
+
+def save_weights(parameters: Iterable[tuple[str, Tensor]], folder: Path, lora: tuple[int, int] | None) -> None:
+    """Write an adapter of trained `parameters` into `folder`; `lora`: rank and alpha, None for whole weights."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    header = None if lora is None else {METADATA: json.dumps({"r": lora[0], "lora_alpha": lora[1]})}
+    save_tensors({saved_name(name): tensor for name, tensor in parameters}, folder / ADAPTER_FILE, header)
+
+
+def _settings_of(state: Mapping[str, Tensor], alpha: int | None) -> str:
+    """Return the settings of a policy that an adapter of the tensors `state` fits."""
+    ranks = {len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
+    if not ranks:
+        return "policy.adapter=full, and policy.weights to those that it was trained from"
+    told = "" if alpha is None else f", policy.lora_alpha={alpha}"
+    return f"policy.adapter=lora, policy.lora_rank={max(ranks)}{told}"

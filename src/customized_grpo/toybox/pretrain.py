@@ -13,6 +13,7 @@ from customized_grpo.display import Display, Stages
 from customized_grpo.errors import UserError
 from customized_grpo.rollout import sample_ode
 from customized_grpo.runtime import configure, keep_freed_memory
+from customized_grpo.storage import check_folder, write_whole
 from customized_grpo.toybox.copying import COPIED
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
@@ -63,15 +64,15 @@ def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int |
         raise UserError(f"--only: {output} lacks {', '.join(missing)}; make these too")
     if only is None and output.is_dir() and any(output.iterdir()):
         raise UserError(f"--output: {output} is not empty; name a new folder, or say with --only what to make anew")
+    check_folder(output, "--output")
     configure(threads)
     keep_freed_memory()
-    output.mkdir(parents=True, exist_ok=True)
     with display.stages() as stages:
         for name, offset in STAGES.items():
             if name in made:
                 save_network(_train(name, output, 10 * seed + offset, stages), output, name)
     quality = measure_quality(output)
-    (output / QUALITY).write_text(json.dumps(quality, indent=1), encoding="utf-8")
+    write_whole(output / QUALITY, json.dumps(quality, indent=1))
     for title, rows in quality.items():
         display.table(title.replace("_", " "), {name: f"{value:.3f}" for name, value in rows.items()})
 

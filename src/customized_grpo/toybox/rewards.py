@@ -7,8 +7,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from customized_grpo.data import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import Scores, Task
+from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.language import tokenize
 from customized_grpo.toybox.weights import load_network
@@ -46,16 +48,15 @@ class IdentityReward:
     @torch.no_grad()
     def score(self, images: Tensor, task: Task) -> Scores:
         """See `Reward.score`. Raises `UserError` when it is to segment and the data has no masks."""
-        references = torch.stack([row[0] for row in task.references])
+        references = torch.stack([resize_square(row[0], SIZE) for row in task.references])
         if self._segmented:
             if task.masks is None:
                 raise UserError(
                     "rewards.identity_reference is 'segmented', but the data has no masks; "
                     'add "masks" to its metadata.jsonl or set rewards.identity_reference=whole'
                 )
-            references = torch.lerp(
-                torch.full_like(references, BACKDROP), references, torch.stack([row[0] for row in task.masks])
-            )
+            masks = torch.stack([resize_square(row[0], SIZE) for row in task.masks])
+            references = torch.lerp(torch.full_like(references, BACKDROP), references, masks)
         return _cosines(_in_chunks(self._encoder, images.flatten(0, 1)), self._encoder(references))
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from customized_grpo.errors import UserError
-from customized_grpo.storage import save_tensors
+from customized_grpo.storage import check_finite, save_tensors, writing
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 LEAKS = ("low", "medium", "high")
@@ -28,25 +28,28 @@ def shipped_folder() -> Path:
 
 def save_network(network: nn.Module, folder: Path, name: str) -> Path:
     """Write `folder/name.safetensors` in bfloat16."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.safetensors"
     save_tensors({key: value.bfloat16() for key, value in network.state_dict().items()}, path)
     return path
 
 
 def load_network(network: NetworkT, name: str, folder: Path | None = None) -> NetworkT:
-    """Fill `network` with `name`'s weights, in fp32, for evaluation. Raises `UserError` where they are absent or do
-    not fit."""
+    """Fill `network` with `name`'s weights, in fp32, for evaluation. Raises `UserError` where they are absent, do
+    not fit, or are not finite."""
     path = (folder or shipped_folder()) / f"{name}.safetensors"
     if not path.is_file():
         raise UserError(f"{path}: no such weights. Make them with: customized-grpo toybox pretrain --output FOLDER")
     try:
-        network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+        state = load_file(path)
+        network.load_state_dict({key: value.float() for key, value in state.items()})
     except (SafetensorError, RuntimeError) as error:
         raise UserError(
             f"{path}: these are not weights of ToyBox's {name} ({first_misfit(error)}). "
             "Make them with: customized-grpo toybox pretrain --output FOLDER"
         ) from error
+    check_finite(state, path)
     return network.requires_grad_(False).eval()
 
 
