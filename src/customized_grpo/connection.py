@@ -31,7 +31,7 @@ class Route:
     proxy: httpx2.Proxy | None = None
     variable: str | None = None
 
-    def told(self) -> str:
+    def words(self) -> str:
         """The way in words, for messages about a connection that fails; empty for the direct one."""
         return f", through the proxy that {self.variable} names" if self.variable else ""
 

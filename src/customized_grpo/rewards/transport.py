@@ -198,7 +198,7 @@ class Transport:
         while time.monotonic() < end and not is_over():
             with suppress(TimeoutError):
                 return found.result(timeout=min(PAUSE, _left(end)))
-        raise Failure(f"no whole answer in time{self.route.told()}")
+        raise Failure(f"no whole answer in time{self.route.words()}")
 
     def _receive(self, method: str, path: str, body: bytes | None, end: float, found: "Future[Answer]") -> None:
         received = bytearray()
@@ -224,7 +224,7 @@ class Transport:
 
     def _told(self, error: Exception) -> str:
         lines = self.without_token(str(error)).splitlines()
-        return (lines[0][:200] if lines else type(error).__name__) + self.route.told()
+        return (lines[0][:200] if lines else type(error).__name__) + self.route.words()
 
     def _wait(self, state: RetryCallState, end: float) -> float:
         error = state.outcome.exception() if state.outcome else None
