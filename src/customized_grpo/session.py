@@ -172,7 +172,7 @@ class Session:
             self.termination.poll()
             show.phase(phase, share)
 
-        metrics = self.trainer.train_step(on_phase, before_update=self.snapshot.wait)
+        metrics = self.trainer.train_step(on_phase, self.snapshot.wait)
         with self.ranks.together(), self.termination.whole():
             if self.average is not None:
                 self.average.update(self.trainer.iteration)
