@@ -103,7 +103,7 @@ def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
 def check_shards(folder: Path, field: str) -> None:
     """Raise `UserError`, naming the configuration `field`, where an index of weights in `folder` names another thing
     than safetensors files beside it: libraries unpickle what is none, and follow `..`."""
-    for path in sorted(folder.rglob(SHARDS)):
+    for path in sorted(each for each in folder.rglob(SHARDS) if not is_left_behind(each.name)):
         try:
             names = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
