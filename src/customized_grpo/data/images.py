@@ -111,7 +111,8 @@ def resize_square(image: Tensor, size: int) -> Tensor:
 def resize(image: Tensor, size: tuple[int, int], kernel: str = "bicubic") -> Tensor:
     """Resize [C, H, W] until it covers (height, width) `size`, and crop its centre to that.
 
-    Resized as Pillow does, on 8-bit levels. `kernel`: one of `resampling.SUPPORT`. An image of that size is returned as it is.
+    Resized as Pillow does, on 8-bit levels. `kernel`: one of `resampling.SUPPORT`. An image of that size is returned as
+    it is.
     """
     height, width = image.shape[-2:]
     if (height, width) == size:
