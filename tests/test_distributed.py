@@ -157,7 +157,12 @@ def test_the_loss_of_another_process_does_not_end_one_in_the_middle_of_a_save(mo
     store, termination, ended = dist.HashStore(), Termination(), threading.Event()
     store.set("name/1", "another")
     store.set("beat/1", "0")
-    monkeypatch.setattr(distributed.os, "_exit", lambda status: ended.set())
+
+    def leave(status: int) -> None:
+        ended.set()
+        raise SystemExit  # of the thread alone
+
+    monkeypatch.setattr(distributed.os, "_exit", leave)
     watch = distributed.Watch(store, 0, 2, termination, silence=0.2)
     with termination.whole():
         watch.start()

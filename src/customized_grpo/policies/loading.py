@@ -23,6 +23,7 @@ from huggingface_hub.errors import HFValidationError as InvalidId
 from safetensors import SafetensorError
 
 from customized_grpo.connection import check_hub
+from customized_grpo.data.files import is_left_behind
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.policies.family import Family
 from customized_grpo.storage import downloading
