@@ -64,8 +64,7 @@ def parser() -> Parser:
 
 def settings(parser: Parser, arguments: Sequence[str]) -> tuple[str, Any]:
     """The command and its options, parsed as `main` does it."""
-    arguments = [cli._underscored(argument) for argument in arguments]
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(parser.command_of(arguments)[1].underscored(arguments))
     return options.subcommand, options[options.subcommand]
 
 

@@ -172,21 +172,6 @@ def test_bad_requests_are_refused(
     assert not (tmp_path / "pictures").exists()
 
 
-def test_pictures_that_are_no_numbers_are_told(
-    draw: Callable[..., Image.Image], run: Path, make_config: Callable[..., Config], tmp_path: Path
-) -> None:
-    config = make_config()
-    policy = build.build_policy(config.policy, config.seed)
-    for _, parameter in policy.trainable_parameters():
-        parameter.data.fill_(float("nan"))
-    policy.save_adapter(run)
-    with pytest.raises(
-        UserError, match="the generator drew values that are not finite .*; use an earlier checkpoint, or fp32"
-    ):
-        draw()
-    assert not (tmp_path / "pictures" / "out.png").exists()
-
-
 def test_toybox_takes_one_reference(draw: Callable[..., Image.Image], toybox_data: Path) -> None:
     with pytest.raises(UserError, match="takes one reference image, not 2"):
         draw(reference=[toybox_data / "train" / "references" / f"train-0000{number}.png" for number in (0, 1)])

@@ -13,7 +13,6 @@ from customized_grpo import build
 from customized_grpo.checkpoint import load_weights, read_manifest
 from customized_grpo.config import Config, PolicyConfig, flatten
 from customized_grpo.data import Sample, image_grid, load_image, save_image
-from customized_grpo.data.images import check_drawn
 from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.messages import worded
@@ -86,7 +85,6 @@ def generate(options: Options) -> Path:
         noise = batched_normal(options.seed, 0, [0] * count, range(count), "generate", policy.latent_shape)
         sigmas = policy.sigmas(options.num_steps or config.rollout.num_steps, config.rollout.shift)
         images = sample_ode(policy, condition, noise.to(policy.device), sigmas, config.rollout.micro_batch)
-    check_drawn(images)
     scale = max(1, -(-MIN_SIDE // max(policy.size)))
     with writing(options.out.parent):
         save_image(image_grid(images, columns=count, scale=scale), options.out)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -50,7 +50,10 @@ def saving() -> Iterator[None]:
     if marker is None:
         yield
         return
-    Path(marker).touch()
+    from customized_grpo.storage import StorageError, writing  # it loads torch, which the launcher does without
+
+    with suppress(StorageError), writing(Path(marker).parent):  # a save must not fail for want of a mark
+        Path(marker).touch()
     try:
         yield
     finally:

@@ -71,6 +71,8 @@ class Session:
         self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
         self.snapshot = Snapshot(self.state)
         self._saved: int | None = None
+        self._failed: int | None = None
+        """The iteration whose save failed: it is not tried again."""
         self.base_images: torch.Tensor | None = None
         self.tensorboard: Any = None
         self._writer = writer
@@ -367,9 +369,10 @@ class Session:
         iteration = self.snapshot.iteration
         if iteration is None or self._saved == iteration:
             return
+        self._failed = iteration
         with saving():
             save_checkpoint(self._checkpoints, iteration, self.pinned, self.snapshot.tensors())
-        self._saved = iteration
+        self._saved, self._failed = iteration, None
 
     def _prune(self) -> None:
         """Remove old checkpoints. A run that ends early removes none: what ended it may be in the newest weights."""
@@ -385,6 +388,8 @@ class Session:
         done = self.snapshot.iteration or 0
         if done:
             try:
+                if self._failed == done:
+                    raise StorageError("it could not be saved")
                 self._checkpoint()
             except (StorageError, RuntimeError) as failure:  # the disk, or the device of a copy that was under way
                 self._say_what_is_left(failure)

@@ -245,7 +245,7 @@ def test_the_size_of_a_picture_is_read_from_its_header(tmp_path: Path, picture: 
     Image.new("RGB", (50, 30)).save(tmp_path / "turned.jpg", exif=exif)
     assert image_size(tmp_path / "turned.jpg") == (50, 30)
     (tmp_path / "b.png").write_text("no picture")
-    with pytest.raises(UserError, match=r"b\.png: not a picture"):
+    with pytest.raises(UserError, match=r"b\.png: not an image"):
         image_size(tmp_path / "b.png")
 
 
@@ -265,6 +265,7 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
     """Were a sample read that was not encoded, the encoders would be gone."""
     rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
     monkeypatch.setattr(build, "build_rewards", lambda config: rewards)
+    monkeypatch.setattr("customized_grpo.session.fingerprints", lambda config: {})
     policy = {
         "kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "lora_rank": 2,
         "lora_alpha": 2, "device": "cpu", "precision": "fp32", "reference_side": 32,

@@ -224,15 +224,6 @@ def save_image(image: Tensor, path: str | Path) -> None:
         to_pil(image).save(unfinished, format="PNG")
 
 
-def check_drawn(images: Tensor) -> None:
-    """Raise `UserError` where a generator drew pictures [..., H, W] with values that are not finite."""
-    if not torch.isfinite(images).all():
-        raise UserError(
-            "the generator drew values that are not finite (NaN or infinite): its weights are damaged, or overflow in "
-            "this precision; use an earlier checkpoint, or fp32"
-        )
-
-
 def image_grid(images: Tensor, columns: int, scale: int = 1, padding: int = 0, background: float = 1.0) -> Tensor:
     """Tile [N, C, H, W], row by row, into one picture [C, H', W'].
 
