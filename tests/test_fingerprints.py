@@ -78,6 +78,38 @@ def test_a_file_of_the_hub_is_known_by_its_name_and_not_read(tmp_path: Path, mon
     assert fingerprint(f"owner/name/{one}") == fingerprint(local / one) != fingerprint(local)
 
 
+def lora(path: Path, *, swapped: bool = False) -> Path:
+    """A file of one tensor, whose header has its two entries in either order."""
+    entries = {"__metadata__": {"format": "pt"}, "w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    header = json.dumps(dict(reversed(entries.items())) if swapped else entries).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    return path
+
+
+def test_an_adapter_saved_again_is_the_same_and_its_settings_count(
+    tmp_path: Path, make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "mine.safetensors"
+    monkeypatch.setattr("customized_grpo.fingerprints.init_adapter", lambda policy: path)
+
+    def found() -> str:
+        return fingerprints(make_config())["policy.init_from"]
+
+    lora(path)
+    before = found()
+    lora(path, swapped=True)
+    assert found() == before
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 64}')
+    assert found() != before
+
+
+def test_a_folder_without_weights_is_refused_and_a_hidden_one_is_read(tmp_path: Path) -> None:
+    assert fingerprint(pipeline(tmp_path / ".hidden")) == fingerprint(pipeline(tmp_path / "shown"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: none of its files is one that a model is loaded from"):
+        fingerprint(tmp_path / "empty")
+
+
 def test_every_field_that_names_weights_is_pinned(tmp_path: Path) -> None:
     model = save_tiny("flux1-kontext", tmp_path / "model") or tmp_path / "model"
     rewards = {kind: save_tiny_reward(kind, tmp_path / kind) for kind in ("dino", "clip")}

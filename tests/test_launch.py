@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,15 +38,17 @@ if does == "listens":
 
 
 @pytest.fixture
-def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package of our name that does what its arguments say, a word for each process; returns where it writes."""
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of our name that does what its arguments say, a word for each process; yields where it writes."""
     package = tmp_path / "path" / "customized_grpo"
     package.mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(PROGRAM)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
     monkeypatch.setattr(launcher, "PATIENCE", 0.5)
-    return tmp_path
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in the background
+    yield tmp_path
+    signal.signal(signal.SIGINT, before)
 
 
 def test_a_process_that_saves_is_not_killed_when_another_fails(program: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from customized_grpo.checkpoint import list_checkpoints
 from customized_grpo.config import Config
 from customized_grpo.data import load_image, save_image
 from customized_grpo.display import Display
+from customized_grpo.distributed import Ranks
 from customized_grpo.errors import UserError
 from customized_grpo.run import train
 from customized_grpo.session import Session
@@ -319,6 +321,52 @@ def test_what_ends_a_run_in_its_updates_costs_one_iteration(
     assert (tmp_path / "run" / "checkpoints" / "000003").is_dir()
     run_training(make_config(FOUR), resume=True)
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (four / ADAPTER).read_bytes()
+
+
+def test_a_process_that_waits_for_a_lost_one_is_saved_by_a_thread(
+    tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ended by force then: the main thread may be in a call that never ends."""
+    acts: list[Callable[[], None]] = []
+    monkeypatch.setattr(Ranks, "before_force", lambda ranks, act: acts.append(act))
+    score = Trainer.score
+
+    def stuck(self: Trainer[Any], *arguments: Any) -> Any:
+        if self.iteration == 2:
+            thread = threading.Thread(target=acts[0])
+            thread.start()
+            thread.join(60)
+            assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000002"]
+        return score(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "score", stuck)
+    run_training(make_config(FOUR | {"iterations": 3, "checkpoint.every": 100}))
+
+
+def test_overwriting_does_not_delete_what_the_run_starts_from(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
+) -> None:
+    run = shutil.copytree(four, tmp_path / "run")
+    before = listing(run)
+    for start in (run, run / "adapter_model.safetensors"):
+        with pytest.raises(UserError, match=r"policy\.init_from: .* lies in .*, which --overwrite deletes"):
+            run_training(make_config(FOUR | {"policy.init_from": str(start)}), overwrite=True)
+    assert listing(run) == before
+
+
+def test_the_adapter_of_an_earlier_end_is_not_taken_for_the_runs(
+    four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finished run goes on, and is stopped."""
+    run = shutil.copytree(four, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        failing("score", 4, TrainingError("stopped"), patch)
+        with pytest.raises(TrainingError, match="stopped"):
+            run_training(make_config(FOUR | {"iterations": 6}), resume=True)
+    assert (run / ADAPTER).is_file()
+    new = FOUR | {"output": tmp_path / "new", "policy.init_from": str(run)}
+    with pytest.raises(UserError, match="is at iteration 4 of 6, and its adapter is written in the end"):
+        run_training(make_config(new))
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again(

@@ -51,3 +51,42 @@ def test_memory_that_runs_out_leaves_the_former_copy_whole(monkeypatch: pytest.M
         snapshot.take(1)
     assert snapshot.iteration == 0
     assert all(torch.equal(snapshot.tensors()[name], tensor) for name, tensor in before.items())
+
+
+class Copy:
+    """A copy under way on a device, as an event of CUDA tells of it."""
+
+    def __init__(self) -> None:
+        self.done = self.broken = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_copy_that_is_complete_outlives_the_device() -> None:
+    """After some errors of CUDA every call fails, waiting too."""
+    snapshot = Snapshot(trained())
+    snapshot.take(3)
+    snapshot._copied = copy = Copy()  # type: ignore[assignment]
+    snapshot.poll()
+    copy.broken = True
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        snapshot.tensors()
+    copy.done = True
+    snapshot.poll()
+    assert snapshot.iteration == 3 and "parameter/a" in snapshot.tensors()
+
+
+def test_a_copy_that_fails_half_way_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = trained()
+    snapshot = Snapshot(state)
+    snapshot.take(0)
+    found = state.tensors() | {"parameter/b": torch.ones(5)}  # of another shape than its copy
+    monkeypatch.setattr(State, "tensors", lambda state: found)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        snapshot.take(1)
+    assert snapshot.iteration is None

@@ -30,6 +30,8 @@ from customized_grpo.cli import main
 
 place, iteration, number = sys.argv.pop(1), int(sys.argv.pop(1)), signal.Signals[sys.argv.pop(1)]
 
+signal.signal(number, signal.SIG_DFL)  # a shell ignores some in the background
+
 def strike(owner, name, when):
     original = getattr(owner, name)
     def struck(self, *arguments, **settings):
@@ -210,9 +212,12 @@ def test_deferred_it_waits_for_a_poll_unless_nothing_else_waits() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_schedulers_keyboards_and_closed_terminals_are_heard(number: signal.Signals) -> None:
-    termination = Termination()
-    with pytest.raises(Terminated), termination.listening():
-        signal.raise_signal(number)
+    termination, before = Termination(), signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(Terminated), termination.listening():
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)
     assert (termination.status, termination.name) == (128 + number, number.name)
 
 

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -46,6 +46,11 @@ class Ranks:
         self._buffer: Tensor | None = None
         self.ending = False
         """Whether all processes have agreed to end."""
+
+    def before_force(self, act: Callable[[], None]) -> None:
+        """Have `act` done in a thread before this process is ended by force, because another one is gone."""
+        if self._watch is not None:
+            self._watch.last_act = act
 
     @property
     def first(self) -> bool:
@@ -190,6 +195,9 @@ class Watch:
     def __init__(self, store: Any, rank: int, world: int, termination: Termination, silence: float) -> None:
         self.termination = termination
         self._store, self._rank, self._world, self._silence = store, rank, world, silence
+        self.last_act: Callable[[], None] = lambda: None
+        """What is done before this process is ended by force, in a thread: the main one may wait for a lost process."""
+        self._threads: list[threading.Thread] = []
         self._done, self._found = threading.Event(), threading.Event()
         self._names = [""] * world
         self._heard: dict[int, float] = {}
@@ -204,7 +212,8 @@ class Watch:
         self._talked = time.monotonic()
         self._heard = {rank: self._talked for rank in range(self._world) if rank != self._rank}
         for work in (self._talk, self._look):
-            threading.Thread(target=work, daemon=True, name=work.__name__).start()
+            self._threads.append(threading.Thread(target=work, daemon=True, name=work.__name__))
+            self._threads[-1].start()
 
     def who_is_gone(self, error: RuntimeError) -> str:
         """What to say once talking has failed with `error`: known when the silence of one has lasted."""
@@ -219,8 +228,10 @@ class Watch:
         return self._found.wait(self._silence + GRACE)
 
     def close(self) -> None:
-        """No more signs are given or waited for."""
+        """Give no more signs, and wait for none. A thread that talks while the interpreter ends would abort it."""
         self._done.set()
+        for thread in self._threads:
+            thread.join(2 * BEAT)
 
     def _talk(self) -> None:
         beats, last = 0, dict.fromkeys(self._heard, b"")
@@ -258,9 +269,16 @@ class Watch:
                 self._found.set()
                 while not self._done.wait(2 * GRACE):
                     if not self.termination.busy:  # a save is not torn, however long it takes
-                        print(f"customized-grpo: error: {self._told()}", file=sys.stderr, flush=True)
-                        os._exit(1)
+                        self._end()
                 return
+
+    def _end(self) -> None:
+        """End this process by force, after its last act."""
+        try:
+            self.last_act()
+        finally:
+            print(f"customized-grpo: error: {self._told()}", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _told(self) -> str:
         assert self._gone is not None

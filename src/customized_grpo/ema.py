@@ -34,7 +34,7 @@ class Average:
             self.put_back()
 
     def put_back(self) -> None:
-        """End `swapped` where an exception from a signal found it between two steps; elsewhere nothing changes."""
+        """End `swapped`; outside of it nothing changes."""
         if self._before is not None:
             self._put(self._before)
             self._before = None

@@ -1,6 +1,7 @@
 """What decides the result of a run: its settings, and hashes of its data and weights, wherever these lie."""
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +11,9 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from customized_grpo.build import init_adapter
-from customized_grpo.config import Config, flatten
-from customized_grpo.policies.lora_files import PEFT_FILE, PEFT_SETTINGS
+from customized_grpo.config import Config, PolicyConfig, flatten
+from customized_grpo.errors import UserError
+from customized_grpo.policies.lora_files import PEFT_SETTINGS
 from customized_grpo.storage import file_sha256
 from customized_grpo.toybox.weights import shipped_folder
 
@@ -19,16 +21,18 @@ CONFIGURATIONS = r"(model_index|config|scheduler_config|preprocessor_config)\.js
 WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors"
 """Names of the files that libraries load. Whatever else a repository holds decides nothing: other variants, the same
 weights in one file, pictures."""
+INDEX = "model_index.json"
+"""The file of a folder whose parts are folders."""
 BLOB = re.compile("[0-9a-f]{64}")
 """How the hub's cache names a large file: by its SHA-256."""
 THREADS = 8
 MAY_CHANGE = (
     "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.init_from", "policy.weights",
     "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.",
-    "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv3.backbone", "rewards.hpsv3.instruction",
-    "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch", "rewards.deadline", "rewards.vlm_judge.url",
-    "rewards.vlm_judge.concurrency", "rollout.micro_batch", "optimizer.micro_batch", "checkpoint.", "ema.evaluate",
-    "evaluation.", "ranks.", "log.",
+    "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
+    "rewards.hpsv3.instruction", "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch",
+    "rewards.deadline", "rewards.vlm_judge.url", "rewards.vlm_judge.concurrency", "rollout.micro_batch",
+    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes. The contents of data and weights may not."""
 
@@ -43,16 +47,20 @@ def pinned(config: Config, hashes: Mapping[str, str]) -> dict[str, Any]:
 
 def fingerprints(config: Config) -> dict[str, str]:
     """Map the fields that name weights to a hash of what these weights are. All of them must have been loaded."""
-    return {field: fingerprint(name, files) for field, name, files in _named(config) if name is not None}
+    found = {field: fingerprint(name, files) for field, name, files in _named(config) if name is not None}
+    return found | {field: _adapter_sha256(path) for field, path in _adapters(config.policy).items()}
 
 
 def fingerprint(name: str | Path, files: str = f"{CONFIGURATIONS}|{WEIGHTS}") -> str:
-    """Return a hash of the `files`, a pattern for their names, in a folder and one level below; or of one file.
+    """Return a hash of the `files`, a pattern for their names, in a folder, or in a pipeline's folders; or of one file.
 
-    `name`: a path; or owner/name or owner/name/file of the hub, as its cache has them.
+    `name`: a path; or owner/name or owner/name/file of the hub, as its cache has them. Raises `UserError` where no file
+    matches.
     """
     place = _place(str(name))
     found = [place] if place.is_file() else sorted(_matching(place, files))
+    if not found:
+        raise UserError(f"{place}: none of its files is one that a model is loaded from; name the model's folder")
     with ThreadPoolExecutor(THREADS) as pool:
         hashes = list(pool.map(_sha256, found))
     # A single file may be renamed; in a folder, names are what libraries look for.
@@ -67,29 +75,44 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     if policy.kind == "toybox":
         yield "policy.weights", policy.weights or shipped_folder(), r".*\.safetensors"
     else:
-        from customized_grpo.policies.base_adapter import locate_adapter
         from customized_grpo.policies.catalogue import MODELS
 
         yield "policy.model", policy.model or MODELS[policy.kind], either
-        if policy.base_adapter is not None:
-            yield from _adapter("policy.base_adapter", locate_adapter(policy.base_adapter, "policy.base_adapter"))
-    if (adapter := init_adapter(policy)) is not None:
-        yield from _adapter("policy.init_from", adapter)
     for side, kind, model in (
         ("prompt", rewards.prompt, rewards.prompt_model),
         ("identity", rewards.identity, rewards.identity_model),
     ):
         yield f"rewards.{side}_model", _reward_model(kind, model), either
+    if rewards.prompt == "hpsv2" and (rewards.prompt_model or "").endswith(".safetensors"):
+        yield "rewards.hpsv2.backbone", rewards.hpsv2.backbone, CONFIGURATIONS
     if rewards.prompt == "hpsv3":
         yield "rewards.hpsv3.backbone", rewards.hpsv3.backbone, CONFIGURATIONS
         yield "rewards.hpsv3.instruction", rewards.hpsv3.instruction, either
 
 
-def _adapter(field: str, path: Path) -> Iterator[tuple[str, Path, str]]:
-    """A LoRA, and PEFT's settings beside it: they hold its alpha."""
-    yield field, path, ".*"
-    if (settings := path.with_name(PEFT_SETTINGS)).is_file() and path.name == PEFT_FILE:
-        yield f"{field}.settings", settings, ".*"
+def _adapters(policy: PolicyConfig) -> dict[str, Path]:
+    """The LoRA files that training starts from, by field."""
+    found = {"policy.init_from": init_adapter(policy)}
+    if policy.base_adapter is not None:
+        from customized_grpo.policies.base_adapter import locate_adapter
+
+        found["policy.base_adapter"] = locate_adapter(policy.base_adapter, "policy.base_adapter")
+    return {field: path for field, path in found.items() if path is not None}
+
+
+def _adapter_sha256(path: Path) -> str:
+    """Return a hash of a LoRA, and of PEFT's settings beside it, which hold its alpha.
+
+    The same LoRA saved again has the entries of its header in another order.
+    """
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        while part := file.read(1 << 20):
+            digest.update(part)
+    if (settings := path.with_name(PEFT_SETTINGS)).is_file():
+        digest.update(settings.read_bytes())
+    return digest.hexdigest()
 
 
 def _reward_model(kind: str, model: str | None) -> str | None:
@@ -114,8 +137,9 @@ def _place(name: str) -> Path:
 
 
 def _matching(folder: Path, names: str) -> Iterator[Path]:
-    for path in (*folder.iterdir(), *folder.glob("*/*")):
-        if re.fullmatch(names, path.name) and path.is_file() and not path.parent.name.startswith("."):
+    parts = folder.glob("[!.]*/*") if (folder / INDEX).is_file() else ()
+    for path in (*folder.iterdir(), *parts):
+        if re.fullmatch(names, path.name) and path.is_file():
             yield path
 
 

@@ -19,8 +19,9 @@ from types import FrameType
 from customized_grpo.errors import UserError
 from customized_grpo.termination import SIGNALS
 
-PATIENCE = 30.0
-"""Seconds that the others have to end by themselves when one has failed. One that saves has all the time it needs."""
+PATIENCE = 60.0
+"""Seconds that the others have to end by themselves when one has failed: `ranks.silence` until they find out, and some
+to end. One that saves has all the time it needs."""
 MARKER = "CUSTOMIZED_GRPO_SAVING"
 """Environment variable with the path of a file that is there while a process saves."""
 
@@ -57,7 +58,8 @@ def saving() -> Iterator[None]:
     try:
         yield
     finally:
-        Path(marker).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(marker).unlink(missing_ok=True)
 
 
 def launch(arguments: Sequence[str], count: int) -> int:

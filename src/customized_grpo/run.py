@@ -27,7 +27,6 @@ from customized_grpo.trainer import Trainer
 
 WRITTEN = (
     *LOGS,
-    "config.yaml",
     "weights.json",
     *(f"{name}{UNFINISHED}" for name in (*LOGS, "config.yaml", "weights.json")),
     "report.html",
@@ -39,8 +38,10 @@ WRITTEN = (
     "evaluation",
     "galleries",
     "tensorboard",
+    "config.yaml",
 )
-"""What a run writes into its folder, and all that --overwrite deletes."""
+"""What a run writes into its folder, and all that --overwrite deletes, in this order: a folder without a config.yaml is
+not taken for a run's."""
 ANOTHER = "another run"
 
 
@@ -66,6 +67,7 @@ def train(
                 display = display if ranks.first else Display.silent()
                 with ranks.together():
                     _check_output(config.output, resume=resume or resume_from is not None, overwrite=overwrite)
+                    _check_start(config, overwrite=overwrite)
                     if ranks.first and (config.output / LOCK).is_file():
                         with locked(config.output, ANOTHER):
                             pass  # found out now rather than when all is loaded
@@ -126,12 +128,6 @@ def evaluate_run(
         raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
     config = load_run_config(run)
     adapter = adapter_folder(run, ema=ema)
-    rows = read_lines(run / LOGS[0])
-    if rows and rows[-1]["iteration"] < config.iterations:
-        raise UserError(
-            f"--run: {run} is at iteration {rows[-1]['iteration']} of {config.iterations}, and its adapter is written "
-            "in the end; go on with train --resume"
-        )
     configure(config.threads)
     path = data or config.data.test or config.data.validation or config.data.path
     pairs = pairs or config.evaluation.test_pairs
@@ -151,15 +147,23 @@ def evaluate_run(
             display.comparison(write_evaluation(*parts))
             if not ranks.first:
                 return None
-            if not rows:  # of an exported adapter: it has no training to report
+            if not (run / LOGS[0]).is_file():  # of an exported adapter: it has no training to report
                 return run / "evaluation"
             with writing(run):
                 return write_report(run)
 
 
 def adapter_folder(run: Path, *, ema: bool) -> Path:
-    """Where the run in the folder `run` has its adapter, or that of the averaged weights. Raises `UserError` where
-    there is none."""
+    """Return where the run in the folder `run` has its adapter, or that of the averaged weights.
+
+    Raises `UserError` where there is none, or only that of an earlier end, from which the run went on.
+    """
+    rows, last = read_lines(run / LOGS[0]), load_run_config(run).iterations
+    if rows and rows[-1]["iteration"] < last:
+        raise UserError(
+            f"{run} is at iteration {rows[-1]['iteration']} of {last}, and its adapter is written in the end; go on "
+            "with train --resume, or take a checkpoint with customized-grpo export"
+        )
     if not ema:
         return run
     if not (run / EMA).is_dir():
@@ -212,6 +216,21 @@ def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if not (output / "config.yaml").is_file():
         raise UserError(f"output: {output} holds other files than a run's (no config.yaml); name another folder")
     load_run_config(output)
+
+
+def _check_start(config: Config, *, overwrite: bool) -> None:
+    """Raise `UserError` where the run starts from one that is not finished, or from what --overwrite would delete."""
+    start = config.policy.init_from
+    if start is not None and (Path(start) / "config.yaml").is_file():
+        adapter_folder(Path(start), ema=False)
+    output = config.output.resolve()
+    for field in ("init_from", "base_adapter", "model", "weights") if overwrite else ():
+        named = getattr(config.policy, field)
+        if named is not None and Path(named).exists() and Path(named).resolve().is_relative_to(output):
+            raise UserError(
+                f"policy.{field}: {named} lies in {config.output}, which --overwrite deletes; name another --output, "
+                "or copy it elsewhere"
+            )
 
 
 @contextmanager

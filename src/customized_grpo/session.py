@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from customized_grpo.errors import Diverged, UserError, told_changes
 from customized_grpo.evaluation import Evaluation
 from customized_grpo.fingerprints import fingerprints, pinned
 from customized_grpo.launch import saving
+from customized_grpo.memory import COPYING, EVALUATING, explain_out_of_memory
 from customized_grpo.policies import Policy
 from customized_grpo.report import write_report
 from customized_grpo.runtime import local_rank
@@ -71,6 +73,7 @@ class Session:
         self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
         self.snapshot = Snapshot(self.state)
         self._saved: int | None = None
+        self._save_lock = threading.Lock()
         self._failed: int | None = None
         """The iteration whose save failed: it is not tried again."""
         self.base_images: torch.Tensor | None = None
@@ -96,7 +99,9 @@ class Session:
         own: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.first or local_rank() == 0:
-                own = pinned(self.config, fingerprints(self.config) | {"data": self.trainer.dataset.sha256()})
+                with self.ranks.alone():
+                    hashes = fingerprints(self.config) | {"data": self.trainer.dataset.sha256()}
+                own = pinned(self.config, hashes)
         self.pinned = json.loads(self.ranks.of_first(json.dumps(own)))
         with self.ranks.together():
             if own and (changed := told_changes(self.pinned, own, {*own, *self.pinned})):
@@ -128,6 +133,8 @@ class Session:
         Whatever ends it early - a signal, an error, a full disk - leaves a checkpoint of the last whole iteration,
         unless the processes hold different weights (`Diverged`).
         """
+        if self.ranks.first:
+            self.ranks.before_force(self._save_in_a_thread)
         try:
             self._loop()
         except Diverged:
@@ -148,11 +155,11 @@ class Session:
                 iteration = self.trainer.iteration
                 if self._validation_is_due() or iteration == last:
                     self._validate()
-                saving = iteration % self.config.checkpoint.every == 0 or iteration == last
-                if saving or iteration % self.config.ranks.check_every == 0:
+                due = iteration % self.config.checkpoint.every == 0 or iteration == last
+                if due or iteration % self.config.ranks.check_every == 0:
                     with self.ranks.together():
                         self._check_equal(f"after iteration {iteration}; go on from the last checkpoint with --resume")
-                if saving:
+                if due:
                     with self.ranks.together(), self.termination.whole():
                         if self.ranks.first:
                             self._checkpoint()
@@ -172,6 +179,7 @@ class Session:
 
         def on_phase(phase: str, share: float) -> None:
             self.termination.poll()
+            self.snapshot.poll()
             show.phase(phase, share)
 
         metrics = self.trainer.train_step(on_phase, self.snapshot.wait)
@@ -186,7 +194,8 @@ class Session:
 
     def _take_snapshot(self) -> None:
         if self.ranks.first:  # the one that writes checkpoints
-            self.snapshot.take(self.trainer.iteration)
+            with explain_out_of_memory("copying the training state to the host's memory", COPYING):
+                self.snapshot.take(self.trainer.iteration)
 
     def _validation_is_due(self) -> bool:
         """A run that was stopped may have been so between an iteration and its validation."""
@@ -317,7 +326,7 @@ class Session:
 
     def _validate(self) -> None:
         self.snapshot.wait()
-        with self._evaluated_weights():
+        with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
             evaluation = self._evaluate(self.config.evaluation.pairs)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
         with self.ranks.together(), self.termination.whole():
@@ -366,13 +375,14 @@ class Session:
 
     def _checkpoint(self) -> None:
         """Save the last whole iteration, unless that was done already: a whole checkpoint is not touched."""
-        iteration = self.snapshot.iteration
-        if iteration is None or self._saved == iteration:
-            return
-        self._failed = iteration
-        with saving():
-            save_checkpoint(self._checkpoints, iteration, self.pinned, self.snapshot.tensors())
-        self._saved, self._failed = iteration, None
+        with self._save_lock:
+            iteration = self.snapshot.iteration
+            if iteration is None or self._saved == iteration:
+                return
+            self._failed = iteration
+            with saving():
+                save_checkpoint(self._checkpoints, iteration, self.pinned, self.snapshot.tensors())
+            self._saved, self._failed = iteration, None
 
     def _prune(self) -> None:
         """Remove old checkpoints. A run that ends early removes none: what ended it may be in the newest weights."""
@@ -396,6 +406,12 @@ class Session:
                 return
         how = f"stopped by {self.termination.name}" if isinstance(error, Terminated) else "stopped"
         self.display.note(f"{how} after iteration {done}; `train --resume` goes on from there")
+
+    def _save_in_a_thread(self) -> None:
+        """Save the last whole iteration, where another process is lost and the main thread may wait for it for ever."""
+        with self.snapshot.lock:
+            if self.snapshot.iteration:
+                self._checkpoint()
 
     def _say_what_is_left(self, failure: Exception) -> None:
         self.display.warn(f"what came after the last checkpoint is lost: {failure}")

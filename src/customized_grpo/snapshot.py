@@ -1,5 +1,7 @@
 """A copy of the training state on the host: whatever ends a run, its last whole iteration can be saved."""
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -21,12 +23,18 @@ class Snapshot:
         self._copies: dict[str, Tensor] = {}
         self._free: dict[torch.dtype, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
+        self.lock = threading.Lock()
+        """Held while a copy is made; hold it to read one from another thread."""
         self.iteration: int | None = None
-        """Iterations done at the time of the copy; None before the first `take`."""
+        """Iterations done at the time of the copy; None before the first `take`, and while one is made."""
 
     @torch.no_grad()
     def take(self, iteration: int) -> None:
         """Copy the state after `iteration`. On a GPU, return before the copy is complete."""
+        with self.lock:
+            self._take(iteration)
+
+    def _take(self, iteration: int) -> None:
         self.wait()
         found = self._state.tensors()
         # All memory first: an allocation that fails leaves the former copy whole.
@@ -34,6 +42,7 @@ class Snapshot:
             name: self._copies[name] if name in self._copies else self._empty_like(tensor)
             for name, tensor in found.items()
         }
+        self.iteration = None  # a copy that fails half way is none
         device = next((tensor.device for tensor in found.values() if tensor.is_cuda), None)
         stream = None if device is None else torch.cuda.Stream(device)
         if stream is not None:
@@ -49,6 +58,11 @@ class Snapshot:
         """Wait until the copy is complete; from then on the state may change."""
         if self._copied is not None:
             self._copied.synchronize()
+            self._copied = None
+
+    def poll(self) -> None:
+        """Note a copy that is complete, without waiting: it then outlives an error of the device."""
+        if self._copied is not None and self._copied.query():
             self._copied = None
 
     def tensors(self) -> dict[str, Tensor]:

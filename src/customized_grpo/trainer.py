@@ -234,13 +234,15 @@ class Trainer(Generic[ConditionT]):
         done, total = 0, int(matter.sum()) * num_steps
         for number, share in enumerate(dealt.tensor_split(updates)):
             # In the rollout's order: a micro-batch then holds one prompt and one step where it can, as there, and the
-            # same kernels round alike.
+            # same kernels round alike. So what does not matter is left out of its micro-batch, and no other moves up.
             rows = share[(share >= low) & (share < high)].sort().values - low
-            rows = rows[matter[rows]]
             items = torch.cartesian_prod(torch.arange(num_steps), rows)
             loss = 0.0
             with self.ranks.together(), in_step(self.policy, self.ranks), self._memory("computing gradients", UPDATING):
-                for chunk in items.split(self.config.optimizer.micro_batch) if len(items) else ():
+                for micro_batch in items.split(self.config.optimizer.micro_batch) if len(items) else ():
+                    chunk = micro_batch[matter[micro_batch[:, 1]]]
+                    if not len(chunk):
+                        continue
                     result, kl = self._objective(rollout, plan, flat, chunk)
                     part = result.loss * (len(chunk) / (len(share) * num_steps))
                     part.backward()
@@ -339,9 +341,9 @@ class _Clock:
         self.share(0.0)
 
     def _now(self) -> float:
-        """The time when all that was asked of the device is done."""
+        """The time when all that was asked of the device is done, but for copies on other streams."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
 
     def share(self, share: float) -> None:

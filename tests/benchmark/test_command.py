@@ -21,6 +21,7 @@ from customized_grpo.data import load_image
 from customized_grpo.data.color_profiles import ADOBE_GAMMA, ADOBE_RGB, matrix_profile
 from customized_grpo.display import Display
 from customized_grpo.errors import NotFinite, UserError
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.tiny import save_tiny
 from customized_grpo.rewards.similarity import PictureEncoder
 from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
@@ -268,7 +269,7 @@ def test_pictures_of_a_benchmark_that_are_no_numbers_are_told(
     settings: Settings, display: Display, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = torch.full((1, 3, 64, 64), float("nan"))
-    monkeypatch.setattr(benchmark, "sample_ode", lambda policy, *arguments: nothing.repeat(arguments[-1], 1, 1, 1))
+    monkeypatch.setattr(DiffusersPolicy, "decode", lambda policy, latents: nothing.repeat(len(latents), 1, 1, 1))
     with pytest.raises(NotFinite, match="pictures that the generator drew are not finite"):
         run_benchmark(settings(), display)
     assert list((tmp_path / "out").rglob("*.png")) == []

@@ -85,7 +85,7 @@ class Policy(Protocol[ConditionT]):
         ...
 
     def untuned(self) -> AbstractContextManager[None]:
-        """Within it the generator is the one that training started from."""
+        """Within it the generator is the base: without what was trained, and without `policy.init_from`."""
         ...
 
     def save_adapter(self, folder: Path) -> None:

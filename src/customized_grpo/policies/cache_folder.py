@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -39,8 +40,9 @@ def list_files(folder: Path) -> list[CacheFile]:
     found = []
     for path in folder.glob("??/*.safetensors"):
         if _NAME.fullmatch(path.name):
-            about = path.stat()
-            found.append(CacheFile(path, about.st_size, about.st_mtime))
+            with suppress(FileNotFoundError):  # another process makes room
+                about = path.stat()
+                found.append(CacheFile(path, about.st_size, about.st_mtime))
     return sorted(found, key=lambda each: each.used)
 
 
@@ -66,6 +68,11 @@ class Hold:
                 f"policy.cache: {self._folder} is in use by a run; wait for the run to end, or name another folder"
             ) from error
         except OSError as error:
+            if error.errno == errno.EBADF:  # of a network disk, for a lock that may only be read
+                raise UserError(
+                    f"policy.cache: {self._folder} is another user's, so nothing can be removed from it; name one of "
+                    "your own"
+                ) from error
             if error.errno not in NO_LOCKS:
                 raise
 
@@ -137,7 +144,7 @@ def _open_lock(path: Path) -> IO[str] | None:
     if not path.is_file() and not os.access(path.parent, os.W_OK):
         return None
     with writing(path.parent):
-        return path.open("a")
+        return path.open("a+")  # to be read, too: some network disks want that for a shared lock
 
 
 def gigabytes(count: float) -> str:
