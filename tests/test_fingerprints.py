@@ -155,4 +155,4 @@ def test_machines_with_other_data_or_weights_are_told_apart(
     dataset = SubjectDataset.open(toybox_data / "train")
     session: Any = SimpleNamespace(ranks=Second(), config=make_config(), trainer=SimpleNamespace(dataset=dataset))
     with pytest.raises(UserError, match=r"other data or weights .*\(policy\.weights\.sha256: 0{64} -> "):
-        Session._pin(session)
+        Session.pin(session)

@@ -73,6 +73,7 @@ def train(
                             pass  # found out now rather than when all is loaded
                     first = _first_iteration(config.output, resume=resume, resume_from=resume_from)
                     session = _session(config, display, termination, ranks, first)
+                session.pin()
                 with ranks.together():
                     if ranks.first:
                         held.enter_context(_own(config.output, display))

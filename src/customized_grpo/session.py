@@ -81,21 +81,27 @@ class Session:
         self._writer = writer
 
     def start(self, *, resume: bool, resume_from: Path | None = None) -> None:
-        """Make the folder, or go back to the newest checkpoint in it, or to the checkpoint `resume_from`."""
-        self._pin()
+        """Make the folder, or go back to the newest checkpoint in it, or to the checkpoint `resume_from`.
+
+        `pin` comes first.
+        """
         with self.ranks.together():
             if resume_from is not None:
                 self._restore(resume_from)
             elif resume:
                 self._resume(list_checkpoints(self._checkpoints))
-        self._take_snapshot()
+        with self.ranks.together():
+            self._take_snapshot()
         with self.ranks.together():
             self._check_equal("--resume: the output folder must be on a disk that all processes share")
             if self.ranks.first:
                 self._begin(resume_from)
 
-    def _pin(self) -> None:
-        """Work out what decides the result, once a machine, and check that all machines have the same."""
+    def pin(self) -> None:
+        """Work out what decides the result, once a machine, and check that all machines have the same.
+
+        Raises `UserError` where they have not. Nothing is written or deleted before that.
+        """
         own: dict[str, Any] = {}
         with self.ranks.together():
             if self.ranks.first or local_rank() == 0:
