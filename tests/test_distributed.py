@@ -165,11 +165,14 @@ def test_the_loss_of_another_process_does_not_end_one_in_the_middle_of_a_save(mo
     monkeypatch.setattr(distributed.os, "_exit", leave)
     watch, acts = distributed.Watch(store, 0, 2, termination, silence=0.2), []
     watch.last_act = lambda: acts.append(ended.is_set())
-    with termination.whole():
-        watch.start()
-        assert watch.finds_one_gone() and not ended.wait(1.0) and acts == []
-    assert ended.wait(30) and acts == [False]
-    watch.close()
+    try:
+        with termination.whole():
+            watch.start()
+            assert watch._found.wait(30)
+            assert not ended.wait(1.0) and acts == []
+        assert ended.wait(30) and acts == [False]
+    finally:
+        watch.close()
 
 
 # they train as one does
