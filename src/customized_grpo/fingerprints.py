@@ -14,7 +14,7 @@ from customized_grpo.build import init_adapter
 from customized_grpo.config import Config, PolicyConfig, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.policies.lora_files import PEFT_SETTINGS
-from customized_grpo.storage import file_sha256
+from customized_grpo.storage import file_sha256, read_header
 from customized_grpo.toybox.weights import shipped_folder
 
 CONFIGURATIONS = r"(model_index|config|scheduler_config|preprocessor_config)\.json"
@@ -106,8 +106,7 @@ def _adapter_sha256(path: Path) -> str:
     The same LoRA saved again has the entries of its header in another order.
     """
     with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(read_header(file), sort_keys=True).encode())
         while part := file.read(1 << 20):
             digest.update(part)
     if (settings := path.with_name(PEFT_SETTINGS)).is_file():

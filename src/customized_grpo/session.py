@@ -402,13 +402,14 @@ class Session:
         if not self.ranks.first:
             return
         done = self.snapshot.iteration or 0
+        if done and self._failed == done:
+            self._say_what_is_left("it could not be saved")
+            return
         if done:
             try:
-                if self._failed == done:
-                    raise StorageError("it could not be saved")
                 self._checkpoint()
             except (StorageError, RuntimeError) as failure:  # the disk, or the device of a copy that was under way
-                self._say_what_is_left(failure)
+                self._say_what_is_left(str(failure))
                 return
         how = f"stopped by {self.termination.name}" if isinstance(error, Terminated) else "stopped"
         self.display.note(f"{how} after iteration {done}; `train --resume` goes on from there")
@@ -419,8 +420,8 @@ class Session:
             if self.snapshot.iteration:
                 self._checkpoint()
 
-    def _say_what_is_left(self, failure: Exception) -> None:
-        self.display.warn(f"what came after the last checkpoint is lost: {failure}")
+    def _say_what_is_left(self, reason: str) -> None:
+        self.display.warn(f"what came after the last checkpoint is lost: {reason}")
         if any(list_checkpoints(self._checkpoints)):
             self.display.note("what was saved before is as it was; `train --resume` goes on from it")
 

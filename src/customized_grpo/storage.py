@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -127,6 +129,12 @@ def follow_umask(path: Path) -> None:
     os.umask(mask)
     with suppress(PermissionError):  # of a disk that keeps no modes
         path.chmod(0o666 & ~mask)
+
+
+def read_header(file: BinaryIO) -> dict[str, Any]:
+    """Read the header of an open safetensors file: types, shapes and places of tensors by name, and `__metadata__`."""
+    header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return header
 
 
 def file_sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from customized_grpo.config_rewards import ENCODERS, RewardsConfig
 from customized_grpo.errors import UserError
+from customized_grpo.storage import read_header
 from customized_grpo.toybox.weights import shipped_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -34,13 +35,11 @@ def reward_bytes(
         if not files:
             unknown.append(name)
         else:
-            bf16 = config.precision == "bf16" or (config.precision == "auto" and kind == "hpsv3" and _is_cuda(device))
+            bf16 = config.precision == "bf16" or (
+                config.precision == "auto" and kind == "hpsv3" and device.type == "cuda"
+            )
             counted[name] = float(sum(_numbers(path) for path in files) * (2 if bf16 else 4))
     return counted, unknown
-
-
-def _is_cuda(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 def _files(side: str, kind: str, model: str | None, config: RewardsConfig, toybox_weights: Path | None) -> list[Path]:
@@ -95,7 +94,7 @@ def _numbers(path: Path) -> int:
     """How many numbers a safetensors file holds, by its header."""
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            header = read_header(file)
         return sum(math.prod(each["shape"]) for name, each in header.items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, OverflowError, MemoryError) as error:
         raise UserError(f"{path}: damaged, or no safetensors file ({error})") from error
