@@ -3,6 +3,7 @@
 FILE holds the settings of a small run, as JSON.
 """
 
+import faulthandler
 import json
 import os
 import signal
@@ -163,8 +164,12 @@ CHECKS: dict[str, Callable[[Ranks, dict[str, Any]], None]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(200, exit=True)  # where it hangs, if it does
     termination = Termination()
     chosen = json.loads(Path(sys.argv[2]).read_text())
+    if chosen.get("late_rank") == int(os.environ["RANK"]):
+        connect = torch.distributed.init_process_group
+        torch.distributed.init_process_group = lambda *args, **keys: (connect(*args, **keys), time.sleep(4))
     with termination.listening(), started(termination, chosen.get("silence", 20.0)) as group:
         assert group.world == int(os.environ["WORLD_SIZE"])
         CHECKS[sys.argv[1]](group, chosen)

@@ -302,32 +302,35 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
     if "RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE is {world}, but RANK is not set; start processes by torchrun, or unset it")
     rank = int(os.environ["RANK"])
+    termination.defer()  # first: a process that left alone, while it connects, would leave the others waiting
+    watch: Watch | None = None
+    ranks: Ranks | None = None
     try:
-        store = next(rendezvous("env://", timeout=timedelta(seconds=300)))[0]
-        watch = Watch(store.clone(), rank, world, termination, silence)
-        watch.start()  # first: what connects them waits for all, however long that takes
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        # Scoring by a slow server is no failure: who is gone is known from the signs of life.
-        dist.init_process_group(
-            backend, store=PrefixStore("talk", store), rank=rank, world_size=world, timeout=timedelta(days=7)
-        )
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"process {rank} of {world} could not reach the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); check the address, the port and firewalls"
-        ) from error
-    termination.defer()
-    ranks = Ranks(rank, world, watch)
-    try:
+        try:
+            store = next(rendezvous("env://", timeout=timedelta(seconds=300)))[0]
+            watch = Watch(store.clone(), rank, world, termination, silence)
+            watch.start()  # first: what connects them waits for all, however long that takes
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            # Scoring by a slow server is no failure: who is gone is known from the signs of life.
+            dist.init_process_group(
+                backend, store=PrefixStore("talk", store), rank=rank, world_size=world, timeout=timedelta(days=7)
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"process {rank} of {world} could not reach the others at {os.environ.get('MASTER_ADDR')}:"
+                f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); check the address, the port and firewalls"
+            ) from error
+        ranks = Ranks(rank, world, watch)
         yield ranks
         ranks.ending = True
     finally:
-        if ranks.ending:
+        if ranks is not None and ranks.ending:
             # The first may have a checkpoint to write. Whoever launched the processes ends all when one ends.
             with suppress(RuntimeError):
                 dist.barrier()
                 dist.destroy_process_group()
-        watch.close()
+        if watch is not None:
+            watch.close()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
