@@ -21,15 +21,15 @@ import torch
 import yaml
 from torch import nn
 
-from customized_grpo import build
-from customized_grpo.checkpoint import State, prune_checkpoints, save_checkpoint
-from customized_grpo.config import Config
-from customized_grpo.ema import Average
-from customized_grpo.fingerprints import pinned
-from customized_grpo.runtime import configure
-from customized_grpo.snapshot import Snapshot
+from customized_grpo.config.run import Config
+from customized_grpo.factory import config as build
+from customized_grpo.runtime.device import configure
 from customized_grpo.toybox.export import export
-from customized_grpo.trainer import Trainer
+from customized_grpo.training.checkpoint import State, prune_checkpoints, save_checkpoint
+from customized_grpo.training.ema import Average
+from customized_grpo.training.fingerprints import pinned
+from customized_grpo.training.snapshot import Snapshot
+from customized_grpo.training.trainer import Trainer
 
 SETTINGS = Path(__file__).parents[1] / "configs" / "toybox.yaml"
 PAIRS = 24

@@ -22,12 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image, write_metadata
-from customized_grpo.libraries import quiet
-from customized_grpo.policies import References
-from customized_grpo.rewards import Scores, Task
-from customized_grpo.trainer import Trainer
+from customized_grpo.policies.policy import References
+from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.runtime.libraries import quiet
+from customized_grpo.training.trainer import Trainer
 
 quiet()
 
@@ -38,13 +38,13 @@ from diffusers import (  # noqa: E402
     FluxTransformer2DModel,
 )
 
-from customized_grpo.estimate import Estimate  # noqa: E402
-from customized_grpo.policies import tiny  # noqa: E402
-from customized_grpo.policies.catalogue import settings_of  # noqa: E402
+from customized_grpo.factory.policy import settings_of  # noqa: E402
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row  # noqa: E402
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy  # noqa: E402
-from customized_grpo.policies.dry_run import estimate_pipeline  # noqa: E402
-from customized_grpo.policies.flux1_kontext import Flux1Kontext  # noqa: E402
+from customized_grpo.policies.pipelines.flux1_kontext import Flux1Kontext  # noqa: E402
+from customized_grpo.policies.policy import tiny  # noqa: E402
+from customized_grpo.training.dry_run import estimate_pipeline  # noqa: E402
+from customized_grpo.training.estimate import Estimate  # noqa: E402
 
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 

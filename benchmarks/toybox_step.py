@@ -24,15 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from customized_grpo import build
-from customized_grpo.config import Config, RolloutConfig
-from customized_grpo.policies import Policy
-from customized_grpo.rewards import Reward, Task
-from customized_grpo.rollout import plan_steps, sample_groups
-from customized_grpo.runtime import configure
+from customized_grpo.config.run import Config, RolloutConfig
+from customized_grpo.factory import config as build
+from customized_grpo.policies.policy import Policy
+from customized_grpo.rewards.reward import Reward, Task
+from customized_grpo.runtime.device import configure
 from customized_grpo.toybox.export import export
 from customized_grpo.toybox.network import Context
-from customized_grpo.trainer import Trainer
+from customized_grpo.training.rollout import plan_steps, sample_groups
+from customized_grpo.training.trainer import Trainer
 
 GEMM_SIDE = 2048
 WINDOW_START, WINDOW_SIZE = 4, 4

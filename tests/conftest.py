@@ -17,19 +17,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from customized_grpo import build
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
-from customized_grpo.display import Display
-from customized_grpo.rewards import Reward, Scores, Task
-from customized_grpo.run import train
+from customized_grpo.factory import config as build
+from customized_grpo.rewards.reward import Reward, Scores, Task
 from customized_grpo.toybox.encoders import IdentityEncoder, JudgeNetwork, PromptEncoder
 from customized_grpo.toybox.export import export
 from customized_grpo.toybox.network import Generator
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.pretrain import measure_quality
 from customized_grpo.toybox.weights import IDENTITY_ENCODERS, QUALITY, save_network
-from customized_grpo.trainer import Trainer
+from customized_grpo.tracking.console import Display
+from customized_grpo.training.run import train
+from customized_grpo.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {

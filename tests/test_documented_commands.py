@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from customized_grpo import build, cli
 from customized_grpo.benchmark.config import BenchmarkConfig
+from customized_grpo.cli import main as cli
+from customized_grpo.cli.parser import Parser, build_parser
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config import Config
-from customized_grpo.config_files import check_file
-from customized_grpo.messages import values_of
-from customized_grpo.parsers import Parser, build_parser
+from customized_grpo.config.files import check_file
+from customized_grpo.config.messages import values_of
+from customized_grpo.config.run import Config
+from customized_grpo.factory import config as build
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.yaml")))

@@ -7,12 +7,12 @@ import pytest
 import yaml
 from PIL import Image, ImageChops
 
-from customized_grpo import build
-from customized_grpo.config import Config
-from customized_grpo.ema import Average
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
+from customized_grpo.factory import config as build
 from customized_grpo.generate import Options, generate
-from customized_grpo.policies.tiny import save_tiny
+from customized_grpo.testing.tiny_pipelines import save_tiny
+from customized_grpo.training.ema import Average
 
 PROMPT = "a star on the beach"
 

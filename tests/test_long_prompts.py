@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo import build
-from customized_grpo.config import Config, RewardsConfig
+from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
-from customized_grpo.display import Display
-from customized_grpo.policies import Lengths, ReadsPrompts
-from customized_grpo.rewards import Task
-from customized_grpo.rewards.catalogue import load_rewards
-from customized_grpo.rewards.tiny import save_tiny_reward
-from customized_grpo.run import evaluate_run, train
+from customized_grpo.factory import config as build
+from customized_grpo.factory.rewards import load_rewards
+from customized_grpo.policies.policy import Lengths, ReadsPrompts
+from customized_grpo.rewards.reward import Task
+from customized_grpo.testing.tiny_rewards import save_tiny_reward
 from customized_grpo.toybox.policy import ToyBoxPolicy
+from customized_grpo.tracking.console import Display
+from customized_grpo.training.run import evaluate_run, train
 
 CPU = torch.device("cpu")
 

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from customized_grpo.benchmark.command import run_benchmark
 from customized_grpo.benchmark.config import BenchmarkConfig
-from customized_grpo.checkpoint import list_checkpoints
-from customized_grpo.cli import main
-from customized_grpo.config import Config
+from customized_grpo.cli.main import main
+from customized_grpo.config.run import Config
 from customized_grpo.diagnosis.command import diagnose
-from customized_grpo.display import Display
 from customized_grpo.errors import NotFinite
 from customized_grpo.generate import Options, generate
-from customized_grpo.run import evaluate_run
 from customized_grpo.toybox.policy import ToyBoxPolicy
-from customized_grpo.trainer import Metrics, Trainer
+from customized_grpo.tracking.console import Display
+from customized_grpo.training.checkpoint import list_checkpoints
+from customized_grpo.training.run import evaluate_run
+from customized_grpo.training.trainer import Metrics, Trainer
 
 SAID = r"pictures that the generator drew are not finite\. Likely causes: .*policy\.precision.*learning_rate.*adapter"
 RunTraining = Callable[..., Path]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, write_metadata
 from customized_grpo.toybox.language import ACCESSORY_WORDINGS, POSITION_WORDINGS, SCENE_WORDINGS
 from customized_grpo.toybox.world import SHAPES

@@ -1,5 +1,5 @@
 """`python -m customized_grpo`: the command line."""
 
-from customized_grpo.cli import main
+from customized_grpo.cli.main import main
 
 main()

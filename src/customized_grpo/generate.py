@@ -9,18 +9,18 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from customized_grpo import build
-from customized_grpo.checkpoint import load_weights, read_manifest
-from customized_grpo.config import Config, PolicyConfig, flatten
+from customized_grpo.config.messages import worded
+from customized_grpo.config.run import Config, PolicyConfig, flatten
 from customized_grpo.data import Sample, image_grid, load_image, save_image
-from customized_grpo.display import Display
 from customized_grpo.errors import UserError
-from customized_grpo.messages import worded
+from customized_grpo.factory import config as build
+from customized_grpo.io.files import check_folder, writing
 from customized_grpo.randomness import batched_normal
-from customized_grpo.rollout import sample_ode
-from customized_grpo.run import finished_adapter, load_run_config
-from customized_grpo.runtime import configure
-from customized_grpo.storage import check_folder, writing
+from customized_grpo.runtime.device import configure
+from customized_grpo.tracking.console import Display
+from customized_grpo.training.checkpoint import load_weights, read_manifest
+from customized_grpo.training.rollout import sample_ode
+from customized_grpo.training.run import finished_adapter, load_run_config
 
 MIN_SIDE = 256
 """Smaller pictures are written enlarged by a whole factor."""

@@ -16,15 +16,15 @@ from customized_grpo.benchmark import page
 from customized_grpo.benchmark.command import run_benchmark, summary
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.benchmark.items import read_items
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import load_image
 from customized_grpo.data.color_profiles import ADOBE_GAMMA, ADOBE_RGB, matrix_profile
-from customized_grpo.display import Display
 from customized_grpo.errors import NotFinite, UserError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.policies.tiny import save_tiny
 from customized_grpo.rewards.similarity import PictureEncoder
-from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.testing.tiny_pipelines import save_tiny
+from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.tracking.console import Display
 
 Settings = Callable[..., BenchmarkConfig]
 
@@ -140,7 +140,7 @@ def test_pictures_made_elsewhere_score_as_drawn_here(
 def test_identity_to_the_reference_or_to_all_pictures(
     settings: Settings, display: Display, dreambench: Path, tmp_path: Path
 ) -> None:
-    from customized_grpo.rewards.pictures import DINO_PUBLISHED
+    from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
     from customized_grpo.rewards.pretrained import Checkpoint
 
     run_benchmark(settings(), display)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from customized_grpo.benchmark.metrics import Group, copy_measure, identity_measure, prompt_measure
-from customized_grpo.rewards import Scores, Task
-from customized_grpo.toybox.copying import layout
+from customized_grpo.evaluation.metrics import Group, copy_measure, identity_measure, prompt_measure
+from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.toybox.copy_score import layout
 
 Picture = Callable[..., Tensor]
 

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 import yaml
 
-from customized_grpo.cli import main
+from customized_grpo.cli.main import main
 from customized_grpo.compare.command import compare
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, run_grid
 from customized_grpo.compare.presets import PRESETS
-from customized_grpo.config import Config
-from customized_grpo.display import Display
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
+from customized_grpo.tracking.console import Display
 
 Make = Callable[..., CompareConfig]
 TABLE = [[0.6, 0.4]] * 4

@@ -22,7 +22,7 @@ from customized_grpo.data import (
     write_metadata,
 )
 from customized_grpo.errors import UserError
-from customized_grpo.storage import StorageError
+from customized_grpo.io.files import StorageError
 
 
 def picture(path: Path, height: int = 8, width: int = 8, seed: int = 0) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from customized_grpo.cli import main
+from customized_grpo.cli.main import main
 from customized_grpo.data import SubjectDataset, inspect_image, load_image, load_mask
 from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.prepare import Options, prepare

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from customized_grpo.cli import main
+from customized_grpo.cli.main import main
 from customized_grpo.data import SubjectDataset, load_image, load_mask
 from customized_grpo.data.hugging_face import open_tables, read_hugging_face
 from customized_grpo.data.prepare import Options, Outcome, prepare

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from customized_grpo.cli import main
+from customized_grpo.cli.main import main
 from customized_grpo.data import SubjectDataset, load_image, load_mask
 from customized_grpo.data.prepare import Options, prepare
 from customized_grpo.data.sources import recognise

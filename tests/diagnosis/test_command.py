@@ -9,15 +9,15 @@ import pytest
 import torch
 import yaml
 
-from customized_grpo import build
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.diagnosis import GradientConflict, Sensitivity, calibrated_weights, measure
 from customized_grpo.diagnosis.command import WRITTEN, diagnose, find, weights_yaml
 from customized_grpo.diagnosis.figure import write_figure
-from customized_grpo.display import Display
 from customized_grpo.errors import UserError
+from customized_grpo.factory import config as build
 from customized_grpo.statistics import t_interval
+from customized_grpo.tracking.console import Display
 
 MakeConfig = Callable[..., Config]
 COUNTS = {"prompts": 2, "group_size": 2, "batches": 2}

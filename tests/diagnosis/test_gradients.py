@@ -9,9 +9,9 @@ from torch import Tensor
 from customized_grpo.algorithm import group_advantages
 from customized_grpo.diagnosis import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.gradients import FRESH_NOISE
-from customized_grpo.rewards import Reward
-from customized_grpo.rollout import Plan, sample_groups
-from customized_grpo.trainer import Trainer
+from customized_grpo.rewards.reward import Reward
+from customized_grpo.training.rollout import Plan, sample_groups
+from customized_grpo.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer[Any]]
 RewardOf = Callable[[Callable[[Tensor], Tensor]], Reward]

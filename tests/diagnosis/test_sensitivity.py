@@ -16,9 +16,9 @@ from customized_grpo.diagnosis.gradients import FRESH_NOISE
 from customized_grpo.diagnosis.sensitivity import group_variances
 from customized_grpo.errors import UserError
 from customized_grpo.randomness import batched_normal
-from customized_grpo.rewards import Reward
+from customized_grpo.rewards.reward import Reward
 from customized_grpo.statistics import t_interval
-from customized_grpo.trainer import Trainer
+from customized_grpo.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer[Any]]
 RewardOf = Callable[[Callable[[Tensor], Tensor]], Reward]

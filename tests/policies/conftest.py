@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.config import PolicyConfig
-from customized_grpo.policies.catalogue import load_policy
+from customized_grpo.config.run import PolicyConfig
+from customized_grpo.factory.policy import load_policy
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.policies.tiny import MAKERS, save_tiny
+from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny
 
 KINDS = tuple(MAKERS)
 Load = Callable[..., DiffusersPolicy]

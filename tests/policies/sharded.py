@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from customized_grpo.config import Config, PolicyConfig
-from customized_grpo.display import Display
-from customized_grpo.distributed import Ranks, started
+from customized_grpo.config.run import Config, PolicyConfig
+from customized_grpo.distributed.group import Ranks, started
+from customized_grpo.distributed.lockstep import Phase, phase
+from customized_grpo.distributed.termination import Terminated, Termination
 from customized_grpo.errors import UserError
-from customized_grpo.policies import in_step
-from customized_grpo.policies.phase import Phase, phase
-from customized_grpo.termination import Terminated, Termination
+from customized_grpo.policies.policy import in_step
+from customized_grpo.tracking.console import Display
 
 KINDS = ("flux1-kontext", "flux2-klein", "qwen-image-edit-plus")
 """Every class of transformer, with guidance and without."""
@@ -137,7 +137,8 @@ def families(ranks: Ranks, folder: Path) -> None:
 
 def _align_weights() -> None:
     """Weights mapped from a file lie where they happen to, and products round by that; FSDP's own do not."""
-    from customized_grpo.policies import catalogue, loading
+    from customized_grpo.factory import policy as catalogue
+    from customized_grpo.io import hub as loading
 
     def load_pipeline(*arguments: Any) -> Any:
         pipe = loading.load_pipeline(*arguments)
@@ -149,7 +150,7 @@ def _align_weights() -> None:
 
 
 def _policy(kind: str, folder: Path, shard: bool) -> Any:
-    from customized_grpo.policies.catalogue import load_policy
+    from customized_grpo.factory.policy import load_policy
 
     config = PolicyConfig.model_validate(
         {
@@ -203,7 +204,7 @@ def _check_adapter(whole: Any, sharded: Any, folder: Path) -> None:
 
 def runs(folder: Path, ports: list[str]) -> None:
     """A run with whole weights and one with sharded ones; then each goes on as the other."""
-    from customized_grpo.run import train
+    from customized_grpo.training.run import train
 
     _align_weights()
     settings = json.loads((folder / "settings.json").read_text())

@@ -9,20 +9,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo import build
-from customized_grpo.cli import main
-from customized_grpo.config import Config
+from customized_grpo.cli.main import main
+from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, batch_indices, save_image, write_metadata
 from customized_grpo.data.images import image_size
 from customized_grpo.diagnosis.command import diagnose
-from customized_grpo.display import Display
 from customized_grpo.errors import UserError
+from customized_grpo.factory import config as build
+from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.io.files import LOCK
 from customized_grpo.policies.cache_folder import Hold, clear, list_files
-from customized_grpo.policies.catalogue import FAMILIES
 from customized_grpo.policies.conditions import check_room
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, bytes_of_rows, plan_row
-from customized_grpo.run import _first_iteration, evaluate_run, train
-from customized_grpo.storage import LOCK
+from customized_grpo.tracking.console import Display
+from customized_grpo.training.run import _first_iteration, evaluate_run, train
 
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]
@@ -265,7 +265,7 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
     """Were a sample read that was not encoded, the encoders would be gone."""
     rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
     monkeypatch.setattr(build, "build_rewards", lambda config: rewards)
-    monkeypatch.setattr("customized_grpo.session.fingerprints", lambda config: {})
+    monkeypatch.setattr("customized_grpo.training.loop.fingerprints", lambda config: {})
     policy = {
         "kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "lora_rank": 2,
         "lora_alpha": 2, "device": "cpu", "precision": "fp32", "reference_side": 32,

@@ -15,19 +15,19 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
 from customized_grpo.diagnosis.gradients import measure_conflict
 from customized_grpo.diagnosis.sensitivity import measure
-from customized_grpo.ema import Average
 from customized_grpo.errors import UserError
-from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.io.files import StorageError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.rewards import Scores, Task
-from customized_grpo.rollout import sample_ode
-from customized_grpo.storage import StorageError
-from customized_grpo.trainer import Trainer
+from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.training.ema import Average
+from customized_grpo.training.rollout import sample_ode
+from customized_grpo.training.trainer import Trainer
 
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]

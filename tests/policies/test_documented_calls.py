@@ -13,7 +13,7 @@ from torch import Tensor
 
 from customized_grpo.algorithm import ode_step
 from customized_grpo.data.images import to_pil
-from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.factory.policy import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 
 Load = Callable[..., DiffusersPolicy]

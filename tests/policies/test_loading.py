@@ -14,15 +14,15 @@ from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from customized_grpo import runtime
-from customized_grpo.config import Config, PolicyConfig
+from customized_grpo.config.run import Config, PolicyConfig
 from customized_grpo.errors import UserError
-from customized_grpo.policies import loading
-from customized_grpo.policies.catalogue import FAMILIES, MODELS, load_policy
+from customized_grpo.factory.policy import FAMILIES, MODELS, load_policy
+from customized_grpo.io import hub as loading
+from customized_grpo.io.hub import locate
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.policies.loading import locate
-from customized_grpo.policies.tiny import flux_transformer
-from customized_grpo.runtime import resolve_device
+from customized_grpo.runtime import device as runtime
+from customized_grpo.runtime.device import resolve_device
+from customized_grpo.testing.tiny_pipelines import flux_transformer
 
 Load = Callable[..., DiffusersPolicy]
 
@@ -301,7 +301,7 @@ def test_no_device() -> None:
 
 
 def test_guidance_of_a_distilled_model(load: Load, tmp_path: Path) -> None:
-    from customized_grpo.policies.tiny import flux2_klein
+    from customized_grpo.testing.tiny_pipelines import flux2_klein
 
     flux2_klein(distilled=True).save_pretrained(tmp_path / "distilled")
     with pytest.raises(UserError, match=r"policy\.guidance: this model is distilled and takes none, found 3\.0"):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.policies import ReadsPrompts
-from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.factory.policy import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.policies.policy import ReadsPrompts
 
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]

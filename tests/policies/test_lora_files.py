@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies import loading
+from customized_grpo.io import hub as loading
 from customized_grpo.policies.base_adapter import locate_adapter, merge_base_adapter
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.lora import lora_config
 from customized_grpo.policies.lora_files import Factors, LoraFile, parse_lora, read_lora
 from customized_grpo.policies.lora_layers import merge_factors, place_factors
-from customized_grpo.policies.tiny import flux2_transformer, flux_transformer
-from customized_grpo.policies.uno import Uno
+from customized_grpo.policies.pipelines.uno import Uno
+from customized_grpo.testing.tiny_pipelines import flux2_transformer, flux_transformer
 
 Load = Callable[..., DiffusersPolicy]
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

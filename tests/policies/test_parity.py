@@ -13,9 +13,9 @@ from torch import Tensor
 
 from customized_grpo.algorithm import ode_step
 from customized_grpo.data.images import to_pil
-from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.factory.policy import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.policies.qwen_image_edit_plus import _seen_by_text_encoder
+from customized_grpo.policies.pipelines.qwen_image_edit_plus import _seen_by_text_encoder
 
 Load = Callable[..., DiffusersPolicy]
 PROMPT = "a toy cat on the beach"

@@ -12,14 +12,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from customized_grpo import build
-from customized_grpo.cli import main
-from customized_grpo.config import Config
+from customized_grpo.cli.main import main
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.policies.catalogue import FAMILIES
-from customized_grpo.policies.dry_run import dry_run
-from customized_grpo.policies.tiny import flux2_klein
-from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.factory import config as build
+from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.testing.tiny_pipelines import flux2_klein
+from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.training.dry_run import dry_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {

@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from customized_grpo import build
-from customized_grpo.config import PolicyConfig
+from customized_grpo.config.run import PolicyConfig
 from customized_grpo.data import save_image
 from customized_grpo.errors import UserError
+from customized_grpo.factory import config as build
 
 Run = Callable[..., list[subprocess.CompletedProcess[str]]]
 WORKER = Path(__file__).with_name("sharded.py")

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor
 
 from customized_grpo.algorithm import shift_sigmas
-from customized_grpo.policies.catalogue import FAMILIES
+from customized_grpo.factory.policy import FAMILIES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 
 SIGMAS = shift_sigmas(25, 3.0)[:-1]

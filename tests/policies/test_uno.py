@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customized_grpo.policies import flux1, uno
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.policies.uno import diagonal_ids, fused_to_diffusers, is_fused
+from customized_grpo.policies.pipelines import flux1, uno
+from customized_grpo.policies.pipelines.uno import diagonal_ids, fused_to_diffusers, is_fused
 
 Load = Callable[..., DiffusersPolicy]
 WIDTH, RANK, MLP = 32, 3, 128

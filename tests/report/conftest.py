@@ -9,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.report import mean_interval
 from customized_grpo.report.charts import QUADRANTS
 

@@ -11,11 +11,11 @@ import httpx2
 import pytest
 from huggingface_hub import constants
 
-from customized_grpo import connection
-from customized_grpo.cli import main
-from customized_grpo.connection import parsed_address, route_to
+from customized_grpo.cli.main import main
 from customized_grpo.errors import UserError
-from customized_grpo.rewards.transport import Transport, Unavailable
+from customized_grpo.io import connection
+from customized_grpo.io.connection import parsed_address, route_to
+from customized_grpo.rewards.http import Transport, Unavailable
 
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 AWAY = "http://judge.invalid:8000/v1"

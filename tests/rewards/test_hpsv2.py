@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from customized_grpo.config import RewardsConfig
+from customized_grpo.config.run import RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Task
-from customized_grpo.rewards.catalogue import load_rewards
+from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.open_clip import converted
-from customized_grpo.rewards.pictures import Letterbox
-from customized_grpo.rewards.tiny import save_tiny_reward
+from customized_grpo.rewards.preprocessing import Letterbox
+from customized_grpo.rewards.reward import Task
+from customized_grpo.testing.tiny_rewards import save_tiny_reward
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "a much longer prompt of a dog in the deep snow"]

@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from customized_grpo.config import RewardsConfig
+from customized_grpo.config.run import RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Task
+from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards import hpsv3 as module
-from customized_grpo.rewards.catalogue import load_rewards
 from customized_grpo.rewards.hpsv3 import PLACE, REWARD_TOKEN, HPSv3Reward, read_instruction
-from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.rewards.reward import Task
+from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 
 CPU = torch.device("cpu")
 TEXT = f"Rate it.\nTextual prompt - {PLACE}\n\nThe rating: {REWARD_TOKEN}\n"

@@ -12,16 +12,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from customized_grpo.cli import main
-from customized_grpo.config import Config, RewardsConfig
-from customized_grpo.config_rewards import VlmJudgeConfig
+from customized_grpo.cli.main import main
+from customized_grpo.config.rewards import VlmJudgeConfig
+from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.evaluation import measure
-from customized_grpo.rewards import Task
-from customized_grpo.rewards.catalogue import load_rewards
-from customized_grpo.rewards.transport import Transport
+from customized_grpo.evaluation.evaluator import measure
+from customized_grpo.factory.rewards import load_rewards
+from customized_grpo.rewards.http import Transport
+from customized_grpo.rewards.reward import Task
 from customized_grpo.rewards.vlm_judge import TRIAL_PROMPT, JudgeReward, VlmJudge
-from customized_grpo.trainer import Trainer
+from customized_grpo.training.trainer import Trainer
 
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 CPU = torch.device("cpu")

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from customized_grpo.config import RewardsConfig
+from customized_grpo.config.run import RewardsConfig
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Task
-from customized_grpo.rewards.catalogue import load_rewards
-from customized_grpo.rewards.pictures import DINO_PUBLISHED, Preprocessing, composited
-from customized_grpo.rewards.tiny import IMAGENET, KINDS, save_tiny_reward
+from customized_grpo.factory.rewards import load_rewards
+from customized_grpo.rewards.preprocessing import DINO_PUBLISHED, Preprocessing, composited
+from customized_grpo.rewards.reward import Task
+from customized_grpo.testing.tiny_rewards import IMAGENET, KINDS, save_tiny_reward
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat on the beach", "a small dog in the deep snow"]

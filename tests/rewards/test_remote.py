@@ -23,11 +23,11 @@ from PIL import Image
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Reward, Scores, Task, TellsFailure
+from customized_grpo.rewards.http import MOST, Transport, Unavailable
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
+from customized_grpo.rewards.reward import Reward, Scores, Task, TellsFailure
 from customized_grpo.rewards.score_request import Limits
-from customized_grpo.rewards.serve import RewardServer
-from customized_grpo.rewards.transport import MOST, Transport, Unavailable
+from customized_grpo.rewards.server import RewardServer
 
 Answer = tuple[int, Any, dict[str, str]] | None
 """Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""
@@ -408,7 +408,7 @@ def test_the_command_serves(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_served(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from customized_grpo.cli import main
+    from customized_grpo.cli.main import main
 
     with pytest.raises(SystemExit) as ended:
         main(["serve-reward", *options])

@@ -8,17 +8,18 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from customized_grpo import build, runtime
-from customized_grpo.cli import main
-from customized_grpo.config import Config, RewardsConfig
-from customized_grpo.config_rewards import ENCODERS, READ_BY
+from customized_grpo.cli.main import main
+from customized_grpo.config.rewards import ENCODERS, READ_BY
+from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.fingerprints import pinned
-from customized_grpo.rewards import Task
+from customized_grpo.factory import config as build
+from customized_grpo.factory.rewards import load_hpsv3_reward, load_rewards
 from customized_grpo.rewards import hpsv3 as hpsv3_module
-from customized_grpo.rewards.catalogue import load_hpsv3_reward, load_rewards
-from customized_grpo.rewards.serve import _reward
-from customized_grpo.rewards.tiny import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.rewards.reward import Task
+from customized_grpo.rewards.server import _reward
+from customized_grpo.runtime import device as runtime
+from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.training.fingerprints import pinned
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 URL = "http://127.0.0.1:9"

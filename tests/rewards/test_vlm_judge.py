@@ -18,16 +18,16 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from customized_grpo.cli import main
-from customized_grpo.config import Config, RewardsConfig
-from customized_grpo.config_rewards import VlmJudgeConfig
-from customized_grpo.display import Display
+from customized_grpo.cli.main import main
+from customized_grpo.config.rewards import VlmJudgeConfig
+from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Task, TellsFailure
-from customized_grpo.rewards.catalogue import load_rewards
+from customized_grpo.factory.rewards import load_rewards
+from customized_grpo.rewards.http import Transport, Unavailable, secret
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
-from customized_grpo.rewards.transport import Transport, Unavailable, secret
+from customized_grpo.rewards.reward import Task, TellsFailure
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
+from customized_grpo.tracking.console import Display
 
 CPU = torch.device("cpu")
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]

@@ -7,12 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from customized_grpo.display import Display
 from customized_grpo.errors import UserError
 from customized_grpo.toybox import pretrain
-from customized_grpo.toybox.judge import Judge, Reading
 from customized_grpo.toybox.network import Generator
-from customized_grpo.toybox.pretraining import (
+from customized_grpo.toybox.oracle import Judge, Reading
+from customized_grpo.toybox.recipes import (
     EncoderRecipe,
     GeneratorRecipe,
     train_clean_generator,
@@ -22,6 +21,7 @@ from customized_grpo.toybox.pretraining import (
     train_prompt_encoder,
 )
 from customized_grpo.toybox.weights import LEAKS, NAMES, QUALITY
+from customized_grpo.tracking.console import Display
 
 FLOW = GeneratorRecipe(clean_steps=2, noisy_steps=2, batch_size=2)
 ENCODER = EncoderRecipe(steps=2, batch_size=4, learning_rate=1e-3, cross_scene=0.5)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.rewards import Task
+from customized_grpo.rewards.reward import Task
 from customized_grpo.toybox.pairs import draw_pairs
 from customized_grpo.toybox.rewards import IdentityReward, PromptReward
 

@@ -10,25 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customized_grpo import build, evaluation
 from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
 from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
-from customized_grpo.benchmark.metrics import Group, Measure, load_measures, toybox_measure
 from customized_grpo.benchmark.page import write_page
-from customized_grpo.config import Config, PolicyConfig, RanksConfig, RewardsConfig
+from customized_grpo.config.run import Config, PolicyConfig, RanksConfig, RewardsConfig
 from customized_grpo.data import load_image, save_image
-from customized_grpo.display import Display, Stages
-from customized_grpo.distributed import Ranks, started
+from customized_grpo.distributed.group import Ranks, started
+from customized_grpo.distributed.termination import Termination
 from customized_grpo.errors import UserError, told_changes
-from customized_grpo.policies import Policy, in_step
+from customized_grpo.evaluation import evaluator as evaluation
+from customized_grpo.evaluation.metrics import Group, Measure, load_measures, toybox_measure
+from customized_grpo.factory import config as build
+from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
+from customized_grpo.policies.policy import Policy, in_step
 from customized_grpo.randomness import batched_normal
-from customized_grpo.rollout import sample_ode
-from customized_grpo.run import adapter_folder, load_run_config
-from customized_grpo.runtime import configure
+from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import bootstrap_interval
-from customized_grpo.storage import check_folder, file_sha256, write_whole, writing
-from customized_grpo.termination import Termination
-from customized_grpo.toybox.copying import layout
+from customized_grpo.toybox.copy_score import layout
+from customized_grpo.tracking.console import Display, Stages
+from customized_grpo.training.rollout import sample_ode
+from customized_grpo.training.run import adapter_folder, load_run_config
 
 PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from customized_grpo.config import PolicyConfig
-from customized_grpo.config_rewards import HPSv3Config
-from customized_grpo.section import Section
+from customized_grpo.config.rewards import HPSv3Config
+from customized_grpo.config.run import PolicyConfig
+from customized_grpo.config.section import Section
 
 PUBLISHED_GUIDANCE = 4.0
 MetricName = Literal["dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy"]

@@ -22,10 +22,10 @@ from customized_grpo.compare.results import (
     settings_in,
     summarise,
 )
+from customized_grpo.io.files import write_whole
 from customized_grpo.report import style
 from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT
 from customized_grpo.statistics import t_interval
-from customized_grpo.storage import write_whole
 
 CURVES = (REFERENCE, "naive-1:1.5", OURS)
 PAPER_SIGNALS = (0.502, 0.268, 0.230)

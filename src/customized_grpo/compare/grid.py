@@ -17,15 +17,15 @@ from typing import IO, Any
 
 import yaml
 
-from customized_grpo import build
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.presets import CALIBRATED
 from customized_grpo.compare.results import Cell
-from customized_grpo.config import Config, flatten
-from customized_grpo.display import Display, RunState
+from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
-from customized_grpo.run import load_run_config
-from customized_grpo.storage import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
+from customized_grpo.factory import config as build
+from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
+from customized_grpo.tracking.console import Display, RunState
+from customized_grpo.training.run import load_run_config
 
 POLL_SECONDS = 1.0
 RECORD = "grid.yaml"

@@ -12,9 +12,9 @@ import numpy as np
 
 from customized_grpo.compare.presets import BASE, REFERENCE
 from customized_grpo.errors import UserError
+from customized_grpo.io.files import replacing
 from customized_grpo.report.records import Columns, read_lines, to_columns
 from customized_grpo.statistics import t_interval
-from customized_grpo.storage import replacing
 
 Interval = tuple[float, float, float]
 JUDGED = ("prompt_satisfied", "identity_kept", "joint_success", "copied")

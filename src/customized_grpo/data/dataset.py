@@ -31,8 +31,8 @@ from customized_grpo.data.images import (
 )
 from customized_grpo.data.masks import misfit
 from customized_grpo.errors import UserError, shortened
+from customized_grpo.io.files import file_sha256, write_whole
 from customized_grpo.randomness import generator
-from customized_grpo.storage import file_sha256, write_whole
 
 METADATA = "metadata.jsonl"
 

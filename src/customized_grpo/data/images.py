@@ -17,7 +17,7 @@ from customized_grpo.data.color_profiles import ToRgb, to_srgb
 from customized_grpo.data.formats import open_picture
 from customized_grpo.data.resampling import resample, to_levels
 from customized_grpo.errors import UserError
-from customized_grpo.storage import replacing
+from customized_grpo.io.files import replacing
 
 MAX_PIXELS = 50_000_000
 CACHE_BYTES = 512 * 2**20

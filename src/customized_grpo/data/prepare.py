@@ -19,7 +19,7 @@ from customized_grpo.data.images import MAX_PIXELS, load_image, resize, save_ima
 from customized_grpo.data.masks import load_mask_of
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
 from customized_grpo.errors import UserError, shortened
-from customized_grpo.storage import StorageError, check_folder, writing
+from customized_grpo.io.files import StorageError, check_folder, writing
 
 LARGEST = 150_000_000
 """Pixels of the largest picture that is taken, by its header; more could be meant to exhaust memory."""

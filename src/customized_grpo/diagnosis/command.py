@@ -11,20 +11,20 @@ import numpy.typing as npt
 from rich import box
 from rich.table import Table
 
-from customized_grpo import build
 from customized_grpo.algorithm import constant_weights, time_weights
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import batch_indices
 from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
-from customized_grpo.display import Display
 from customized_grpo.errors import UserError
-from customized_grpo.run import load_run_config
-from customized_grpo.runtime import configure
+from customized_grpo.factory import config as build
+from customized_grpo.io.files import UNFINISHED, check_folder, write_whole, writing
+from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import t_interval
-from customized_grpo.storage import UNFINISHED, check_folder, write_whole, writing
-from customized_grpo.trainer import REWARD_NAMES
+from customized_grpo.tracking.console import Display
+from customized_grpo.training.run import load_run_config
+from customized_grpo.training.trainer import REWARD_NAMES
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
 WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS)

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from customized_grpo.errors import UserError
+from customized_grpo.io.files import write_whole
 from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT, grid, new_figure, rc, save_png, svg_text
-from customized_grpo.storage import write_whole
 
 HUES = {"prompt": PROMPT, "identity": IDENTITY}
 HEIGHT = 3.5

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from customized_grpo.algorithm import NORMALISERS
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
-from customized_grpo.policies import ConditionT, Policy
-from customized_grpo.rewards import Reward
-from customized_grpo.rollout import Plan, Rollout, sample_groups
-from customized_grpo.trainer import Trainer
+from customized_grpo.policies.policy import ConditionT, Policy
+from customized_grpo.rewards.reward import Reward
+from customized_grpo.training.rollout import Plan, Rollout, sample_groups
+from customized_grpo.training.trainer import Trainer
 
 FRESH_NOISE = 1_000_000
 """Diagnosis draws the noise of the iterations from this one on, which no training reaches."""

@@ -13,15 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from customized_grpo.config import Config
+from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.diagnosis.gradients import FRESH_NOISE, OnProgress, Ticks, silent
 from customized_grpo.errors import UserError
-from customized_grpo.policies import ConditionT, Policy
-from customized_grpo.rewards import Reward
-from customized_grpo.rollout import Plan, sample_groups
+from customized_grpo.policies.policy import ConditionT, Policy
+from customized_grpo.rewards.reward import Reward
 from customized_grpo.statistics import t_interval
-from customized_grpo.trainer import REWARD_NAMES, Trainer
+from customized_grpo.training.rollout import Plan, sample_groups
+from customized_grpo.training.trainer import REWARD_NAMES, Trainer
 
 RESAMPLES = 2000
 

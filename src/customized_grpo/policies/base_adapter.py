@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies import uno
-from customized_grpo.policies.loading import download_beside, locate_file
+from customized_grpo.io.hub import download_beside, locate_file
 from customized_grpo.policies.lora_files import (
     DIFFUSERS_FILE,
     PEFT_FILE,
@@ -15,6 +14,7 @@ from customized_grpo.policies.lora_files import (
     read_tensors,
 )
 from customized_grpo.policies.lora_layers import merge_factors, place_factors
+from customized_grpo.policies.pipelines import uno
 
 
 def locate_adapter(name: str, field: str) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from customized_grpo.errors import UserError
-from customized_grpo.storage import LOCK, NO_LOCKS, writing
+from customized_grpo.io.files import LOCK, NO_LOCKS, writing
 
 if sys.platform != "win32":
     import fcntl

@@ -13,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from customized_grpo.errors import UserError
+from customized_grpo.io.files import free_bytes, save_tensors, writing
 from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, mark_used, surplus
-from customized_grpo.policies.sizes import sizes_of
-from customized_grpo.storage import free_bytes, save_tensors, writing
+from customized_grpo.policies.pipelines.resolution import sizes_of
 
 if TYPE_CHECKING:
-    from customized_grpo.policies.family import Family
+    from customized_grpo.policies.pipelines.spec import Family
 
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) of references, in pixels."""

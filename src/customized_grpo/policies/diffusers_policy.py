@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import image_size, resize
-from customized_grpo.distributed import Ranks
+from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed.lockstep import Phase, phase
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies import Lengths, References, RowAsked
+from customized_grpo.io.files import writing
 from customized_grpo.policies.conditions import Batch, ConditionCache, Conditions, Planned, Row, bytes_of_rows
-from customized_grpo.policies.family import Family
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
 from customized_grpo.policies.lora_files import NAME
-from customized_grpo.policies.phase import Phase, phase
-from customized_grpo.policies.shard import shard
-from customized_grpo.policies.sizes import token_count
-from customized_grpo.runtime import CPU
-from customized_grpo.storage import writing
+from customized_grpo.policies.pipelines.resolution import token_count
+from customized_grpo.policies.pipelines.spec import Family
+from customized_grpo.policies.placement import shard
+from customized_grpo.policies.policy import Lengths, References, RowAsked
+from customized_grpo.runtime.device import CPU
 
 MOST_GRAPHS = 64
 """Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled anew

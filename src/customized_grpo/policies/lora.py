@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from customized_grpo.errors import UserError
+from customized_grpo.io.files import follow_umask
 from customized_grpo.policies.lora_files import (
     DIFFUSERS_FILE,
     NAME,
@@ -20,7 +21,6 @@ from customized_grpo.policies.lora_files import (
     saved_name,
 )
 from customized_grpo.policies.lora_layers import place_factors
-from customized_grpo.storage import follow_umask
 
 
 def lora_config(targets: str, rank: int, alpha: int) -> LoraConfig:

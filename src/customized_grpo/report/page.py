@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from customized_grpo.io.files import write_whole
 from customized_grpo.report import figures
 from customized_grpo.report.charts import strip
 from customized_grpo.report.formats import duration, percent, points, reward, scientific
@@ -26,7 +27,6 @@ from customized_grpo.report.records import (
 )
 from customized_grpo.report.svg import Array
 from customized_grpo.statistics import paired_difference
-from customized_grpo.storage import write_whole
 
 LABELS = {
     "joint_success": "Joint success",

@@ -16,14 +16,14 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qwen2VLModel
 
-from customized_grpo.connection import check_hub
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies.loading import from_hub, locate_file
+from customized_grpo.io.connection import check_hub
+from customized_grpo.io.hub import from_hub, locate_file
+from customized_grpo.io.tensors import read_tensors
 from customized_grpo.policies.lora import misfit
-from customized_grpo.policies.qwen_image_edit_plus import ImageTextProcessor
-from customized_grpo.rewards import Scores, Task
-from customized_grpo.rewards.weights import read_tensors
+from customized_grpo.policies.pipelines.qwen_image_edit_plus import ImageTextProcessor
+from customized_grpo.rewards.reward import Scores, Task
 
 WEIGHTS = "MizzenAI/HPSv3/HPSv3.safetensors"
 REWARD_TOKEN = "<|Reward|>"

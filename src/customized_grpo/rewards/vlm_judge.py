@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from customized_grpo.config_rewards import VlmJudgeConfig
+from customized_grpo.config.rewards import VlmJudgeConfig
 from customized_grpo.errors import UserError, shortened
-from customized_grpo.rewards import Scores, Task
 from customized_grpo.rewards.chat import BEST, QUESTIONS, QUOTED, Unreadable, messages, parse
+from customized_grpo.rewards.http import Refused, Scoring, Transport, Unavailable
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
-from customized_grpo.rewards.transport import Refused, Scoring, Transport, Unavailable
+from customized_grpo.rewards.reward import Scores, Task
 
 KEY = "OPENAI_API_KEY"
 """Environment variable of the server's key; local servers want none."""

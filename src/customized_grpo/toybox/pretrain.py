@@ -9,20 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
-from customized_grpo.display import Display, Stages
 from customized_grpo.errors import UserError
-from customized_grpo.rollout import sample_ode
-from customized_grpo.runtime import configure, keep_freed_memory
-from customized_grpo.storage import check_folder, write_whole
-from customized_grpo.toybox.copying import COPIED
+from customized_grpo.io.files import check_folder, write_whole
+from customized_grpo.runtime.device import configure, keep_freed_memory
+from customized_grpo.toybox.copy_score import COPIED
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
-from customized_grpo.toybox.judge import HUE_TOLERANCE, Judge
 from customized_grpo.toybox.language import caption, tokenize
 from customized_grpo.toybox.network import Generator
+from customized_grpo.toybox.oracle import HUE_TOLERANCE, Judge
 from customized_grpo.toybox.pairs import Pairs, draw_pairs
 from customized_grpo.toybox.policy import ToyBoxPolicy
-from customized_grpo.toybox.pretraining import (
+from customized_grpo.toybox.recipes import (
     IDENTITY_RECIPES,
     JUDGE_RECIPE,
     PROMPT_RECIPE,
@@ -36,6 +34,8 @@ from customized_grpo.toybox.pretraining import (
 )
 from customized_grpo.toybox.weights import IDENTITY_ENCODERS, QUALITY, load_network, save_network
 from customized_grpo.toybox.world import hue_distance, sample_scenes
+from customized_grpo.tracking.console import Display, Stages
+from customized_grpo.training.rollout import sample_ode
 
 CLEAN_GENERATOR = "clean_generator"
 STAGES = {

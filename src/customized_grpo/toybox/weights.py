@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from customized_grpo.errors import UserError
-from customized_grpo.storage import check_finite, save_tensors, writing
+from customized_grpo.io.files import check_finite, save_tensors, writing
 
 NetworkT = TypeVar("NetworkT", bound=nn.Module)
 LEAKS = ("low", "medium", "high")

@@ -1,0 +1,66 @@
+"""Configuration files, looked at before they are merged: what is wrong in one is told with its name and line."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from customized_grpo.config.messages import field_names, section_at, unknown, worded
+from customized_grpo.errors import UserError
+
+MERGE = "tag:yaml.org,2002:merge"
+Problem = tuple[yaml.Mark, str]
+
+
+def check_file(path: Path, model: type[BaseModel]) -> None:
+    """Raise `UserError` where the file at `path` is not YAML, names something twice or that `model` does not have, or
+    holds a value that its field does not take. What fields say together is left to who merges them."""
+    if not path.is_file():
+        raise UserError(f"--config: {path} is {'a folder' if path.is_dir() else 'not there'}; expected a YAML file")
+    try:
+        text = path.read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            found = "none" if root is None else "something else"
+            raise UserError(f"{path}: expected settings, as `iterations: 50`, found {found}")
+        for mark, problem in (*_twice(root, ""), *_misplaced(root, model, "")):
+            raise UserError(f"{path}:{mark.line + 1}: {problem}")
+        model.model_validate(yaml.safe_load(text))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    except ValidationError as error:
+        if told := worded(error, fields_of=model):
+            raise UserError(f"{path}: {told}") from error
+
+
+def _twice(node: yaml.Node, prefix: str) -> Iterator[Problem]:
+    """Keys that stand in a mapping twice; YAML would take the last, silently."""
+    lines: dict[str, int] = {}
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{prefix}{key.value}"
+        if name in lines:
+            yield key.start_mark, f"{name} stands in line {lines[name]} already; remove one of the two"
+        lines[name] = key.start_mark.line + 1
+        yield from _twice(value, f"{name}.")
+
+
+def _misplaced(node: yaml.MappingNode, model: type[BaseModel], prefix: str) -> Iterator[Problem]:
+    """Names that are no field's, and sections that are none."""
+    names = field_names(model)
+    for key, value in node.value:
+        if key.tag == MERGE:
+            continue
+        name = f"{prefix}{key.value}"
+        section, (first, dot, rest) = section_at(model, name), str(key.value).partition(".")
+        if name not in names:
+            yield key.start_mark, unknown(name, names)
+        elif dot:
+            yield key.start_mark, f"{name}: write `{first}:` and below it, indented, `{rest}:`"
+        elif section is not None and not isinstance(value, yaml.MappingNode):
+            fields = ", ".join(section.model_fields)
+            yield key.start_mark, f"{name}: expected its fields below it, of {fields}; or remove the line"
+        elif section is not None:
+            yield from _misplaced(value, model, f"{name}.")

@@ -1,0 +1,138 @@
+"""Words for bad settings: the field, what was found, what was expected, the nearest name."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from customized_grpo.config.run import Config
+
+WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+def explain(
+    message: str, arguments: Sequence[str], model: type[BaseModel] = Config, options: Sequence[str] = ()
+) -> str:
+    """An error of the argument parser in one line; `arguments` are what it was given, and it has the fields of `model`
+    as options and the others named."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    text = " ".join(line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line)
+    text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
+    known = [*field_names(model), *options]
+    text = re.sub(
+        r"^argument --([\w.]+): expected (?:one|at least one) argument.*", partial(_valueless, arguments, known), text
+    )
+    text = re.sub(r"the following arguments are required: (.*)", partial(_missing, options), text)
+    text = re.sub(r"^([\w.]+): .*?Expected an? <class '(\w+)'>.*(?:Got|Given) value: (.*)", _of_its_type, text)
+    field = re.match(r"([\w.]+):", text)
+    stranger = re.search(r"(?:does not accept (?:option|nested key) '|[Uu]nrecognized arguments: --)([\w.-]+)", text)
+    dashed = re.match(r"[Uu]nrecognized arguments: (-[^-].*)", text)
+    if dashed:
+        text = f"unknown option {dashed[1]}; give a value that begins with a dash as --OPTION=VALUE, or after -- alone"
+    elif stranger:
+        text = unknown(stranger[1], known)
+    elif field and field[1] in field_names(model):
+        text = _of_field(field[1], arguments, model) or text
+    return text
+
+
+def worded(error: ValidationError, fields_of: type[BaseModel] | None = None) -> str:
+    """All that pydantic found wrong, in our words: field, what is wrong, what was found. With `fields_of`, the model
+    that was validated: what is wrong with single fields alone."""
+    return "; ".join(
+        _worded(each) for each in error.errors() if fields_of is None or section_at(fields_of, _place(each)) is None
+    )
+
+
+def unknown(name: str, names: Sequence[str]) -> str:
+    """That there is no field or option `name`, and which of the `names` is most like it; the same last part in another
+    section counts as near."""
+    plain = name.replace("-", "_")
+    last = plain.split(".")[-1]
+    near = difflib.get_close_matches(plain, names, n=1, cutoff=0.75)
+    near = near or [known for known in names if known.split(".")[-1] == last]
+    near = near or [k for k in names if difflib.get_close_matches(last, [k.split(".")[-1]], n=1, cutoff=0.75)]
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"unknown option or configuration field '{name}'.{hint}"
+
+
+def values_of(option: str, arguments: Sequence[str]) -> list[str]:
+    """What `arguments` give the option, as `--option VALUE` and as `--option=VALUE`."""
+    values = [value for name, value in pairwise(arguments) if name == f"--{option}"]
+    return values + [name.partition("=")[2] for name in arguments if name.startswith(f"--{option}=")]
+
+
+def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted names of all fields of the configuration, sections included."""
+    names = []
+    for name in model.model_fields:
+        names.append(prefix + name)
+        section = section_at(model, name)
+        names += field_names(section, f"{prefix}{name}.") if section else []
+    return names
+
+
+def section_at(model: type[BaseModel], place: str) -> type[BaseModel] | None:
+    """The section of `model` with the dotted name `place`, itself for "", None where it is a field or unknown."""
+    section: Any = model
+    for part in place.split(".") if place else ():
+        fields = section.model_fields
+        section = fields[part].annotation if part in fields else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return None
+    found: type[BaseModel] = section
+    return found
+
+
+def _worded(error: Any) -> str:
+    place, text = _place(error), error["msg"].removeprefix("Value error, ")
+    found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
+    return f"{place}: {text}{found}" if place else text
+
+
+def _place(error: Any) -> str:
+    return ".".join(str(part) for part in error["loc"])
+
+
+def _of_field(place: str, arguments: Sequence[str], model: type[BaseModel]) -> str | None:
+    """What is wrong with the value that `arguments` give the field at `place`, None where that is not the field's."""
+    section = section_at(model, place)
+    if section is not None:
+        return f"{place}: a section; give its fields, as --{place}.{next(iter(section.model_fields))} VALUE"
+    values = values_of(place, arguments)
+    try:
+        tree = yaml.safe_load(values[-1]) if values else None
+        for part in reversed(place.split(".")):
+            tree = {part: tree}
+        model.model_validate(tree)
+    except yaml.YAMLError:
+        return None
+    except ValidationError as error:
+        return worded(error, fields_of=model) if values else None
+    return None
+
+
+def _of_its_type(found: re.Match[str]) -> str:
+    return f"{found[1]}: expected {WORDS.get(found[2], found[2])} (found {found[3].split(' - ')[0]!r})"
+
+
+def _missing(options: Sequence[str], found: re.Match[str]) -> str:
+    """What was left out as it is typed: the parser calls an option of a command COMMAND.OPTION."""
+    names = [name.split(".")[-1] for name in found[1].split(", ")]
+    return f"missing: {', '.join(f'--{name}' if name in options else name.upper() for name in names)}"
+
+
+def _valueless(arguments: Sequence[str], known: Sequence[str], found: re.Match[str]) -> str:
+    """Say what to write where an option has no value, or one that the parser takes for the next option."""
+    name = f"--{found[1]}"
+    value = next((value for option, value in pairwise(arguments) if option == name and value.startswith("-")), "--")
+    text = f"{name}: expected a value after it"
+    if value == "--" or value.removeprefix("--").partition("=")[0] in known:
+        return text
+    return f"{text}; give one that begins with a dash as {shlex.quote(f'{name}={value}')}"

@@ -1,0 +1,102 @@
+"""The rewards by the names that configurations have for them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from customized_grpo.config.rewards import RewardsConfig
+from customized_grpo.errors import UserError
+from customized_grpo.rewards.custom import PREFIX, OwnReward
+from customized_grpo.rewards.http import Transport, secret
+from customized_grpo.rewards.remote import TOKEN, RemoteReward
+from customized_grpo.rewards.reward import Reward
+from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
+from customized_grpo.runtime.libraries import quiet
+
+TOYBOX = "toybox"
+PICKSCORES_BACKBONE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+"""Whose tokenizer and image processor PickScore takes, which is published without any."""
+
+
+def load_rewards(
+    config: RewardsConfig, device: torch.device, toybox_weights: Path | None = None
+) -> tuple[Reward, Reward]:
+    """The (prompt, identity) rewards. Raises `UserError` where a model or a server cannot be had."""
+    judge = _judge(config) if "vlm_judge" in (config.prompt, config.identity) else None
+    prompt = _load(config, "prompt", config.prompt, config.prompt_model, device, toybox_weights, judge)
+    identity = _load(config, "identity", config.identity, config.identity_model, device, toybox_weights, judge)
+    return prompt, identity
+
+
+def load_pretrained(name: str, field: str, model: str | None, config: RewardsConfig, device: torch.device) -> Reward:
+    """A pretrained reward by its name, one of ENCODERS."""
+    quiet()
+    from customized_grpo.rewards.pretrained import Checkpoint
+
+    backbone = {"hpsv2": config.hpsv2.backbone, "pickscore": PICKSCORES_BACKBONE}.get(name)
+    bf16 = config.precision == "bf16"
+    return Checkpoint(field, name, model, backbone, device, micro_batch=config.micro_batch, bf16=bf16).reward(
+        segmented=config.identity_reference == "segmented",
+        background=config.background,
+        several=config.several_references,
+    )
+
+
+def _load(
+    config: RewardsConfig,
+    side: str,
+    kind: str,
+    model: str | None,
+    device: torch.device,
+    toybox_weights: Path | None,
+    judge: VlmJudge | None,
+) -> Reward:
+    if kind == TOYBOX:
+        from customized_grpo.toybox.rewards import IdentityReward, PromptReward
+
+        if side == "prompt":
+            return PromptReward(toybox_weights)
+        return IdentityReward(config.identity_reference, toybox_weights, config.identity_leak)
+    if kind.startswith(PREFIX):
+        return OwnReward.load(f"rewards.{side}", kind)
+    if kind == "remote":
+        return RemoteReward(Transport(f"rewards.{side}_model", model or "", config.deadline, token=secret(TOKEN)))
+    if kind == "vlm_judge":
+        assert judge is not None
+        return JudgeReward(judge, "prompt" if side == "prompt" else "subject")
+    if kind == "hpsv3":
+        return load_hpsv3_reward(config, model, device)
+    return load_pretrained(kind, f"rewards.{side}_model", model, config, device)
+
+
+def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.device) -> Reward:
+    """HPSv3, as `config.hpsv3` says."""
+    quiet()
+    from customized_grpo.rewards.hpsv3 import load_hpsv3
+
+    settings = config.hpsv3
+    bf16 = device.type == "cuda" if config.precision == "auto" else config.precision == "bf16"
+    return load_hpsv3(
+        weights, settings.backbone, settings.instruction, sequential=settings.positions == "sequential",
+        micro_batch=config.micro_batch, device=device, bf16=bf16,
+    )  # fmt: skip
+
+
+def _judge(config: RewardsConfig) -> VlmJudge:
+    settings = config.vlm_judge
+    transport = Transport("rewards.vlm_judge.url", settings.url or "", config.deadline, token=secret(KEY))
+    known = _models(transport.get("/models", optional=True))
+    if known and settings.model not in known:
+        listed = transport.without_token(", ".join(sorted(known)[:8]))
+        raise UserError(f"rewards.vlm_judge.model: {settings.url} has no '{settings.model}'; it has {listed}")
+    judge = VlmJudge(transport, settings)
+    judge.check()
+    return judge
+
+
+def _models(answer: Any) -> Sequence[str]:
+    """The names of models in what a server answers to /models, none where it says nothing of the kind."""
+    listed = answer.get("data") if isinstance(answer, dict) else None
+    return [entry["id"] for entry in listed or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]

@@ -1,0 +1,81 @@
+"""What one family of diffusers pipelines does in its own way; `diffusers_policy` makes a policy of it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
+from customized_grpo.policies.policy import Lengths
+
+
+class Family(Protocol):
+    """A pipeline's tokens, position ids, schedule and guidance.
+
+    N = H/16 * W/16 image tokens, S reference tokens, C channels of a packed latent.
+    """
+
+    pipeline: Any
+    """Class of the pipeline, which loads it and knows the format of its LoRAs."""
+    transformer: Any
+    """Class of its transformer."""
+    saved_as: tuple[str, ...]
+    """Names of pipeline classes whose folders hold the parts."""
+    text_encoders: tuple[str, ...]
+    """Names of the parts that are let go once all prompts are encoded."""
+    lora_targets: str
+    """Regular expression of the names of the linear layers that get LoRA factors."""
+    depends_on: Mapping[str, Inputs]
+    """For each tensor of a row what it depends on: what rows share is encoded, kept and read once. The tensor named
+    "negative" is of guided rows alone."""
+    max_references: int
+    guidance: float
+    """Used where the configuration gives none."""
+
+    def components(self, folder: str) -> dict[str, Any]:
+        """Parts of the pipeline that are not loaded the way its class would."""
+        ...
+
+    def check_guidance(self, pipe: Any, guidance: float | None) -> None:
+        """Raise `UserError` for guidance that would have no effect."""
+        ...
+
+    def is_guided(self, pipe: Any, guidance: float) -> bool:
+        """Whether `guidance` takes a second pass, with a negative prompt, at every step."""
+        ...
+
+    def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
+        """The size in which a picture of `height` x `width` is seen as one of `count` references; `side`: what the
+        configuration asks for."""
+        ...
+
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths | None:
+        """The lengths of `prompts` as the encoder of the transformer's text tokens gets them; None where it reads the
+        whole."""
+        ...
+
+    def encode(
+        self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
+    ) -> Row:
+        """One prompt and its references [3, h, w] in [0, 1]; `guided`: with "negative", of a negative prompt."""
+        ...
+
+    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        """Tensors of a row of a common length, on the meta device: what `encode` makes for references of `sizes`, for
+        a transformer of `config`."""
+        ...
+
+    def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
+        """The pipeline's own schedule [num_steps + 1] for images of (height, width) `size`."""
+        ...
+
+    def velocity(
+        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+    ) -> Tensor:
+        """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], guidance included."""
+        ...
+
+    def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
+        """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+        ...

@@ -1,0 +1,67 @@
+"""A reward of the user's own: `python:module.function`, found from the folder in which the command runs."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from customized_grpo.errors import UserError, first_line
+from customized_grpo.rewards.reward import Scores, Task
+
+PREFIX = "python:"
+Function = Callable[[Tensor, Task], Tensor | Scores]
+
+
+class OwnReward:
+    """Calls `function(images [P, G, 3, H, W], task)`, which answers values [P, G], higher is better, or `Scores`.
+
+    A value that is not finite is invalid: its sample leaves the group.
+    """
+
+    def __init__(self, name: str, function: Function) -> None:
+        self._name, self._function = name, function
+
+    @classmethod
+    def load(cls, field: str, name: str) -> "OwnReward":
+        """The function that `name`, `python:module.function`, means. Raises `UserError` where there is none."""
+        module_name, _, function_name = name.removeprefix(PREFIX).rpartition(".")
+        if not module_name:
+            raise UserError(f"{field}: '{name}' names no function; write python:module.function")
+        folder = str(Path.cwd())
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+        try:
+            module = importlib.import_module(module_name)
+        except Exception as error:  # the module is the user's: anything may come out of it
+            raise UserError(
+                f"{field}: module '{module_name}' could not be imported ({type(error).__name__}: {first_line(error)}); "
+                f"it is looked for in {folder} and among what is installed"
+            ) from error
+        function = getattr(module, function_name, None)
+        if not callable(function):
+            raise UserError(f"{field}: {module_name} ({module.__file__}) has no function '{function_name}'")
+        return cls(name, function)
+
+    @torch.no_grad()
+    def score(self, images: Tensor, task: Task) -> Scores:
+        """See `Reward.score`. Raises `UserError` where the function raises, or answers anything but a number for each
+        image."""
+        try:
+            found = self._function(images, task)
+        except Exception as error:  # it is the user's: anything may come out of it
+            raise UserError(
+                f"{self._name} raised {type(error).__name__}: {first_line(error)}; mend the function, or have it "
+                "answer NaN for what it cannot score"
+            ) from error
+        scores = found if isinstance(found, Scores) else Scores(found, torch.ones(images.shape[:2], dtype=torch.bool))
+        shape = tuple(images.shape[:2])
+        for part in (scores.values, scores.valid):
+            if not isinstance(part, Tensor) or tuple(part.shape) != shape:
+                given = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise UserError(f"{self._name} answered {given}, expected a tensor of {list(shape)}, a number an image")
+        values = scores.values.float()
+        known = scores.valid.to(values.device) & values.isfinite()
+        return Scores(torch.where(known, values, 0.0), known)

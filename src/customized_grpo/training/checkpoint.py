@@ -1,0 +1,312 @@
+"""Resumable checkpoints: trained tensors, optimiser state, their average and the iteration, in safetensors and JSON.
+
+A checkpoint is a folder named after its iteration. It is written under another name, flushed to disk and renamed, so
+a folder of that name is complete. Nothing random is stored, and no position in the data, the window or the schedule:
+all of them are functions of the seed and the iteration.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from customized_grpo.errors import UserError, first_line, told_changes
+from customized_grpo.io.files import file_sha256, save_tensors, writing
+from customized_grpo.runtime.environment import library_versions
+from customized_grpo.training.ema import Average
+
+TENSORS = "state.safetensors"
+MANIFEST = "manifest.json"
+PARAMETER, MOMENT, AVERAGE = "parameter/", "optimizer/", "average/"
+PARTIAL = ".partial"
+FORMAT = 2
+"""Version of what is written here. A checkpoint of another one is no damage, and must not be passed over as such."""
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
+"""What AdamW keeps of a parameter."""
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what was written: torn, changed, or with a part missing."""
+
+
+class Hashes(BaseModel):
+    """What the contents hash to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    config: Sha256
+    tensors: Sha256
+
+
+class Format(BaseModel):
+    """What even a later manifest says."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    format: int = Field(FORMAT, ge=1)
+
+
+class Manifest(Format):
+    """What is said of a checkpoint: iterations done, the settings that pin the result, library versions, hashes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    iteration: int = Field(ge=0)
+    config: dict[str, Any]
+    libraries: dict[str, str]
+    sha256: Hashes
+
+    def other_libraries(self) -> list[str]:
+        """The libraries whose versions are others now, as 'name found -> now'."""
+        now = library_versions()
+        names = sorted({*self.libraries, *now})
+        pairs = [(name, self.libraries.get(name, "none"), now.get(name, "none")) for name in names]
+        return [f"{name} {before} -> {after}" for name, before, after in pairs if before != after]
+
+
+@dataclass(frozen=True)
+class State:
+    """What training changes: trained parameters by name, their optimiser, and their average where one is kept."""
+
+    parameters: Sequence[tuple[str, nn.Parameter]]
+    optimizer: torch.optim.Optimizer
+    average: Average | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        found: dict[str, Tensor] = {PARAMETER + name: parameter.detach() for name, parameter in self.parameters}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            name = self.parameters[index][0]
+            found |= {f"{MOMENT}{name}/{key}": torch.as_tensor(value) for key, value in state.items()}
+        if self.average is not None:
+            found |= {AVERAGE + name: tensor for name, tensor in self.average.tensors.items()}
+        return found
+
+    def misfit(self, tensors: dict[str, Tensor]) -> str:
+        """Why `tensors` are not of this state, empty where they are."""
+        own = dict(self.parameters)
+        expected: dict[str, Tensor] = {PARAMETER + name: parameter for name, parameter in own.items()}
+        if self.average is not None:
+            expected |= {AVERAGE + name: parameter for name, parameter in own.items()}
+        if any(name.startswith(MOMENT) for name in tensors):  # there are none before the first step
+            step = torch.zeros(())
+            for name, parameter in own.items():
+                expected |= {f"{MOMENT}{name}/{key}": step if key == "step" else parameter for key in MOMENTS}
+        return _misfit(tensors, expected)
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` of another such state gave."""
+        moments: dict[int, dict[str, Tensor]] = {}
+        for index, (name, parameter) in enumerate(self.parameters):
+            parameter.copy_(tensors[PARAMETER + name])
+            prefix = f"{MOMENT}{name}/"
+            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if found:
+                # Copies: the file that they are mapped from may be removed, and some disks keep it while it is open.
+                place = {key: "cpu" if key == "step" else parameter.device for key in found}
+                moments[index] = {key: value.to(place[key], copy=True) for key, value in found.items()}
+        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        for name, tensor in (self.average.tensors if self.average is not None else {}).items():
+            tensor.copy_(tensors[AVERAGE + name])
+
+
+def save_checkpoint(folder: Path, iteration: int, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+    """Write `folder/<iteration>`, whole or not at all. `config` is what must be equal on resuming; `tensors` are those
+    of `State.tensors`.
+
+    Raises `StorageError` where the disk does not take it; the checkpoints before it stay as they are.
+    """
+    target = folder / f"{iteration:06d}"
+    temporary = folder / f".{target.name}{PARTIAL}"
+    try:
+        with writing(folder, sum(tensor.nbytes for tensor in tensors.values())):
+            for left in folder.glob(f".*{PARTIAL}"):
+                _clear(left)
+            temporary.mkdir(parents=True)
+            save_tensors(tensors, temporary / TENSORS)
+            with ThreadPoolExecutor(1) as pool:  # both take seconds at full size, and neither needs the other
+                flushed = pool.submit(_flush, temporary / TENSORS)
+                sha256 = file_sha256(temporary / TENSORS)
+                flushed.result()
+            hashes = Hashes(config=_config_sha256(config), tensors=sha256)
+            manifest = Manifest(iteration=iteration, config=config, libraries=library_versions(), sha256=hashes)
+            (temporary / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+            for path in (temporary / MANIFEST, temporary):
+                _flush(path)
+            remove_checkpoint(target)
+            temporary.rename(target)
+            _flush(folder)
+    finally:
+        _clear(temporary)
+    return target
+
+
+def prune_checkpoints(folder: Path, newest: int, keep_last: int, keep_every: int | None) -> None:
+    """Remove checkpoints but for the last `keep_last` up to iteration `newest`, which is whole, and all of every
+    `keep_every`-th iteration.
+
+    What comes after `newest` is not counted: it was passed over as damaged, and must not push out what is whole.
+    """
+    known = [path for path in list_checkpoints(folder) if int(path.name) <= newest]
+    for path in known[:-keep_last]:
+        if keep_every is None or int(path.name) % keep_every != 0:
+            remove_checkpoint(path)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, damaged ones too, oldest first."""
+    if not folder.is_dir():
+        return []
+    numbered = (path for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
+    return sorted((path for path in numbered if path.is_dir()), key=lambda path: int(path.name))
+
+
+def load_checkpoint(path: Path, config: dict[str, Any], state: State) -> Manifest:
+    """Bring `state` back to where `path` left it; returns what is said of the checkpoint.
+
+    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when `config` is not the one the checkpoint was
+    made with, naming the fields. `state` is then as it was.
+    """
+    manifest = read_manifest(path)
+    if changed := told_changes(manifest.config, config, {*config, *manifest.config}):
+        raise UserError(
+            f"{path}: cannot resume with another configuration ({changed}). Restore it, or use a new --output"
+        )
+    tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
+    if misfit := state.misfit(tensors):
+        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
+    state.restore(tensors)
+    return manifest
+
+
+def load_weights(
+    path: Path, config: dict[str, Any], parameters: Iterable[tuple[str, nn.Parameter]], *, average: bool
+) -> None:
+    """Give trained `parameters` the values that the checkpoint `path` has for them, or for their average.
+
+    Raises what `read_weights` does. `parameters` are then as they were.
+    """
+    found, own = read_weights(path, config, average=average), dict(parameters)
+    if misfit := _misfit(found, own):
+        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(found[name])
+
+
+def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[str, Tensor]:
+    """Return the trained tensors of the checkpoint `path` by name, or their average.
+
+    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when it has no average, or is of another
+    generator than that of the run with `config`.
+    """
+    manifest = read_manifest(path)
+    # What a field names may lie elsewhere by now; hashes of that are for going on.
+    policy = [key for key in manifest.config if key.startswith("policy.") and key in config]
+    if changed := told_changes(manifest.config, config, policy):
+        raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
+    tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
+    kind = AVERAGE if average else PARAMETER
+    found = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+    if average and not found:
+        raise UserError(f"--ema: {path} holds no averaged weights: train keeps them where ema.decay is set")
+    return found
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the checkpoint in the folder `path`. Raises `DamagedCheckpoint` where it is none, or no more, and
+    `UserError` where a later version wrote it."""
+    place = path / MANIFEST
+    try:
+        content = place.read_bytes()
+        if (found := Format.model_validate_json(content).format) > FORMAT:
+            raise UserError(f"{place}: of format {found}, written by a later version; this one reads {FORMAT}")
+        if found < FORMAT:
+            raise UserError(
+                f"{place}: of format {found}, written by an earlier version; this one reads {FORMAT}. Finish the run "
+                "with the version that began it, or start a new --output"
+            )
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise DamagedCheckpoint(f"{place}: damaged ({where}: {first['msg']})") from error
+    except OSError as error:
+        raise DamagedCheckpoint(f"{place}: damaged or missing ({error.strerror})") from error
+    if _config_sha256(manifest.config) != manifest.sha256.config:
+        raise DamagedCheckpoint(f"{place}: damaged (config is not what its hash is of)")
+    named = path.name if path.name.isascii() and path.name.isdecimal() else None
+    if named is not None and int(named) != manifest.iteration:
+        raise DamagedCheckpoint(f"{place}: damaged (iteration is {manifest.iteration} in the folder {named})")
+    return manifest
+
+
+def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        if file_sha256(path) != sha256:
+            raise DamagedCheckpoint(f"{path}: damaged (not what the manifest's hash is of)")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"{path}: damaged or missing ({first_line(error)})") from error
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove the checkpoint `path`, where there is one. A kill leaves no half of it: it first takes a name of no
+    checkpoint."""
+    if path.exists():
+        rubbish = path.with_name(f".{path.name}.old{PARTIAL}")
+        with writing(path.parent):
+            _clear(rubbish)
+            path.rename(rubbish)
+            _clear(rubbish)
+
+
+def _clear(path: Path) -> None:
+    """Remove a folder, or a link to one, as far as that can be done: what is left is in nobody's way."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Why `tensors` have not the names, shapes and types of those that are `expected`, or are not finite; empty where
+    all is well."""
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        return f"it {'lacks' if odd[0] in expected else 'has'} {odd[0]}"
+    for name, tensor in tensors.items():
+        like = expected[name]
+        if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):
+            return f"{name} is {_described(tensor)}, expected {_described(like)}"
+        if not tensor.isfinite().all():
+            return f"{name} has numbers that are not finite"
+    return ""
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _config_sha256(config: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

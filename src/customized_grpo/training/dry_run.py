@@ -1,0 +1,98 @@
+"""What an iteration of a large generator takes, from its configurations alone: its weights stay where they are."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from customized_grpo.config.run import Config
+from customized_grpo.errors import UserError, first_line
+from customized_grpo.factory.policy import FAMILIES, MODELS, settings_of
+from customized_grpo.io.hub import DAMAGED, locate, read_index
+from customized_grpo.policies.conditions import ConditionCache, Conditions, Row, bytes_of_rows
+from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
+from customized_grpo.policies.pipelines.resolution import token_count
+from customized_grpo.policies.pipelines.spec import Family
+from customized_grpo.policies.policy import RowAsked
+from customized_grpo.runtime.device import resolve_device, resolve_precision
+from customized_grpo.training.estimate import Estimate, Subject, estimate
+
+META = torch.device("meta")
+
+
+def dry_run(config: Config, processes: int = 1, rows: Sequence[RowAsked] | None = None) -> Estimate:
+    """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square;
+    and of disk what `rows`, all that the run reads, take once they are encoded.
+
+    Raises `UserError` where the model cannot be had, or takes no such settings.
+    """
+    settings = config.policy
+    family = FAMILIES[settings.kind]
+    folder = locate(settings.model or MODELS[settings.kind], family, weights=False)
+    bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
+    pipe = outline(folder, family, torch.bfloat16 if bf16 else torch.float32)
+    return estimate_pipeline(config, family, pipe, processes, rows)
+
+
+def estimate_pipeline(
+    config: Config, family: Family, pipe: Any, processes: int = 1, rows: Sequence[RowAsked] | None = None
+) -> Estimate:
+    """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on
+    the meta device."""
+    settings, network = config.policy, pipe.transformer
+    # What recomputes or compiles on the way changes what is counted, not what is computed.
+    plain = replace(
+        settings_of(settings, META, config.seed), gradient_checkpointing=False, compile=False, attention_backend=None
+    )
+    policy = DiffusersPolicy(family, pipe, ConditionCache(settings.cache, ""), plain)
+    sizes = (family.reference_size(settings.height, settings.width, 1, settings.reference_side),)
+    example = family.example(network.config, sizes, guided=policy.guided)
+    dtype = pipe.vae.dtype
+    row = Row({name: tensor.to(dtype) for name, tensor in example.items()}, sizes)
+    tokens = token_count([policy.size, *sizes]) + len(row.tensors["text"])
+    frozen = {
+        module: sum(p.nbytes for p in module.parameters() if not p.requires_grad) for module in (network, pipe.vae)
+    }
+    if settings.shard:
+        frozen[network] /= processes
+    blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
+    passes = 2 if policy.guided else 1
+    subject = Subject(
+        policy,
+        network,
+        Conditions((row,), torch.zeros(1, dtype=torch.long)),
+        weight_bytes=float(sum(frozen.values())),
+        checkpointed=passes * blocks if settings.gradient_checkpointing else 0,
+        block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
+        fused_tokens=tokens,
+    )
+    estimated = estimate(config, subject, processes)
+    if rows is None:
+        return estimated
+    planned = [plan_row(family, each, settings.reference_side) for each in rows]
+    encoded = bytes_of_rows(family, network.config, dtype, planned, guided=policy.guided)
+    return replace(estimated, disk=estimated.disk | {"encoded prompts and references": float(encoded)})
+
+
+def outline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
+    """The pipeline in `folder` with its transformer and VAE on the meta device and without its text encoders.
+
+    Raises `UserError` where a configuration is missing or damaged.
+    """
+    index = read_index(folder)
+    wanted = [name for name in inspect.signature(family.pipeline.__init__).parameters if name != "self"]
+    parts: dict[str, Any] = {name: index.get(name) for name in wanted if not isinstance(index.get(name), list)}
+    parts |= dict.fromkeys(name for name in wanted if isinstance(index.get(name), list))
+    try:
+        for name, kind in (("transformer", family.transformer), ("vae", getattr(diffusers, index["vae"][1]))):
+            with META:
+                parts[name] = kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
+        parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    except DAMAGED as error:
+        raise UserError(f"policy.model: {folder} could not be read: {first_line(error)}") from error
+    return family.pipeline(**parts)

@@ -1,0 +1,265 @@
+"""What a run will take, before it is started: parameters, operations by phase, memory.
+
+Operations are counted, not guessed: the generator runs once, forwards and backwards, under torch's counter; a large one
+on the meta device, without weights. Memory is an estimate: what must be there at once, not what an allocator adds.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from customized_grpo.config.run import Config
+from customized_grpo.policies.policy import Policy
+from customized_grpo.training.rollout import plan_steps
+
+NUMBER_BYTES = 4
+"""Of a trained parameter, its gradient, each of its two moments and its average: all are fp32."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an iteration takes. FLOPs are by phase; memory is in bytes, on the generator's device; disk in bytes."""
+
+    parameters: int
+    trainable: int
+    flops: dict[str, float]
+    recomputed: float
+    """FLOPs, of those of the update, that compute activations again."""
+    memory: dict[str, float]
+    """What is there all the time, by what it holds."""
+    phases: dict[str, dict[str, float]]
+    """What comes on top of it in each phase. Phases follow one another, so their memory does not add up."""
+    host: dict[str, float] = field(default_factory=dict)
+    """Bytes of the host's memory in the first process, by what they hold."""
+    disk: dict[str, float] = field(default_factory=dict)
+    """By what it holds, at its largest."""
+    not_counted: tuple[str, ...] = ()
+    """What else takes memory or disk, but is not known."""
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Bytes of memory that are there at once, by phase."""
+        return {phase: sum(self.memory.values()) + sum(top.values()) for phase, top in self.phases.items()}
+
+    @property
+    def peak_bytes(self) -> float:
+        """Bytes of memory in the phase that needs the most."""
+        return max(self.peaks.values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs the most memory."""
+        return max(self.peaks, key=self.peaks.__getitem__)
+
+    def rows(self) -> dict[str, str]:
+        """Names and values, as a person reads them."""
+        return {
+            "parameters of the generator": _count(self.parameters),
+            "trained": f"{_count(self.trainable)} ({self.trainable / self.parameters:.2%})",
+            **{f"operations an iteration, {phase}": _scaled(value, "FLOP") for phase, value in self.flops.items()},
+            "operations an iteration": _scaled(sum(self.flops.values()), "FLOP"),
+            **{f"memory, {what}": _scaled(value, "B", 1024) for what, value in self.memory.items()},
+            **{
+                f"memory in the {phase}, {what}": _scaled(value, "B", 1024)
+                for phase, top in self.phases.items()
+                for what, value in top.items()
+            },
+            **{f"peak memory in the {phase}": _scaled(value, "B", 1024) for phase, value in self.peaks.items()},
+            "expected peak memory": f"{_scaled(self.peak_bytes, 'B', 1024)}, in the {self.peak_phase}",
+            **{f"host memory, {what}": _scaled(value, "B", 1024) for what, value in self.host.items()},
+            **{f"disk, {what}": _scaled(value, "B") for what, value in self.disk.items()},
+            **{f"not counted ({number})": what for number, what in enumerate(self.not_counted, 1)},
+        }
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a policy, its network, and a condition of one row, as long as those of training."""
+
+    policy: Policy[Any]
+    network: nn.Module
+    condition: Any
+    weight_bytes: float
+    """All that stays in memory through training but the trained parameters."""
+    checkpointed: int = 0
+    """Blocks whose activations are computed again in the backward pass; the network itself must keep them here."""
+    block_input_bytes: float = 0.0
+    """What a checkpointed block keeps of one sample."""
+    fused_tokens: int = 0
+    """Length of the sequences whose attention is fused where the network really runs, though not where it is measured:
+    no matrix of all pairs of tokens is kept then. 0: what is measured is what runs."""
+
+
+def estimate(config: Config, subject: Subject, processes: int = 1) -> Estimate:
+    """What an iteration of `config` takes of that one of its `processes` which has the most groups, and its checkpoints
+    of disk. Rewards are not counted: see `rewards.footprint`."""
+    rollout, policy = config.rollout, subject.policy
+    latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
+    sigma = torch.full((1,), 0.5, device=policy.device)
+    drawing = LivePeak(subject.fused_tokens)
+    with FlopCounterMode(display=False) as forward, torch.no_grad(), drawing:
+        policy.velocity(latents, sigma, subject.condition)
+    with FlopCounterMode(display=False) as both:
+        kept, output = _kept_for_backward(subject, latents, sigma)
+        output.square().mean().backward()
+    painting = LivePeak()
+    with FlopCounterMode(display=False) as decoding, torch.no_grad(), painting:
+        picture_bytes = policy.decode(latents).nbytes
+    subject.network.zero_grad()
+    if subject.checkpointed:
+        # The input of every block, and all that the one keeps which is being computed again.
+        kept = kept / subject.checkpointed + subject.checkpointed * subject.block_input_bytes
+
+    plan = plan_steps(rollout, policy.sigmas(rollout.num_steps, rollout.shift), config.seed, 0)
+    prompts = -(-rollout.prompts_per_iteration // processes)
+    images = prompts * rollout.group_size
+    shared = plan.shared_steps if rollout.initial_noise == "shared" else 0
+    forwards = prompts * shared + images * (rollout.num_steps - shared)
+    extra_forwards = bool(subject.checkpointed) + (config.objective.kl_weight > 0)
+    an_item = both.get_total_flops() + extra_forwards * forward.get_total_flops()
+    items = images * len(plan.trained)
+    trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
+    lora = config.policy.adapter == "lora"
+    trajectories = 2.0 * items * latents.nbytes
+    drawn = drawing.peak * min(rollout.micro_batch, images)
+    # While the averaged parameters stand in for the trained ones, these are kept.
+    swapped = config.ema.decay is not None and config.ema.evaluate
+    disk = checkpoint_disk(config, policy.trainable_parameters())
+    return Estimate(
+        parameters=sum(p.numel() for p in subject.network.parameters()) - (trained if lora else 0),
+        trainable=trained,
+        flops={
+            "rollout": float(forwards * forward.get_total_flops()),
+            "decoding": float(images * decoding.get_total_flops()),
+            "update": float(items * an_item),
+        },
+        recomputed=float(items * bool(subject.checkpointed) * forward.get_total_flops()),
+        memory={
+            "frozen weights": subject.weight_bytes,
+            "trained parameters and moments": 3.0 * NUMBER_BYTES * trained,
+            **({} if config.ema.decay is None else {"averaged parameters": float(NUMBER_BYTES * trained)}),
+        },
+        phases={
+            "rollout": {
+                "trajectories": trajectories,
+                "activations of a micro-batch": drawn,
+            },
+            "decoding": {
+                "trajectories": trajectories,
+                "pictures": float(images * picture_bytes),
+                "activations of a micro-batch": painting.peak * min(rollout.micro_batch, images),
+            },
+            "update": {
+                "trajectories": trajectories,
+                "gradients": float(NUMBER_BYTES * trained),
+                "activations of a micro-batch": kept * min(config.optimizer.micro_batch, items),
+            },
+            **(
+                {}
+                if not swapped
+                else {
+                    "evaluation": {
+                        "copy of the trained parameters": float(NUMBER_BYTES * trained),
+                        "activations of a micro-batch": drawn,
+                    }
+                }
+            ),
+        },
+        host={"copy of the last whole iteration": disk["a checkpoint"]},
+        disk=disk,
+    )
+
+
+def checkpoint_disk(config: Config, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
+    """Bytes of a checkpoint, which has the trained `parameters`, their moments and their average, and of all that are
+    there at once: the newest of those that are kept is written before the oldest goes."""
+    copies = 3 if config.ema.decay is None else 4
+    found = list(parameters)
+    # A step count for each parameter; in the header, for each tensor, about 80 bytes beside its name.
+    header = sum(4 + (copies + 1) * (80 + len(name)) for name, _ in found)
+    one = float(copies * NUMBER_BYTES * sum(parameter.numel() for _, parameter in found) + header)
+    settings, last = config.checkpoint, config.iterations
+    made = -(-last // settings.every)
+    for_good = last // settings.keep_every if settings.keep_every else 0
+    count = min(made, settings.keep_last + 1 + for_good)
+    adapters = float((copies - 2) * NUMBER_BYTES * sum(parameter.numel() for _, parameter in found))
+    return {"a checkpoint": one, f"at most {count} checkpoints": count * one, "adapters at the end": adapters}
+
+
+class LivePeak(TorchDispatchMode):
+    """The most bytes of tensors that are there at once of those made within, on any device, the meta device too.
+
+    What was there before does not count, nor what views of it take.
+    """
+
+    def __init__(self, fused_tokens: int = 0) -> None:
+        """`fused_tokens`: matrices of all pairs of so many tokens do not count; see `Subject`."""
+        super().__init__()
+        self.peak = 0
+        self._fused_tokens, self._now = fused_tokens, 0
+        self._holders: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_storage(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._count(tensor, given)
+        return result
+
+    def _count(self, tensor: Tensor, given: set[int]) -> None:
+        storage = _storage(tensor)
+        if storage not in self._holders:
+            length = self._fused_tokens
+            if storage in given or (length and tensor.shape[-2:] == (length, length)):
+                return
+            self._now += tensor.untyped_storage().nbytes()
+            self.peak = max(self.peak, self._now)
+        self._holders[storage] = self._holders.get(storage, 0) + 1
+        finalize(tensor, self._drop, storage, tensor.untyped_storage().nbytes())
+
+    def _drop(self, storage: int, size: int) -> None:
+        self._holders[storage] -= 1
+        if self._holders[storage] == 0:
+            del self._holders[storage]
+            self._now -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _kept_for_backward(subject: Subject, latents: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
+    """Bytes that autograd keeps of the forward pass of one sample, weights left out, and its output."""
+    weights = {parameter.untyped_storage()._cdata for parameter in subject.network.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage, length = tensor.untyped_storage(), subject.fused_tokens
+        pairs = length > 0 and tensor.shape[-2:] == (length, length)
+        if storage._cdata not in weights and not pairs:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = subject.policy.velocity(latents, sigma, subject.condition)
+    return float(sum(kept.values())), output
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"
+
+
+def _scaled(value: float, unit: str, step: int = 1000) -> str:
+    prefixes = ("", "Ki", "Mi", "Gi", "Ti") if step == 1024 else ("", "k", "M", "G", "T", "P", "E")
+    index = 0
+    while value >= step and index < len(prefixes) - 1:
+        value, index = value / step, index + 1
+    return f"{value:.1f} {prefixes[index]}{unit}"

@@ -1,0 +1,64 @@
+"""`customized-grpo export`: the adapter of a checkpoint, as a finished run leaves it."""
+
+import shutil
+from pathlib import Path
+
+import yaml
+
+from customized_grpo.config.run import Config, flatten
+from customized_grpo.errors import UserError
+from customized_grpo.factory import config as build
+from customized_grpo.io.files import check_finite, check_folder, write_whole, writing
+from customized_grpo.policies.lora_files import read_tensors
+from customized_grpo.training.checkpoint import MANIFEST, TENSORS, read_manifest, read_weights
+from customized_grpo.training.loop import CHECKPOINTS
+from customized_grpo.training.run import finished_adapter, load_run_config
+
+
+def export(source: Path, out: Path, *, ema: bool = False) -> Path:
+    """Write the adapter of `source`, a checkpoint or a finished run, with the run's settings, into the folder `out`.
+
+    The adapter has the tensors and the settings of the one that `train` writes. `ema`: that of the averaged weights.
+    Returns `out`. The generator is not loaded. Raises `UserError` where `source` is neither, or `out` holds something.
+    """
+    check_folder(out, "OUT")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"OUT: {out} is not empty; name a new folder, or delete it first")
+    if (source / MANIFEST).is_file():
+        config = _config_beside(source).model_copy(update={"iterations": read_manifest(source).iteration})
+        tensors = read_weights(source, flatten(config.model_dump(mode="json")), average=ema)
+        check_finite(tensors, source / TENSORS)
+        with writing(out, sum(tensor.nbytes for tensor in tensors.values())):
+            build.save_adapter(config.policy, tensors.items(), out)
+    elif source.parent.name == CHECKPOINTS:
+        raise UserError(
+            f"SOURCE: {source} is no checkpoint: it has no {MANIFEST}; name a folder RUN/checkpoints/000020"
+        )
+    else:
+        config = load_run_config(source)
+        folder = finished_adapter(source, "SOURCE", "export its newest checkpoint,", ema=ema)
+        adapters = sorted(folder.glob("*.safetensors"))
+        if not adapters:
+            raise UserError(f"SOURCE: {folder} has no adapter; go on with the run with train --resume")
+        for path in adapters:
+            read_tensors(path)
+        with writing(out, sum(path.stat().st_size for path in adapters)):
+            out.mkdir(parents=True, exist_ok=True)
+            for path in adapters:
+                shutil.copyfile(path, out / path.name)
+    settings = config.model_copy(update={"output": out}).model_dump(mode="json")
+    with writing(out):
+        # Last: a folder without it is not taken for a run's.
+        write_whole(out / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+    return out
+
+
+def _config_beside(checkpoint: Path) -> Config:
+    """Read the configuration of the run whose folder the checkpoint stands in."""
+    run = checkpoint.resolve().parent.parent
+    try:
+        return load_run_config(run)
+    except UserError as error:
+        raise UserError(
+            f"SOURCE: {checkpoint} does not stand in the folder of its run, as RUN/checkpoints/000020: {error}"
+        ) from error

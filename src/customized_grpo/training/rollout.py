@@ -1,0 +1,185 @@
+"""Sampling: which steps are stochastic, and the trajectories of a batch of groups.
+
+Shape legend: P prompts, G samples of a group, B = P * G samples in prompt-major order, T steps, S trained steps, `*`
+the latent's shape.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Generic
+
+import torch
+from torch import Tensor
+
+from customized_grpo.algorithm import ode_step, sde_step
+from customized_grpo.config.run import RolloutConfig
+from customized_grpo.errors import NotFinite
+from customized_grpo.policies.policy import ConditionT, Policy
+from customized_grpo.randomness import batched_normal, generator
+
+INITIAL_NOISE = "initial noise"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An iteration's steps: `sigmas` [T + 1], the `stochastic` steps, and those of them that are `trained`,
+    ascending."""
+
+    sigmas: Tensor
+    stochastic: tuple[int, ...]
+    trained: tuple[int, ...]
+
+    @property
+    def shared_steps(self) -> int:
+        """Steps before the first stochastic one: from a shared initial noise, a group walks them as one."""
+        return self.stochastic[0]
+
+
+@dataclass(frozen=True)
+class Rollout(Generic[ConditionT]):
+    """For the update: `states`, `next_states` [S, B, *], `log_probs` [S, B]. For rewards: `images` [P, G, 3, H, W]."""
+
+    condition: ConditionT
+    states: Tensor
+    next_states: Tensor
+    log_probs: Tensor
+    images: Tensor
+    forwards: int
+    """Samples sent through the generator, counted once for each step."""
+
+
+def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int) -> Plan:
+    """The steps of `iteration` (0 is the first). The last step is never stochastic: its density has no width at sigma
+    0.
+
+    `subset`: every other step is stochastic, a random `subset_share` of them trained (paper). `window`: a window of
+    consecutive steps is stochastic and trained, the rest deterministic (MixGRPO, arXiv 2507.21802).
+    """
+    trainable = config.num_steps - 1
+    if config.steps == "window":
+        start = config.window_start
+        if start is None:
+            start = iteration // config.window_period % (trainable - config.window_size + 1)
+        window = tuple(range(start, start + config.window_size))
+        return Plan(sigmas, window, window)
+    count = max(1, round(config.subset_share * trainable))
+    chosen = torch.randperm(trainable, generator=generator(seed, iteration, "steps"))[:count]
+    return Plan(sigmas, tuple(range(trainable)), tuple(sorted(chosen.tolist())))
+
+
+@torch.no_grad()
+def sample_groups(
+    policy: Policy[ConditionT], condition: ConditionT, num_prompts: int, plan: Plan, config: RolloutConfig, *,
+    seed: int, iteration: int, first: int = 0, on_progress: Callable[[float], None] = lambda share: None,
+) -> Rollout[ConditionT]:  # fmt: skip
+    """Draw a group of images for each of the `num_prompts` rows of `condition`, which are the iteration's prompts from
+    `first` on.
+
+    Noise is a function of (seed, iteration, prompt, sample, step), so micro-batches change nothing. With a shared
+    initial noise the steps before the first stochastic one are walked once per group. `on_progress` hears the share
+    done. Raises `NotFinite` where a picture is not finite.
+    """
+    walk = _Walk(policy, condition, plan, config, seed, iteration, first)
+    prefix = plan.shared_steps if config.initial_noise == "shared" else 0
+    trunk = None
+    if prefix:
+        rows = torch.arange(num_prompts).split(config.micro_batch)
+        trunk = torch.cat([walk.run(r, torch.zeros_like(r), None, range(prefix))[0] for r in rows])
+    parts = []
+    batch = torch.arange(num_prompts * config.group_size)
+    for rows in batch.split(config.micro_batch):
+        prompts, samples = rows // config.group_size, rows % config.group_size
+        latents = None if trunk is None else trunk[prompts]
+        final, kept = walk.run(prompts, samples, latents, range(prefix, config.num_steps))
+        parts.append((_decoded(policy, final), *(torch.stack(column) for column in zip(*kept, strict=True))))
+        on_progress((int(rows[-1]) + 1) / len(batch))
+    images, states, next_states, log_probs = (list(column) for column in zip(*parts, strict=True))
+    return Rollout(
+        condition,
+        torch.cat(states, 1),
+        torch.cat(next_states, 1),
+        torch.cat(log_probs, 1),
+        torch.cat(images).unflatten(0, (num_prompts, config.group_size)),
+        num_prompts * prefix + len(batch) * (config.num_steps - prefix),
+    )
+
+
+@torch.no_grad()
+def sample_ode(
+    policy: Policy[ConditionT], condition: ConditionT, noise: Tensor, sigmas: Tensor, micro_batch: int,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> Tensor:  # fmt: skip
+    """Deterministic images [B, 3, H, W], one for each row of `condition`, from `noise` [B, *] down `sigmas` [T + 1].
+
+    Raises `NotFinite` where a picture is not finite.
+    """
+    images = []
+    for rows in torch.arange(len(noise)).split(micro_batch):
+        latents, part = noise[rows], condition.take(rows)
+        for sigma, sigma_next in pairwise(sigmas):
+            velocity = policy.velocity(latents, sigma.expand(len(rows)), part)
+            latents = ode_step(latents, velocity, sigma, sigma_next)
+        images.append(_decoded(policy, latents))
+        on_progress((int(rows[-1]) + 1) / len(noise))
+    return torch.cat(images)
+
+
+def _decoded(policy: Policy[ConditionT], latents: Tensor) -> Tensor:
+    """Decode `latents` [B, *] to images [B, 3, H, W]. Raises `NotFinite` where some of them are not finite."""
+    images = policy.decode(latents)
+    # The latents too: clamped to [0, 1], an infinite pixel is a white one.
+    finite = latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1).to(latents.device)
+    if not finite.all():
+        raise NotFinite(
+            f"{int((~finite).sum())} of {len(finite)} pictures that the generator drew are not finite. Likely causes: "
+            "a precision that does not hold its numbers (try policy.precision=fp32); weights that grew without bound "
+            "(take an earlier checkpoint, and lower optimizer.learning_rate); damaged weights of the model or adapter"
+        )
+    return images
+
+
+@dataclass(frozen=True)
+class _Walk(Generic[ConditionT]):
+    """Walks samples along the plan's steps."""
+
+    policy: Policy[ConditionT]
+    condition: ConditionT
+    plan: Plan
+    config: RolloutConfig
+    seed: int
+    iteration: int
+    first: int
+
+    def run(
+        self, prompts: Tensor, samples: Tensor, latents: Tensor | None, steps: range
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Walk `steps` with sample `samples[b]` of prompt `prompts[b]`, from the initial noise if `latents` is None.
+
+        Returns the latents at the end, and (state, next state [b, *], log-prob [b]) of each trained step.
+        """
+        condition = self.condition.take(prompts)
+        if latents is None:
+            first = torch.zeros_like(samples) if self.config.initial_noise == "shared" else samples
+            latents = self._noise(prompts, first, INITIAL_NOISE)
+        kept = []
+        for i in steps:
+            sigma, sigma_next = self.plan.sigmas[i], self.plan.sigmas[i + 1]
+            velocity = self.policy.velocity(latents, sigma.expand(len(prompts)), condition)
+            if i not in self.plan.stochastic:
+                latents = ode_step(latents, velocity, sigma, sigma_next)
+                continue
+            noise = self._noise(prompts, samples, f"step {i}")
+            step = sde_step(
+                latents, velocity, sigma, sigma_next, kind=self.config.sde, eta=self.config.eta, noise=noise
+            )
+            if i in self.plan.trained:
+                kept.append((latents, step.next_x, step.log_prob))
+            latents = step.next_x
+        return latents, kept
+
+    def _noise(self, prompts: Tensor, samples: Tensor, purpose: str) -> Tensor:
+        shape = self.policy.latent_shape
+        numbers = (prompts + self.first).tolist()
+        noise = batched_normal(self.seed, self.iteration, numbers, samples.tolist(), purpose, shape)
+        return noise.to(self.policy.device)

@@ -1,0 +1,116 @@
+"""A reward of the user's own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from customized_grpo.config.run import RewardsConfig
+from customized_grpo.errors import UserError
+from customized_grpo.factory.rewards import load_rewards
+from customized_grpo.rewards.custom import OwnReward
+from customized_grpo.rewards.reward import Scores, Task
+
+CPU = torch.device("cpu")
+IMAGES = torch.rand(2, 3, 3, 4, 4)
+TASK = Task(["a", "b"], [[IMAGES[0, 0]], [IMAGES[1, 0]]], None)
+MODULE = """
+import torch
+from customized_grpo.rewards.reward import Scores
+
+def redness(images, task):
+    return images[:, :, 0].mean((-2, -1))
+
+def some(images, task):
+    return Scores(torch.ones(images.shape[:2]), torch.tensor([[True, False, True], [True, True, True]]))
+
+def broken(images, task):
+    return torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), 3.0, 4.0]])
+
+def flat(images, task):
+    return torch.zeros(6)
+
+def fails(images, task):
+    raise ConnectionError("no such host\\nsecond line")
+
+def fails_oddly(images, task):
+    raise KeyError
+
+number = 7
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "rewards_of_mine.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "rewards_of_mine", raising=False)
+
+
+def test_values_are_the_functions() -> None:
+    config = RewardsConfig(prompt="python:rewards_of_mine.redness", identity="python:rewards_of_mine.some")
+    prompt, identity = load_rewards(config, CPU)
+    assert torch.allclose(prompt.score(IMAGES, TASK).values, IMAGES[:, :, 0].mean((-2, -1)))
+    scores = identity.score(IMAGES, TASK)
+    assert isinstance(scores, Scores) and scores.valid.sum() == 5 and scores.values[0, 1] == 0
+
+
+def test_what_is_not_finite_is_invalid() -> None:
+    scores = OwnReward.load("rewards.prompt", "python:rewards_of_mine.broken").score(IMAGES, TASK)
+    assert scores.valid.tolist() == [[True, False, True], [False, True, True]] and scores.values.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("python:nowhere.f", r"rewards\.prompt: module 'nowhere' could not be imported"),
+        ("python:rewards_of_mine.g", r"rewards_of_mine\.py\) has no function 'g'"),
+        ("python:rewards_of_mine.number", "has no function 'number'"),
+        ("python:f", "names no function; write python:module.function"),
+    ],
+)
+def test_no_such_function(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        OwnReward.load("rewards.prompt", name)
+
+
+def test_a_wrong_shape_is_told() -> None:
+    with pytest.raises(UserError, match=r"flat answered \[6\], expected a tensor of \[2, 3\]"):
+        OwnReward.load("rewards.prompt", "python:rewards_of_mine.flat").score(IMAGES, TASK)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("fails", "ConnectionError: no such host;"), ("fails_oddly", "KeyError: KeyError;")]
+)
+def test_what_it_raises_is_told_by_its_name(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^python:rewards_of_mine\.{name} raised {said} mend the function") as told:
+        OwnReward.load("rewards.prompt", f"python:rewards_of_mine.{name}").score(IMAGES, TASK)
+    assert isinstance(told.value.__cause__, ConnectionError | KeyError)
+
+
+def test_a_module_that_raises(tmp_path: Path) -> None:
+    (tmp_path / "broken_of_mine.py").write_text("raise ValueError('no weights')\n")
+    with pytest.raises(UserError, match=r"module 'broken_of_mine' could not be imported \(ValueError: no weights\)"):
+        OwnReward.load("rewards.prompt", "python:broken_of_mine.f")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"prompt": "python:no-module"}, "prompt"),
+        ({"prompt": "remote"}, "prompt_model: a remote reward wants its URL"),
+        ({"identity": "remote", "identity_model": "host:80"}, "identity_model: a remote reward wants its URL"),
+        ({"prompt_model": "folder"}, "prompt_model: prompt=toybox takes none"),
+        ({"prompt": "python:a.b", "prompt_model": "folder"}, "prompt=python:a.b takes none"),
+        ({"prompt": "vlm_judge", "vlm_judge": {"url": "http://x/v1"}}, "vlm_judge.url, vlm_judge.model: name"),
+        ({"vlm_judge": {"model": "m"}}, "neither reward is vlm_judge"),
+        ({"identity": "dino", "identity_leak": "low"}, "identity_leak: only for identity=toybox"),
+        ({"several_references": "max"}, "several_references: only for identity=dino or clip_i"),
+        ({"identity": "dino", "background": 0.5}, "background: only behind segmented references"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        RewardsConfig.model_validate(settings)

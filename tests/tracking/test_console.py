@@ -1,0 +1,46 @@
+import io
+
+from rich.console import Console
+
+from customized_grpo.tracking.console import Display, RunState
+
+
+def test_the_comparison_shows_chance_and_ceiling_beside_the_figures() -> None:
+    text = io.StringIO()
+    side = {
+        "summary": {"joint_success": {"mean": 0.33, "low": 0.3, "high": 0.36}},
+        "chance": {"joint_success": 0.01},
+        "ceiling": {"joint_success": 0.99},
+    }
+    tuned = side | {"summary": {"joint_success": {"mean": 0.6, "low": 0.55, "high": 0.65}}}
+    Display(Console(file=text, width=80)).comparison({"base": side, "tuned": tuned})
+    row = next(line for line in text.getvalue().splitlines() if "joint success" in line)
+    assert [part in row for part in ("33.0%", "60.0% (55.0–65.0)", "1.0%", "99.0%")] == [True] * 4
+
+
+def grid_text(terminal: bool) -> str:
+    """What is shown of three runs of which one starts and ends well and one fails."""
+    text = io.StringIO()
+    states = [RunState("sars seed 0", "done", 50, 50, 0.4), *(RunState(f"tdw seed {n}", "waiting", 50) for n in (0, 1))]
+    with Display(Console(file=text, width=120, force_terminal=terminal)).grid(states) as show:
+        states[1].status, states[1].iteration = "running", 7
+        show()
+        states[1].status, states[1].iteration, states[1].joint = "done", 50, 0.456
+        states[2].status, states[2].note = "failed", "no space left"
+        show()
+    return text.getvalue()
+
+
+def test_a_grid_is_a_line_for_each_change_where_there_is_no_terminal() -> None:
+    assert grid_text(terminal=False).splitlines() == [
+        "[1/3] tdw seed 0: running  7/50",
+        "[3/3] tdw seed 0: done  50/50  joint success 45.6% on the last validation",
+        "[3/3] tdw seed 1: failed  0/50  no space left",
+    ]
+
+
+def test_a_grid_is_one_live_table_of_all_runs_on_a_terminal() -> None:
+    text = grid_text(terminal=True)
+    last = text[text.rindex("0 running, 1 failed, 2 done, 0 waiting") :]
+    assert [row in last for row in ("sars seed 0", "tdw seed 0", "tdw seed 1", "45.6%", "no space left")] == [True] * 5
+    assert last.index("tdw seed 1") < last.index("sars seed 0"), "what failed stands above what is done"

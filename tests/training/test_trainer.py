@@ -1,0 +1,407 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from customized_grpo.algorithm import SdeStep
+from customized_grpo.config.run import AdvantagesConfig
+from customized_grpo.rewards.reward import Reward
+from customized_grpo.training import trainer as trainer_module
+from customized_grpo.training.trainer import RATIO_TOLERANCE, Metrics, Trainer, TrainingError, step_weights
+
+FULL = {"policy.adapter": "full", "policy.lora_rank": 32}
+"""All weights are trained; the rank, which is then nothing's, is as it is left out."""
+MakeTrainer = Callable[..., Trainer[Any]]
+RewardOf = Callable[[Callable[[Tensor], Tensor]], Reward]
+
+
+def brightness(images: Tensor) -> Tensor:
+    return images.mean((2, 3, 4))
+
+
+def redness(images: Tensor) -> Tensor:
+    return images[:, :, 0].mean((2, 3)) - images[:, :, 2].mean((2, 3))
+
+
+def step(trainer: Trainer[Any]) -> Metrics:
+    """An iteration's metrics without times."""
+    metrics = trainer.train_step()
+    return {k: v for k, v in metrics.items() if not k.startswith("seconds/") and k != "samples_per_second"}
+
+
+def weights(trainer: Trainer[Any]) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for _, parameter in trainer.policy.trainable_parameters()])
+
+
+def gradients(trainer: Trainer[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Metrics, Tensor]:
+    """The metrics of an iteration, and the gradient its optimiser step saw."""
+    kept: list[Tensor] = []
+
+    def keep() -> None:
+        kept.append(torch.cat([p.grad.flatten().clone() for _, p in trainer.policy.trainable_parameters()]))
+
+    monkeypatch.setattr(trainer.optimizer, "step", keep)
+    return step(trainer), torch.cat(kept)
+
+
+def advantages_of(trainer: Trainer[Any], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The advantages [P, G, S] that the next iteration trains with."""
+    kept: list[Tensor] = []
+    update = trainer._update
+    monkeypatch.setattr(trainer, "_update", lambda r, p, a, *rest: (kept.append(a), update(r, p, a, *rest))[1])
+    trainer.train_step()
+    return kept[0]
+
+
+# determinism
+
+
+@pytest.mark.parametrize("changes", [{}, FULL | {"policy.precision": "bf16"}], ids=["lora", "full"])
+def test_equal_seeds_train_bitwise_the_same(make_trainer: MakeTrainer, changes: dict[str, Any]) -> None:
+    first, second = make_trainer(changes), make_trainer(changes)
+    for _ in range(2):
+        metrics = step(first)
+        torch.rand(5)
+        assert step(second) == metrics
+    assert torch.equal(weights(first), weights(second))
+
+
+def test_another_seed_trains_otherwise(make_trainer: MakeTrainer) -> None:
+    assert step(make_trainer()) != step(make_trainer({"seed": 1}))
+
+
+@pytest.mark.parametrize("field", ["rollout.micro_batch", "optimizer.micro_batch"])
+@pytest.mark.parametrize("size", [1, 5])
+def test_micro_batches_agree(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, field: str, size: int) -> None:
+    whole, gradient = gradients(make_trainer({"objective.clip_range": 1.0}), monkeypatch)
+    parts, others = gradients(make_trainer({"objective.clip_range": 1.0, field: size}), monkeypatch)
+    assert torch.allclose(others, gradient, rtol=0, atol=1e-4 * float(gradient.abs().max()))
+    assert parts.keys() == whole.keys()
+    for name, value in whole.items():
+        assert parts[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
+
+
+# the ratio
+
+
+def test_the_first_pass_ratio_is_exactly_one(make_trainer: MakeTrainer) -> None:
+    metrics = step(make_trainer({"optimizer.micro_batch": 8, "rollout.micro_batch": 8}))
+    assert metrics["first_ratio/min"] == metrics["first_ratio/max"] == 1.0
+    assert metrics["clip_fraction"] == 0.0
+
+
+@pytest.mark.parametrize("sde", ["dance", "flow", "cps"])
+@pytest.mark.parametrize("noise", ["shared", "separate"])
+def test_the_first_pass_ratio_is_one_for_every_sampler(make_trainer: MakeTrainer, sde: str, noise: str) -> None:
+    changes = {"rollout.sde": sde, "rollout.initial_noise": noise, "rollout.steps": "window", "rollout.window_size": 2}
+    trainer = make_trainer(changes)
+    for _ in range(2):
+        metrics = step(trainer)
+        for name in ("first_ratio/min", "first_ratio/max"):
+            assert metrics[name] == pytest.approx(1.0, abs=RATIO_TOLERANCE)
+
+
+def test_later_updates_of_an_iteration_leave_the_ratio_of_one(make_trainer: MakeTrainer) -> None:
+    metrics = step(make_trainer({"optimizer.updates_per_iteration": 4, "optimizer.learning_rate": 1e-2}))
+    assert metrics["first_ratio/max"] == pytest.approx(1.0, abs=RATIO_TOLERANCE)
+    assert max(metrics["ratio/max"] - 1, 1 - metrics["ratio/min"]) > 1e-4
+    assert 0 < metrics["clip_fraction"] <= 1
+
+
+def test_every_sample_is_trained_once_on_every_trained_step(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer({"optimizer.updates_per_iteration": 3, "optimizer.micro_batch": 5})
+    seen: list[tuple[int, int]] = []
+    objective = trainer._objective
+    monkeypatch.setattr(
+        trainer,
+        "_objective",
+        lambda r, p, a, items: (seen.extend(map(tuple, items.tolist())), objective(r, p, a, items))[1],
+    )
+    steps = trainer.train_step()["steps"]
+    assert sorted(seen) == [(s, row) for s in range(len(steps)) for row in range(8)]
+
+
+def test_every_update_has_as_much_of_every_group(make_trainer: MakeTrainer) -> None:
+    """So processes, which have whole groups, have equal work in every update."""
+    trainer = make_trainer({})
+    for prompts, size, updates in ((4, 12, 3), (3, 8, 3), (1, 5, 2)):
+        dealt = trainer._dealt(prompts, size)
+        assert sorted(dealt.tolist()) == list(range(prompts * size))
+        for part in dealt.tensor_split(updates):
+            counts = torch.bincount(part // size, minlength=prompts)
+            assert counts.max() - counts.min() <= (size % updates > 0)
+    before = trainer._dealt(4, 12)
+    trainer.iteration += 1
+    assert not torch.equal(before, trainer._dealt(4, 12))
+
+
+def trained_rows(trainer: Trainer[Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that the trained samples of the next iteration are added to."""
+    rows: list[int] = []
+    objective = trainer._objective
+
+    def seen(rollout: Any, plan: Any, advantages: Tensor, items: Tensor) -> Any:
+        rows.extend(items[:, 1].tolist())
+        return objective(rollout, plan, advantages, items)
+
+    monkeypatch.setattr(trainer, "_objective", seen)
+    return rows
+
+
+def test_what_has_no_advantage_costs_no_backward_pass(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A silent group and an invalid sample: loss, gradient and weights are those of training on them too."""
+    values = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 1.0, torch.nan, 2.5]])
+    changes = {"optimizer.updates_per_iteration": 2, "optimizer.micro_batch": 1}
+    found = []
+    for everything in (False, True):
+        if everything:
+            monkeypatch.setattr(trainer_module, "matters", lambda advantages, kl: torch.ones(8, dtype=torch.bool))
+        trainer = make_trainer(changes, [reward_of(lambda images: values)] * 2)
+        rows = trained_rows(trainer, monkeypatch)
+        found.append((step(trainer), weights(trainer), set(rows)))
+    (mine, own, trained), (full, others, every) = found
+    assert trained == {4, 5, 7} and every == set(range(8))
+    assert mine["loss"] == pytest.approx(full["loss"], rel=1e-6) and mine["loss"] != 0
+    assert mine["grad_norm"] == pytest.approx(full["grad_norm"], rel=1e-6)
+    assert torch.equal(own, others)
+
+
+def test_an_iteration_in_which_nothing_has_an_advantage_is_one_of_no_gradient(
+    make_trainer: MakeTrainer, reward_of: RewardOf
+) -> None:
+    trainer = make_trainer(None, [reward_of(lambda images: torch.ones(2, 4))] * 2)
+    metrics = step(trainer)
+    assert metrics["loss"] == metrics["grad_norm"] == 0 and math.isnan(metrics["first_ratio/min"])
+    assert trainer.iteration == 1
+
+
+def test_under_a_kl_penalty_every_sample_matters() -> None:
+    advantages = torch.tensor([[0.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    assert trainer_module.matters(advantages, 0.0).tolist() == [False, True, True]
+    assert trainer_module.matters(advantages, 0.1).all()
+
+
+# advantages
+
+
+def paper_weight(i: int, num_steps: int) -> float:
+    """The prompt's weight at true step i, written from the paper."""
+    u = 25 * i / num_steps
+    if u < 6:
+        return 0.7
+    return 0.3 + 0.4 * (1 - 1 / (1 + math.exp(-0.8 * (u - 10)))) if u < 22 else 0.5
+
+
+def test_weights_belong_to_true_steps(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each (sample, step) that reaches the objective has the advantage of its own sigma, as the paper weighs it."""
+    rank = torch.tensor([1.0, 2.0, 3.0])
+    rewards = [reward_of(lambda images: rank.expand(images.shape[:2])), reward_of(lambda images: -rank.expand(2, 3))]
+    changes = {"rollout.num_steps": 10, "rollout.group_size": 3, "advantages.gamma": 0.0, "optimizer.micro_batch": 7}
+    trainer = make_trainer(changes, rewards)
+    rollouts, sigmas, arrived, advantages = [], [], [], []
+    sample, sde, objective = trainer_module.sample_groups, trainer_module.sde_step, trainer_module.clipped_objective
+
+    def spied_sample(*args: Any, **kwargs: Any) -> Any:
+        rollouts.append(sample(*args, **kwargs))
+        return rollouts[-1]
+
+    def spied_step(x: Tensor, velocity: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> SdeStep:
+        sigmas.append(sigma)
+        arrived.append(kwargs["next_x"])
+        return sde(x, velocity, sigma, *args, **kwargs)
+
+    def spied_objective(new: Tensor, old: Tensor, given: Tensor, *args: Any, **kwargs: Any) -> Any:
+        advantages.append(given)
+        return objective(new, old, given, *args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "sample_groups", spied_sample)
+    monkeypatch.setattr(trainer_module, "sde_step", spied_step)
+    monkeypatch.setattr(trainer_module, "clipped_objective", spied_objective)
+    steps = trainer.train_step()["steps"]
+    kept = rollouts[0].next_states.flatten(0, 1)
+    # Of three, the one at the mean has no advantage and is not trained.
+    assert any(paper_weight(i, 10) != 0.7 for i in steps) and len(torch.cat(sigmas)) == len(steps) * 4
+    for sigma, state, found in zip(torch.cat(sigmas), torch.cat(arrived), torch.cat(advantages), strict=True):
+        true_step = int((trainer.sigmas == sigma).nonzero())
+        place = int((kept == state).flatten(1).all(1).nonzero())
+        assert steps[place // 6] == true_step
+        prompt_advantage = (place % 6) % 3 - 1
+        assert float(found) == pytest.approx((2 * paper_weight(true_step, 10) - 1) * prompt_advantage, abs=1e-5)
+
+
+def test_lookup_by_counter_gives_each_sample_its_own_order_of_the_first_rows(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the published code: the k-th of a sample's shuffled steps takes row k, so late rows are never used."""
+    trainer = make_trainer({"rollout.num_steps": 10, "advantages.lookup": "counter"})
+    combine, given = trainer_module.combine_advantages, []
+
+    def spied(*args: Any, **kwargs: Any) -> Tensor:
+        given.append(kwargs["weights"])
+        return combine(*args, **kwargs)
+
+    monkeypatch.setattr(trainer_module, "combine_advantages", spied)
+    trained = len(trainer.train_step()["steps"])
+    (weights,) = given
+    assert weights.shape == (2, 4, trained, 2)
+    first = trainer.weights[:trained]
+    assert all(torch.equal(sample.sort(dim=0).values, first.sort(dim=0).values) for sample in weights.flatten(0, 1))
+    assert len({str(sample.tolist()) for sample in weights.flatten(0, 1)}) > 1, "each sample has its own order"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"weights": "constant", "constant": (0.4, 0.6)}, [(0.4, 0.6)] * 4),
+        ({"weights": "table", "table": ((1, 0), (0, 1), (2, 2), (0, 0))}, [(1, 0), (0, 1), (2, 2), (0, 0)]),
+        ({}, [(paper_weight(i, 4), 1 - paper_weight(i, 4)) for i in range(4)]),
+    ],
+)
+def test_step_weights_by_name(settings: dict[str, Any], expected: list[tuple[float, float]]) -> None:
+    assert torch.allclose(step_weights(AdvantagesConfig(**settings), 4), torch.tensor(expected).float(), atol=1e-6)
+
+
+def test_penalties_are_as_strong_as_the_configuration_says(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two images agree (+, +) and (-, -), two are in conflict: with gamma 0 only the bonus is missing."""
+    rewards = [reward_of(lambda images: torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)),
+               reward_of(lambda images: torch.tensor([[1.0, -1.0, -1.0, 1.0]] * 2))]  # fmt: skip
+    settings = {"advantages.gamma": 0.0, "advantages.weights": "constant"}
+    plain = advantages_of(make_trainer(settings, rewards), monkeypatch)
+    shaped = advantages_of(make_trainer(settings | {"advantages.gamma_penalty": 1.0}, rewards), monkeypatch)
+    penalty = math.tanh(0.75)  # z-scores are +-sqrt(3) / 2
+    expected = torch.tensor([0.0, -penalty, -penalty, -penalty])[:, None].expand(2, 4, plain.shape[-1])
+    torch.testing.assert_close(shaped - plain, expected)
+
+
+def test_thresholds_hide_what_lies_above_them(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rewards = [reward_of(brightness), reward_of(lambda images: torch.arange(8.0).view(2, 4))]
+    hinged = make_trainer({"advantages.thresholds": [None, -1.0], "advantages.gamma": 0.0}, rewards)
+    flat = make_trainer({"advantages.gamma": 0.0}, [rewards[0], reward_of(lambda images: torch.ones(2, 4))])
+    assert torch.allclose(advantages_of(hinged, monkeypatch), advantages_of(flat, monkeypatch), atol=1e-6)
+
+
+# failed rewards
+
+
+def test_a_failed_reward_gets_no_advantage_and_does_not_reach_the_others(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.tensor([[1.0, 2.0, 4.0, 0.0], [3.0, 1.0, 0.0, 2.0]])
+
+    def identity_of(failed: float) -> Reward:
+        return reward_of(lambda images: torch.tensor([[0.5, 0.1, 0.2, failed], [0.1, 0.2, 0.3, 0.4]]))
+
+    found = advantages_of(make_trainer(None, [reward_of(lambda i: values), identity_of(torch.nan)]), monkeypatch)
+    smaller = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0.5, 0.1, 0.2])  # the group without its fourth image
+    assert (found[0, 3] == 0).all() and found.isfinite().all()
+    prompt, identity = ((reward - reward.mean()) / reward.std() for reward in smaller)
+    bonus = torch.tanh(prompt * identity)
+    bonus = 0.4 * torch.where((prompt > 0) | (identity > 0), bonus, -bonus)
+    assert torch.allclose(found[0, :3, 0], 0.7 * prompt + 0.3 * identity + bonus, atol=1e-5)
+
+
+def test_failed_rewards_are_counted_and_left_out_of_the_means(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
+    values = torch.tensor([[1.0, 2.0, 3.0, torch.nan], [1.0, 2.0, 3.0, 2.0]])
+    metrics = step(make_trainer(None, [reward_of(lambda images: values), reward_of(brightness)]))
+    assert metrics["invalid_share"] == pytest.approx(1 / 16)
+    assert metrics["reward/prompt/mean"] == pytest.approx(2.0)
+    assert metrics["reward/prompt/std"] == pytest.approx((1.0 + math.sqrt(2 / 3)) / 2)
+    assert metrics["reward/identity/std"] > 0 and math.isfinite(metrics["loss"])
+
+
+def test_too_many_failed_rewards_stop_the_run(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
+    failing = reward_of(lambda images: torch.full(images.shape[:2], torch.nan))
+    trainer = make_trainer(None, [failing, reward_of(brightness)])
+    before = weights(trainer)
+    with pytest.raises(TrainingError, match=r"after iteration 0: 100% of the prompt rewards.*max_invalid_share=50%"):
+        trainer.train_step()
+    assert torch.equal(weights(trainer), before) and trainer.iteration == 0
+
+
+# numbers that are not finite
+
+
+def test_a_loss_that_is_not_finite_touches_nothing(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = make_trainer()
+    before, objective = weights(trainer), trainer_module.clipped_objective
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        result = objective(*args, **kwargs)
+        return result._replace(loss=result.loss * torch.nan)
+
+    monkeypatch.setattr(trainer_module, "clipped_objective", broken)
+    with pytest.raises(
+        TrainingError, match=r"iteration 1: the loss is nan.*this update was not applied.*learning_rate.*--init_from"
+    ):
+        trainer.train_step()
+    assert torch.equal(weights(trainer), before) and trainer.optimizer.state_dict()["state"] == {}
+    assert trainer.iteration == 0
+
+
+# the objective
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_kl_to_the_untuned_generator_starts_at_zero_and_grows(make_trainer: MakeTrainer, adapter: str) -> None:
+    changes = {"objective.kl_weight": 0.1, "optimizer.learning_rate": 1e-3} | (FULL if adapter == "full" else {})
+    trainer = make_trainer(changes)
+    first, second = step(trainer), step(trainer)
+    assert first["kl"] == pytest.approx(0, abs=1e-10)
+    assert second["kl"] > 1e-6
+
+
+def test_kl_holds_the_generator_back(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, held = make_trainer(), make_trainer({"objective.kl_weight": 1e4})
+    for trainer in (free, held):
+        step(trainer)
+    (_, without), (_, with_kl) = gradients(free, monkeypatch), gradients(held, monkeypatch)
+    assert not torch.allclose(without, with_kl, rtol=0.1)
+
+
+def test_the_generator_learns_what_is_rewarded(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
+    """The whole chain has the right sign: the mean reward climbs far beyond its spread within a group."""
+    changes = {
+        **FULL, "rollout.num_steps": 3, "rollout.group_size": 8, "rollout.subset_share": 1.0,
+        "optimizer.learning_rate": 3e-4, "advantages.gamma": 0.0,
+    }  # fmt: skip
+    trainer = make_trainer(changes, [reward_of(brightness), reward_of(brightness)])
+    history = [step(trainer) for _ in range(12)]
+    gained = history[-1]["reward/prompt/mean"] - history[0]["reward/prompt/mean"]
+    assert gained > 3 * history[0]["reward/prompt/std"]
+
+
+# metrics
+
+
+def test_metrics_of_an_iteration(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
+    trainer = make_trainer(None, [reward_of(brightness), reward_of(redness)])
+    metrics = trainer.train_step()
+    quadrants = {name: value for name, value in metrics.items() if name.startswith("quadrant/")}
+    assert sum(quadrants.values()) == pytest.approx(1)
+    assert metrics["conflict_rate"] == pytest.approx(
+        quadrants["quadrant/only_prompt"] + quadrants["quadrant/only_identity"]
+    )
+    assert metrics["silent_groups"] == 0
+    assert metrics["iteration"] == 1 and metrics["invalid_share"] == 0 and metrics["forwards"] == 2 * 4 * 4
+    assert metrics["grad_norm"] > 0 and metrics["samples_per_second"] > 0
+    phases = [metrics[f"seconds/{phase}"] for phase in ("rollout", "score", "update")]
+    assert sum(phases) == pytest.approx(metrics["seconds/total"])
+
+
+def test_prompts_take_turns(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    asked = [prompt for iteration in range(6) for prompt in trainer.task(trainer.samples(iteration)).prompts]
+    assert sorted(asked) == sorted(sample.prompt for sample in trainer.dataset)
