@@ -22,7 +22,9 @@ import yaml
 from torch import nn
 
 from customized_grpo.config.run import Config
-from customized_grpo.factory import config as build
+from customized_grpo.factory.data import open_dataset
+from customized_grpo.factory.policy import build_policy
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.runtime.device import configure
 from customized_grpo.toybox.export import export
 from customized_grpo.training.checkpoint import State, prune_checkpoints, save_checkpoint
@@ -88,8 +90,8 @@ def measure(folder: Path, iterations: int, threads: int | None) -> dict[str, flo
     settings = yaml.safe_load(SETTINGS.read_text(encoding="utf-8")) | {"checkpoint": {"every": 1}}
     config = Config.model_validate(settings | {"data": {"path": data}, "threads": threads})
     configure(config.threads)
-    policy = build.build_policy(config.policy, config.seed)
-    trainer = Trainer(config, policy, build.build_rewards(config), build.open_dataset(data, config, policy))
+    policy = build_policy(config.policy, config.seed)
+    trainer = Trainer(config, policy, build_rewards(config), open_dataset(data, config, policy))
     average = Average(policy.trainable_parameters(), DECAY)
     state = State(list(policy.trainable_parameters()), trainer.optimizer, average)
     fields = pinned(config, {})

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image, write_metadata
-from customized_grpo.policies.policy import References
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
 from customized_grpo.runtime.libraries import quiet
 from customized_grpo.training.trainer import Trainer
+from customized_grpo.types import References, Task
 
 quiet()
 

@@ -24,15 +24,19 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from customized_grpo.config.run import Config, RolloutConfig
-from customized_grpo.factory import config as build
+from customized_grpo.config.rollout import RolloutConfig
+from customized_grpo.config.run import Config
+from customized_grpo.factory.data import open_dataset
+from customized_grpo.factory.policy import build_policy
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.policies.policy import Policy
-from customized_grpo.rewards.reward import Reward, Task
+from customized_grpo.rewards.reward import Reward
 from customized_grpo.runtime.device import configure
 from customized_grpo.toybox.export import export
 from customized_grpo.toybox.network import Context
 from customized_grpo.training.rollout import plan_steps, sample_groups
 from customized_grpo.training.trainer import Trainer
+from customized_grpo.types import Task
 
 GEMM_SIDE = 2048
 WINDOW_START, WINDOW_SIZE = 4, 4
@@ -194,8 +198,8 @@ def _options() -> argparse.Namespace:
 def _trainer(options: argparse.Namespace, data: Path, **rollout: Any) -> Trainer[Context]:
     settings = {"policy": {"weights": options.weights}, "data": {"path": data}, "rollout": rollout}
     config = Config.model_validate({**settings, "threads": options.threads})
-    policy = build.build_policy(config.policy, config.seed)
-    return Trainer(config, policy, build.build_rewards(config), build.open_dataset(data, config, policy))
+    policy = build_policy(config.policy, config.seed)
+    return Trainer(config, policy, build_rewards(config), open_dataset(data, config, policy))
 
 
 def _encoded(trainer: Trainer[Context]) -> tuple[Task, Context]:

@@ -19,17 +19,19 @@ from torch import Tensor
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
-from customized_grpo.factory import config as build
-from customized_grpo.rewards.reward import Reward, Scores, Task
+from customized_grpo.factory.policy import build_policy
+from customized_grpo.factory.rewards import build_rewards
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.toybox.encoders import IdentityEncoder, JudgeNetwork, PromptEncoder
 from customized_grpo.toybox.export import export
 from customized_grpo.toybox.network import Generator
 from customized_grpo.toybox.policy import ToyBoxPolicy
-from customized_grpo.toybox.pretrain import measure_quality
+from customized_grpo.toybox.quality import measure_quality
 from customized_grpo.toybox.weights import IDENTITY_ENCODERS, QUALITY, save_network
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run import train
 from customized_grpo.training.trainer import Trainer
+from customized_grpo.types import Task
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
@@ -121,9 +123,9 @@ def make_trainer(make_config: Callable[..., Config]) -> Callable[..., Trainer[An
 
     def make(changes: Mapping[str, Any] | None = None, rewards: Sequence[Reward] | None = None) -> Trainer[Any]:
         config = make_config(changes)
-        policy = build.build_policy(config.policy, config.seed)
+        policy = build_policy(config.policy, config.seed)
         dataset = SubjectDataset.open(config.data.path)
-        return Trainer(config, policy, rewards or build.build_rewards(config), dataset)
+        return Trainer(config, policy, rewards or build_rewards(config), dataset)
 
     return make
 

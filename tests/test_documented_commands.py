@@ -15,7 +15,7 @@ from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config.files import check_file
 from customized_grpo.config.messages import values_of
 from customized_grpo.config.run import Config
-from customized_grpo.factory import config as build
+from customized_grpo.factory.config import check_shares
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.yaml")))
@@ -84,7 +84,7 @@ def test_a_documented_command_is_taken(
     known = set(model.model_fields)
     config = model.model_validate({key: value for key, value in options.as_dict().items() if key in known})
     if isinstance(config, Config):
-        build.check_shares(config, max(count, options.get("num_processes", 1)))
+        check_shares(config, max(count, options.get("num_processes", 1)))
 
 
 def test_the_commands_are_found() -> None:

@@ -9,7 +9,7 @@ from PIL import Image, ImageChops
 
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.policy import build_policy
 from customized_grpo.generate import Options, generate
 from customized_grpo.testing.tiny_pipelines import save_tiny
 from customized_grpo.training.ema import Average
@@ -24,7 +24,7 @@ def run(tmp_path: Path, make_config: Callable[..., Config]) -> Path:
     config = make_config({"output": folder})
     folder.mkdir()
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    policy = build.build_policy(config.policy, config.seed)
+    policy = build_policy(config.policy, config.seed)
     for _, parameter in policy.trainable_parameters():
         parameter.data.add_(0.05)
     policy.save_adapter(folder)
@@ -80,7 +80,7 @@ def test_averaged_weights_draw_otherwise(
     draw: Callable[..., Image.Image], run: Path, make_config: Callable[..., Config]
 ) -> None:
     config = make_config()
-    policy = build.build_policy(config.policy, config.seed)
+    policy = build_policy(config.policy, config.seed)
     policy.load_adapter(run)
     average = Average(policy.trainable_parameters(), 0.9)
     for tensor in average.tensors.values():
@@ -180,7 +180,9 @@ def test_toybox_takes_one_reference(draw: Callable[..., Image.Image], toybox_dat
 def test_a_place_that_cannot_be_written_to_is_found_first(
     draw: Callable[..., Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "build_policy", lambda *arguments: pytest.fail("the generator was loaded"))
+    monkeypatch.setattr(
+        "customized_grpo.generate.build_policy", lambda *arguments: pytest.fail("the generator was loaded")
+    )
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file.png").touch()
     with pytest.raises(UserError, match=r"--out: .*folder.png is a folder, or cannot be written over"):

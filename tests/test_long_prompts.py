@@ -12,14 +12,14 @@ from torch import Tensor
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
-from customized_grpo.factory import config as build
-from customized_grpo.factory.rewards import load_rewards
-from customized_grpo.policies.policy import Lengths, ReadsPrompts
-from customized_grpo.rewards.reward import Task
+from customized_grpo.factory.data import tell_long_prompts
+from customized_grpo.factory.rewards import build_rewards, load_rewards
+from customized_grpo.policies.policy import ReadsPrompts
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run import evaluate_run, train
+from customized_grpo.types import Lengths, Task
 
 CPU = torch.device("cpu")
 
@@ -111,7 +111,7 @@ def dataset(tmp_path: Path) -> SubjectDataset:
 def test_prompts_in_use_are_counted(
     policy: Any, reward: Any, count: int | None, expected: list[str], dataset: SubjectDataset, display: Display
 ) -> None:
-    build.tell_long_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
+    tell_long_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
     found = [line.replace(str(dataset.folder), "D") for line in said(display)]
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):
@@ -146,4 +146,4 @@ def test_a_run_and_an_evaluation_tell(
 def test_toyboxs_parts_read_every_prompt_that_they_take(
     make_config: Callable[..., Config], make_policy: Callable[..., ToyBoxPolicy]
 ) -> None:
-    assert not any(isinstance(part, ReadsPrompts) for part in (make_policy(), *build.build_rewards(make_config())))
+    assert not any(isinstance(part, ReadsPrompts) for part in (make_policy(), *build_rewards(make_config())))

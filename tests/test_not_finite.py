@@ -15,11 +15,12 @@ from customized_grpo.config.run import Config
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import NotFinite
 from customized_grpo.generate import Options, generate
+from customized_grpo.io.jsonl import Metrics
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.checkpoint import list_checkpoints
 from customized_grpo.training.run import evaluate_run
-from customized_grpo.training.trainer import Metrics, Trainer
+from customized_grpo.training.trainer import Trainer
 
 SAID = r"pictures that the generator drew are not finite\. Likely causes: .*policy\.precision.*learning_rate.*adapter"
 RunTraining = Callable[..., Path]

@@ -10,17 +10,19 @@ import torch
 from pydantic import ValidationError
 
 from customized_grpo.config.messages import worded
-from customized_grpo.config.run import Config, PolicyConfig, flatten
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config, flatten
 from customized_grpo.data import Sample, image_grid, load_image, save_image
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.data import encode_rows
+from customized_grpo.factory.policy import build_policy
 from customized_grpo.io.files import check_folder, writing
+from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.device import configure
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.checkpoint import load_weights, read_manifest
-from customized_grpo.training.rollout import sample_ode
-from customized_grpo.training.run import finished_adapter, load_run_config
+from customized_grpo.training.run_dir import finished_adapter, load_run_config
 
 MIN_SIDE = 256
 """Smaller pictures are written enlarged by a whole factor."""
@@ -68,7 +70,7 @@ def generate(options: Options) -> Path:
         )
     pictures = [load_image(path, config.data.max_pixels) for path in options.reference]
     configure(config.threads)
-    policy = build.build_policy(settings, config.seed)
+    policy = build_policy(settings, config.seed)
     policy.check(options.prompt, len(pictures))
     if adapter is not None:
         policy.load_adapter(adapter)
@@ -78,7 +80,7 @@ def generate(options: Options) -> Path:
     references = [policy.prepare_reference(picture, len(pictures)) for picture in pictures]
     asked = Sample("", options.prompt, tuple(options.reference))
     with Display.silent().stages() as stages:
-        build.encode_rows(policy, [asked], lambda index: references, stages)
+        encode_rows(policy, [asked], lambda index: references, stages)
     count = options.count
     with policy.untuned() if options.base else nullcontext(), torch.no_grad():
         condition = policy.encode([options.prompt], [references]).take(torch.zeros(count, dtype=torch.long))

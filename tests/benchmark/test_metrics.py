@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.metrics import Group, copy_measure, identity_measure, prompt_measure
-from customized_grpo.rewards.reward import Scores, Task
-from customized_grpo.toybox.copy_score import layout
+from customized_grpo.rewards.reward import Scores
+from customized_grpo.types import Task
 
 Picture = Callable[..., Tensor]
 

@@ -19,7 +19,7 @@ from customized_grpo.cli import main as cli
 from customized_grpo.cli.parser import build_parser
 from customized_grpo.config.run import Config
 from customized_grpo.toybox.language import VOCABULARY
-from customized_grpo.training.loop import LOGS
+from customized_grpo.training.run_dir import LOGS
 from customized_grpo.training.trainer import Trainer, TrainingError
 
 Refused = Callable[..., str]

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.config import rewards as config_rewards
 from customized_grpo.config import run as config_module
-from customized_grpo.config.run import Config, PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config
 from customized_grpo.config.section import Section
 
 SECTIONS = {

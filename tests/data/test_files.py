@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from customized_grpo.data import SubjectDataset
-from customized_grpo.data.files import is_left_behind, listed, read_lines
 from customized_grpo.data.prepare import Options, prepare
-from customized_grpo.report.records import read_lines as read_log
+from customized_grpo.io.files import is_left_behind, listed
+from customized_grpo.io.text import read_text_lines
+from customized_grpo.report.records import read_text_lines as read_log
 
 # What Python's str.splitlines takes for the end of a line beside \n, \r\n and \r.
 OTHERS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -26,14 +27,14 @@ def test_lines_end_at_newlines_alone(
     path = tmp_path_factory.getbasetemp() / "lines.txt"
     text = lines[0] + "".join(ends.choice(["\n", "\r\n"]) + line for line in lines[1:])
     path.write_bytes(text.encode("utf-8-sig" if bom else "utf-8"))
-    assert read_lines(path) == lines
+    assert read_text_lines(path) == lines
 
 
 def test_other_encodings_are_told(tmp_path: Path) -> None:
     for encoding in ("utf-16", "latin-1"):
         (tmp_path / "a.txt").write_bytes("a café".encode(encoding))
         with pytest.raises(UnicodeDecodeError):
-            read_lines(tmp_path / "a.txt")
+            read_text_lines(tmp_path / "a.txt")
 
 
 @pytest.mark.parametrize("separator", OTHERS)

@@ -15,7 +15,8 @@ from customized_grpo.diagnosis import GradientConflict, Sensitivity, calibrated_
 from customized_grpo.diagnosis.command import WRITTEN, diagnose, find, weights_yaml
 from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.policy import build_policy
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.console import Display
 
@@ -66,7 +67,7 @@ def test_a_diagnosis_from_end_to_end(small: MakeConfig, tmp_path: Path, display:
 
 def test_a_run_is_measured_with_what_it_learned(small: MakeConfig, tmp_path: Path, display: Display) -> None:
     config, run = small(), tmp_path / "run"
-    policy = build.build_policy(config.policy, config.seed)
+    policy = build_policy(config.policy, config.seed)
     for _, parameter in policy.trainable_parameters():
         parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     policy.save_adapter(run)
@@ -76,8 +77,8 @@ def test_a_run_is_measured_with_what_it_learned(small: MakeConfig, tmp_path: Pat
     (output / "diagnosis.json").write_text("an earlier one")
     tuned = json.loads(diagnose(None, output, display, run=run, **COUNTS).read_text())
     assert str(run) in tuned["settings"]["generator"] and str(run) in (output / "weights.yaml").read_text()
-    untuned = build.build_policy(config.policy, config.seed)
-    dataset, rewards = SubjectDataset.open(config.data.path), build.build_rewards(config)
+    untuned = build_policy(config.policy, config.seed)
+    dataset, rewards = SubjectDataset.open(config.data.path), build_rewards(config)
     for policy_, same in ((policy, True), (untuned, False)):
         found = measure(config, policy_, rewards, dataset, prompts=2, group_size=2).variances[..., 0]
         assert np.allclose(found, tuned["sensitivity"]["prompt"]["by_prompt"], rtol=1e-6) == same

@@ -1,4 +1,4 @@
-"""One of several processes in which a check of `tests/distributed/test_group.py` runs: `python ranks_worker.py CHECK FILE`.
+"""One of several processes in which a check of `test_group.py` runs: `python ranks_worker.py CHECK FILE`.
 
 FILE holds the settings of a small run, as JSON.
 """
@@ -21,7 +21,9 @@ from customized_grpo.config.run import Config
 from customized_grpo.distributed.group import Ranks, started
 from customized_grpo.distributed.termination import Terminated, Termination
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.data import open_dataset
+from customized_grpo.factory.policy import build_policy
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.training.trainer import Trainer
 
 
@@ -152,9 +154,9 @@ def failed_rewards(ranks: Ranks, settings: dict[str, Any]) -> None:
 
 def small_trainer(ranks: Ranks, settings: dict[str, Any]) -> Trainer[Any]:
     config = Config.model_validate(settings["config"])
-    policy = build.build_policy(config.policy, config.seed)
-    dataset = build.open_dataset(config.data.path, config, policy)
-    return Trainer(config, policy, build.build_rewards(config), dataset, ranks)
+    policy = build_policy(config.policy, config.seed)
+    dataset = open_dataset(config.data.path, config, policy)
+    return Trainer(config, policy, build_rewards(config), dataset, ranks)
 
 
 CHECKS: dict[str, Callable[[Ranks, dict[str, Any]], None]] = {

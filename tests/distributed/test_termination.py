@@ -147,8 +147,8 @@ def test_a_signal_leaves_a_checkpoint_of_the_last_whole_iteration(
 def test_sigterm_before_training_ends_at_once(settings: Callable[..., Path], tmp_path: Path) -> None:
     program = PROGRAM.replace(
         "main()\n",
-        "from customized_grpo import build\n"
-        "build.build_policy = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "from customized_grpo.training import run\n"
+        "run.build_start = lambda *a: os.kill(os.getpid(), signal.SIGTERM)\n"
         "main()\n",
     )
     done = run([sys.executable, "-c", program, "nowhere", "0", "SIGTERM", *train(settings(tmp_path / "run"))])

@@ -19,7 +19,7 @@ from customized_grpo.compare.results import Result, write_csv
 from customized_grpo.config.run import Config
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.policy import build_policy
 from customized_grpo.io.files import StorageError, downloading, locked, replacing, writing
 from customized_grpo.io.hub import from_hub
 from customized_grpo.toybox.policy import ToyBoxPolicy
@@ -51,7 +51,7 @@ GUARDS = {"writing", "replacing"}
 def run(tmp_path: Path, make_config: MakeConfig) -> Path:
     """A folder with all that the other commands read of a run."""
     config, folder = make_config(), tmp_path / "run"
-    build.build_policy(config.policy, config.seed).save_adapter(folder)
+    build_policy(config.policy, config.seed).save_adapter(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
     row = {"iteration": 2, "reward/prompt/mean": 0.5, "reward/identity/mean": 0.5, "conflict_rate": 0.5}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")

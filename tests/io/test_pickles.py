@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from customized_grpo.config.run import PolicyConfig, RewardsConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import load_policy
 from customized_grpo.factory.rewards import load_rewards

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.config.run import PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.factory.policy import load_policy
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from customized_grpo.config.run import Config, PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config
 from customized_grpo.distributed.group import Ranks, started
 from customized_grpo.distributed.lockstep import Phase, phase
 from customized_grpo.distributed.termination import Terminated, Termination

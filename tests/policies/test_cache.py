@@ -15,7 +15,7 @@ from customized_grpo.data import Sample, SubjectDataset, batch_indices, save_ima
 from customized_grpo.data.images import image_size
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.data import encode_ahead, read_samples
 from customized_grpo.factory.policy import FAMILIES
 from customized_grpo.io.files import LOCK
 from customized_grpo.policies.cache_folder import Hold, clear, list_files
@@ -53,21 +53,21 @@ def config(**sections: dict[str, Any]) -> Config:
 
 def encode(policy: DiffusersPolicy, data: SubjectDataset, samples: Sequence[Sample] | None = None) -> None:
     with Display.silent().stages() as stages:
-        build.encode_ahead(policy, {data: data.samples if samples is None else samples}, stages)
+        encode_ahead(policy, {data: data.samples if samples is None else samples}, stages)
 
 
 def test_a_run_encodes_what_it_reads(data: SubjectDataset) -> None:
     settings = config()
     drawn = {index for k in range(3) for index in batch_indices(len(data), 2, settings.seed, k)}
-    (samples,) = build.read_samples(settings, {"path": data}).values()
+    (samples,) = read_samples(settings, {"path": data}).values()
     assert list(samples) == [data[index] for index in sorted(drawn | {0, 1})] and len(samples) < len(data)
     # Going on after two iterations, only those of the third are left, and the validation's.
-    (rest,) = build.read_samples(settings, {"path": data}, first=2).values()
+    (rest,) = read_samples(settings, {"path": data}, first=2).values()
     assert {each.id for each in rest} == {data[i].id for i in {0, 1, *batch_indices(len(data), 2, settings.seed, 2)}}
     other, test = (SubjectDataset(data.folder, data.samples, 10**6, 0) for _ in range(2))
-    used = build.read_samples(settings, {"path": data, "validation": other, "test": test})
+    used = read_samples(settings, {"path": data, "validation": other, "test": test})
     assert [len(used[each]) for each in (data, other, test)] == [len(drawn), 2, 3]
-    long = build.read_samples(settings.model_copy(update={"iterations": 100}), {"path": data})
+    long = read_samples(settings.model_copy(update={"iterations": 100}), {"path": data})
     assert len(long[data]) == len(data)
 
 
@@ -264,7 +264,7 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
 ) -> None:  # fmt: skip
     """Were a sample read that was not encoded, the encoders would be gone."""
     rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
-    monkeypatch.setattr(build, "build_rewards", lambda config: rewards)
+    monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: rewards)
     monkeypatch.setattr("customized_grpo.training.loop.fingerprints", lambda config: {})
     policy = {
         "kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "lora_rank": 2,

@@ -24,10 +24,11 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import FAMILIES
 from customized_grpo.io.files import StorageError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.policies.sampling import sample_ode
+from customized_grpo.rewards.reward import Scores
 from customized_grpo.training.ema import Average
-from customized_grpo.training.rollout import sample_ode
 from customized_grpo.training.trainer import Trainer
+from customized_grpo.types import Task
 
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]

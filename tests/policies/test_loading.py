@@ -14,12 +14,13 @@ from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from customized_grpo.config.run import Config, PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import FAMILIES, MODELS, load_policy
 from customized_grpo.io import hub as loading
-from customized_grpo.io.hub import locate
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
+from customized_grpo.policies.loading import locate
 from customized_grpo.runtime import device as runtime
 from customized_grpo.runtime.device import resolve_device
 from customized_grpo.testing.tiny_pipelines import flux_transformer

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from customized_grpo.cli.main import main
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
 from customized_grpo.factory.policy import FAMILIES
 from customized_grpo.testing.tiny_pipelines import flux2_klein
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
@@ -207,7 +206,7 @@ def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) ->
     )
     assert whole["frozen weights"] / 2 < shard["frozen weights"] < whole["frozen weights"]
     with pytest.raises(UserError, match=r"policy\.shard: a single process"):
-        build.dry_run(Config.model_validate(tree | {"policy": policy | {"shard": True}}))
+        dry_run(Config.model_validate(tree | {"policy": policy | {"shard": True}}))
 
 
 def test_every_family_but_the_largest_has_a_recipe() -> None:

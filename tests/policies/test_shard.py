@@ -15,10 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from customized_grpo.config.run import PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.data import save_image
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.policy import check_shard
 
 Run = Callable[..., list[subprocess.CompletedProcess[str]]]
 WORKER = Path(__file__).with_name("sharded.py")
@@ -128,7 +128,7 @@ def test_sharded_weights_change_nothing_and_a_run_goes_on_without_them(
 def test_what_cannot_be_sharded_is_refused() -> None:
     config = PolicyConfig(kind="flux1-kontext", shard=True, device="cpu")
     with pytest.raises(UserError, match=r"policy\.shard: a single process .*; start several"):
-        build.check_shard(config, 1)
-    build.check_shard(config, 2)
+        check_shard(config, 1)
+    check_shard(config, 2)
     with pytest.raises(ValueError, match="shard: not for kind='toybox'"):
         PolicyConfig(shard=True)

@@ -11,7 +11,8 @@ from customized_grpo.config.run import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.custom import OwnReward
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
+from customized_grpo.types import Task
 
 CPU = torch.device("cpu")
 IMAGES = torch.rand(2, 3, 3, 4, 4)

@@ -18,8 +18,8 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.open_clip import converted
 from customized_grpo.rewards.preprocessing import Letterbox
-from customized_grpo.rewards.reward import Task
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
+from customized_grpo.types import Task
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "a much longer prompt of a dog in the deep snow"]

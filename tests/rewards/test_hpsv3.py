@@ -15,8 +15,8 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards import hpsv3 as module
 from customized_grpo.rewards.hpsv3 import PLACE, REWARD_TOKEN, HPSv3Reward, read_instruction
-from customized_grpo.rewards.reward import Task
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
+from customized_grpo.types import Task
 
 CPU = torch.device("cpu")
 TEXT = f"Rate it.\nTextual prompt - {PLACE}\n\nThe rating: {REWARD_TOKEN}\n"

@@ -19,9 +19,9 @@ from customized_grpo.errors import TrainingError, UserError
 from customized_grpo.evaluation.evaluator import measure
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.http import Transport
-from customized_grpo.rewards.reward import Task
 from customized_grpo.rewards.vlm_judge import TRIAL_PROMPT, JudgeReward, VlmJudge
 from customized_grpo.training.trainer import Trainer
+from customized_grpo.types import Task
 
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 CPU = torch.device("cpu")

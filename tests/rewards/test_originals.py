@@ -16,14 +16,14 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, load_image, load_mask, write_metadata
 from customized_grpo.data.images import resize
 from customized_grpo.evaluation.evaluator import evaluate
-from customized_grpo.policies.policy import References
 from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward
 from customized_grpo.training.trainer import Trainer
+from customized_grpo.types import References, Task
 
 CPU = torch.device("cpu")
 PROMPTS = ("a star", "a cloud", "a heart", "a ball")

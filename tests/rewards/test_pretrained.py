@@ -14,8 +14,8 @@ from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.preprocessing import DINO_PUBLISHED, Preprocessing, composited
-from customized_grpo.rewards.reward import Task
 from customized_grpo.testing.tiny_rewards import IMAGENET, KINDS, save_tiny_reward
+from customized_grpo.types import Task
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat on the beach", "a small dog in the deep snow"]

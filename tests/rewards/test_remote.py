@@ -25,9 +25,10 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.rewards.http import MOST, Transport, Unavailable
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
-from customized_grpo.rewards.reward import Reward, Scores, Task, TellsFailure
+from customized_grpo.rewards.reward import Reward, Scores, TellsFailure
 from customized_grpo.rewards.score_request import Limits
 from customized_grpo.rewards.server import RewardServer
+from customized_grpo.types import Task
 
 Answer = tuple[int, Any, dict[str, str]] | None
 """Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.remote import RemoteReward, encoded
-from customized_grpo.rewards.reward import Task
+from customized_grpo.types import Task
 
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 

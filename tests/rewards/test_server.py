@@ -26,9 +26,10 @@ from customized_grpo.rewards import server as serve
 from customized_grpo.rewards.custom import OwnReward
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded
-from customized_grpo.rewards.reward import Reward, Scores, Task
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.score_request import MAX_VALUES, Limits, Refused, read_request
 from customized_grpo.rewards.server import RewardServer
+from customized_grpo.types import Task
 
 WAIT = 30.0
 """Seconds after which a test fails that waits for something."""

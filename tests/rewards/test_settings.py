@@ -12,14 +12,14 @@ from customized_grpo.cli.main import main
 from customized_grpo.config.rewards import ENCODERS, READ_BY
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
-from customized_grpo.factory.rewards import load_hpsv3_reward, load_rewards
+from customized_grpo.factory.config import resolved
+from customized_grpo.factory.rewards import build_rewards, load_hpsv3_reward, load_rewards
 from customized_grpo.rewards import hpsv3 as hpsv3_module
-from customized_grpo.rewards.reward import Task
 from customized_grpo.rewards.server import _reward
 from customized_grpo.runtime import device as runtime
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 from customized_grpo.training.fingerprints import pinned
+from customized_grpo.types import Task
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 URL = "http://127.0.0.1:9"
@@ -103,25 +103,32 @@ def test_the_precision_is_written_down(
     rewards: dict[str, Any], cuda: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HPSv3 taken from CUDA to a CPU is another reward: the two configurations differ, and --resume refuses."""
-    monkeypatch.setattr(build, "resolve_device", lambda name, prefix="policy.": CUDA if cuda else CPU)
-    monkeypatch.setattr(build, "resolve_precision", lambda precision, device: "fp32")
-    found = build.resolved(config(**rewards))
+    for module in ("policy", "rewards"):
+        monkeypatch.setattr(
+            f"customized_grpo.factory.{module}.resolve_device", lambda name, prefix="policy.": CUDA if cuda else CPU
+        )
+    monkeypatch.setattr("customized_grpo.factory.policy.resolve_precision", lambda precision, device: "fp32")
+    found = resolved(config(**rewards))
     assert found.rewards.precision == expected
     assert Config.model_validate(found.model_dump(mode="json")) == found
 
 
 def test_toybox_has_no_precision_to_write_down() -> None:
-    assert build.resolved(config("toybox")).rewards.precision == "auto"
+    assert resolved(config("toybox")).rewards.precision == "auto"
 
 
 def test_rewards_run_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.device] = []
-    monkeypatch.setattr(build, "load_rewards", lambda rewards, device, weights: seen.append(device))
     monkeypatch.setattr(
-        build, "resolve_device", lambda name, prefix="policy.": torch.device("cuda:0" if name == "auto" else name)
+        "customized_grpo.factory.rewards.load_rewards", lambda rewards, device, weights: seen.append(device)
     )
-    build.build_rewards(config())
-    build.build_rewards(config(device="cuda:1"))
+    for module in ("policy", "rewards"):
+        monkeypatch.setattr(
+            f"customized_grpo.factory.{module}.resolve_device",
+            lambda name, prefix="policy.": torch.device("cuda:0" if name == "auto" else name),
+        )
+    build_rewards(config())
+    build_rewards(config(device="cuda:1"))
     assert [str(device) for device in seen] == ["cuda:0", "cuda:1"]
 
 
@@ -131,14 +138,14 @@ def test_rewards_run_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_a_device_that_is_not_here(device: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        build.build_rewards(config(device=device))
+        build_rewards(config(device=device))
 
 
 def test_bf16_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "resolve_precision", lambda precision, device: "fp32")
     said = r"rewards\.precision: bf16 is asked for, but the CPU here emulates it, .* or rewards\.device=cuda"
     with pytest.raises(UserError, match=said):
-        build.build_rewards(config(precision="bf16", device="cpu"))
+        build_rewards(config(precision="bf16", device="cpu"))
 
 
 def test_encoders_in_bf16_round_the_scores_of_fp32(tiny: dict[str, Path]) -> None:

@@ -25,9 +25,10 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.http import Transport, Unavailable, secret
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
-from customized_grpo.rewards.reward import Task, TellsFailure
+from customized_grpo.rewards.reward import TellsFailure
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
 from customized_grpo.tracking.console import Display
+from customized_grpo.types import Task
 
 CPU = torch.device("cpu")
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]

@@ -7,10 +7,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from customized_grpo.config.run import Config, PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config
+from customized_grpo.distributed.env import local_rank, local_world
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
-from customized_grpo.runtime.device import configure, local_rank, local_world, resolve_device, resolve_precision
+from customized_grpo.factory.data import encode_ahead, read_dataset
+from customized_grpo.factory.policy import build_policy, resolved_policy
+from customized_grpo.runtime.device import configure, resolve_device, resolve_precision
 
 LAUNCHED = (
     "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -85,10 +88,10 @@ def test_one_gpu_for_all_processes(launched: dict[str, str], monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     named = PolicyConfig(kind="uno", device="cuda:1")
     with pytest.raises(UserError, match=r"policy\.device: 'cuda:1' is one GPU, and each process .* use cuda"):
-        build.resolved_policy(named)
+        resolved_policy(named)
     assert resolve_device("cuda:1", "rewards.") == torch.device("cuda:1")
     machine(monkeypatch, 4, {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
-    assert build.resolved_policy(named).precision == "bf16"
+    assert resolved_policy(named).precision == "bf16"
 
 
 def test_where_nothing_tells_how_many_processes_there_are_each_encodes_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +100,7 @@ def test_where_nothing_tells_how_many_processes_there_are_each_encodes_all(monke
     policy = Mock(encode_ahead=lambda prompts, references, on_progress: seen.extend(prompts))
     samples = [Mock(prompt=str(number)) for number in range(3)]
     dataset: Any = Mock(samples=samples)
-    build.encode_ahead(policy, {dataset: samples}, Mock())
+    encode_ahead(policy, {dataset: samples}, Mock())
     assert seen == ["0", "1", "2"]
 
 
@@ -116,9 +119,9 @@ def test_freed_memory_is_kept_for_toybox_alone(tiny_weights: Path, monkeypatch: 
     monkeypatch.setattr("customized_grpo.runtime.device.sys.platform", "linux")
     configure(1)
     monkeypatch.setattr("customized_grpo.factory.policy.load_policy", lambda *arguments, **settings: None)
-    build.build_policy(PolicyConfig(kind="uno"), 0)
+    build_policy(PolicyConfig(kind="uno"), 0)
     assert asked == []
-    build.build_policy(PolicyConfig(weights=tiny_weights), 0)
+    build_policy(PolicyConfig(weights=tiny_weights), 0)
     assert asked == [1 << 30, 1 << 30]
 
 
@@ -131,4 +134,4 @@ def test_one_process_of_a_machine_decodes_the_pictures_for_all(
     for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": rank}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="no picture|cannot|not") if refused else nullcontext():
-        build.read_dataset(folder, Config())
+        read_dataset(folder, Config())

@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from customized_grpo.evaluation.copy_paste import closeness
 from customized_grpo.randomness import generator
-from customized_grpo.toybox.copy_score import CORRECT_PICTURES, closeness, copy_scores
+from customized_grpo.toybox.copy_score import CORRECT_PICTURES, copy_scores
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.language import parse
 from customized_grpo.toybox.oracle import Judge

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.rewards.reward import Task
 from customized_grpo.toybox.pairs import draw_pairs
 from customized_grpo.toybox.rewards import IdentityReward, PromptReward
+from customized_grpo.types import Task
 
 
 def drawn(groups: int = 2, size: int = 3) -> tuple[Tensor, Task]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from customized_grpo.toybox.pretrain import measure_quality
+from customized_grpo.toybox.quality import measure_quality
 from customized_grpo.toybox.weights import IDENTITY_ENCODERS, NAMES, read_quality, shipped_folder
 
 Quality = dict[str, dict[str, float]]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from customized_grpo.config.run import Config
-from customized_grpo.factory import config as build
+from customized_grpo.factory.rewards import build_rewards
+from customized_grpo.training.dry_run import dry_run
 from customized_grpo.training.estimate import Estimate, LivePeak, Subject, estimate
 
 WIDTH, TOKENS, DEPTH = 8, 6, 4
@@ -160,7 +161,7 @@ def test_a_checkpoint_and_the_adapters_take_what_was_told(
     changes: dict[str, Any], make_config: Callable[..., Config], run_training: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = make_config({"iterations": 1, "evaluation.every": 5, "policy.lora_rank": 32} | changes)
-    told = build.dry_run(config).disk
+    told = dry_run(config).disk
     run_training(config)
     saved = (tmp_path / "run" / "checkpoints" / "000001" / "state.safetensors").stat().st_size
     assert told["a checkpoint"] == pytest.approx(saved, rel=0.01)
@@ -172,8 +173,8 @@ def test_rewards_on_the_same_device_are_counted(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
-    memory = build.dry_run(config).memory
-    prompt, identity = build.build_rewards(config)
+    memory = dry_run(config).memory
+    prompt, identity = build_rewards(config)
     held = sum(sum(p.nbytes for p in each._encoder.parameters()) for each in (prompt, identity))  # type: ignore[attr-defined]
     names = [name for name in memory if name.startswith("weights of rewards.")]
     assert names == ["weights of rewards.prompt (toybox)", "weights of rewards.identity (toybox)"]

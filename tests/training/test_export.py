@@ -14,11 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from customized_grpo.cli import main as cli
-from customized_grpo.config.run import Config, PolicyConfig, flatten
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config, flatten
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
 from customized_grpo.factory import policy as catalogue
+from customized_grpo.factory.policy import build_policy, build_start
 from customized_grpo.generate import Options, generate
 from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny
 from customized_grpo.tracking.console import Display
@@ -64,7 +65,9 @@ def test_an_exported_checkpoint_is_what_a_finished_run_leaves(
     run = trained.output
     first, last = (run / "checkpoints" / f"00000{number}" for number in (1, 2))
     with monkeypatch.context() as patched:
-        patched.setattr(build, "build_policy", lambda *arguments: pytest.fail("the generator was loaded"))
+        patched.setattr(
+            "customized_grpo.factory.policy.build_policy", lambda *arguments: pytest.fail("the generator was loaded")
+        )
         export(last, tmp_path / "last")
         export(last, tmp_path / "averaged", ema=True)
         export(first, tmp_path / "first")
@@ -104,7 +107,7 @@ def test_a_checkpoint_of_a_pipeline_is_exported_without_the_pipeline(
     }  # fmt: skip
     rewards = {"prompt": "clip_t", "identity": "clip_i"}
     config = Config.model_validate({"policy": settings, "rewards": rewards, "evaluation": {"judge": "none"}})
-    policy = build.build_policy(config.policy, 0)
+    policy = build_policy(config.policy, 0)
     average = Average(policy.trainable_parameters(), 0.5)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -200,14 +203,14 @@ def test_the_trained_values_are_the_adapters_and_untuned_is_the_base(
     adapter: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
     settings = {"policy.adapter": adapter} | ({} if adapter == "lora" else {"policy.lora_rank": 32})
-    plain = build.build_start(make_config(settings).policy, 0)
-    other = build.build_start(make_config(settings).policy, 1)
+    plain = build_start(make_config(settings).policy, 0)
+    other = build_start(make_config(settings).policy, 1)
     with torch.no_grad():
         for _, parameter in other.trainable_parameters():
             parameter.add_(0.05)
     other.save_adapter(tmp_path / "adapter")
     for place in (tmp_path / "adapter", tmp_path / "adapter" / ADAPTER):
-        policy = build.build_start(make_config(settings | {"policy.init_from": place}).policy, 0)
+        policy = build_start(make_config(settings | {"policy.init_from": place}).policy, 0)
         for (name, found), (_, expected) in zip(
             policy.trainable_parameters(), other.trainable_parameters(), strict=True
         ):
@@ -225,15 +228,13 @@ def test_a_pipeline_starts_from_a_lora(tmp_path: Path) -> None:
         "kind": "flux1-kontext", "model": str(save_tiny("flux1-kontext", tmp_path / "model")), "lora_rank": 4,
         "lora_alpha": 4, "precision": "fp32", "device": "cpu", "cache": str(tmp_path / "cache"),
     }  # fmt: skip
-    other = build.build_start(PolicyConfig.model_validate(settings), 1)
+    other = build_start(PolicyConfig.model_validate(settings), 1)
     other.save_adapter(tmp_path / "lora")
-    policy = build.build_start(PolicyConfig.model_validate(settings | {"init_from": str(tmp_path / "lora")}), 0)
+    policy = build_start(PolicyConfig.model_validate(settings | {"init_from": str(tmp_path / "lora")}), 0)
     for (name, found), (_, expected) in zip(policy.trainable_parameters(), other.trainable_parameters(), strict=True):
         assert torch.equal(found, expected), name
     with pytest.raises(UserError, match=r"policy\.init_from: .* set policy\.lora_rank=4 and policy\.lora_alpha=4"):
-        build.build_start(
-            PolicyConfig.model_validate(settings | {"init_from": str(tmp_path / "lora"), "lora_rank": 8}), 0
-        )
+        build_start(PolicyConfig.model_validate(settings | {"init_from": str(tmp_path / "lora"), "lora_rank": 8}), 0)
 
 
 def test_an_adapter_that_training_cannot_start_from(
@@ -251,7 +252,9 @@ def test_an_adapter_that_training_cannot_start_from(
     save_file(state, tmp_path / "damaged.safetensors")
     with pytest.raises(UserError, match=r"policy\.init_from: .*damaged\.safetensors: 1 of its .* not finite"):
         run_training(make_config({"policy.init_from": tmp_path / "damaged.safetensors"}))
-    monkeypatch.setattr(build, "build_policy", lambda *arguments: pytest.fail("the generator was loaded"))
+    monkeypatch.setattr(
+        "customized_grpo.factory.policy.build_policy", lambda *arguments: pytest.fail("the generator was loaded")
+    )
     with pytest.raises(UserError, match=r"policy\.init_from: .*nowhere.*: no adapter there"):
         run_training(make_config({"policy.init_from": tmp_path / "nowhere"}))
     assert not (tmp_path / "run").exists()

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from customized_grpo.algorithm import ode_step, sde_step, shift_sigmas
-from customized_grpo.config.run import RolloutConfig
+from customized_grpo.config.rollout import RolloutConfig
 from customized_grpo.errors import NotFinite
+from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.toybox.network import Context
 from customized_grpo.toybox.policy import ToyBoxPolicy
-from customized_grpo.training.rollout import Plan, Rollout, plan_steps, sample_groups, sample_ode
+from customized_grpo.training.rollout import Plan, Rollout, plan_steps, sample_groups
 
 PROMPTS = ["a star on the beach", "a ghost in space wearing a crown", "a drop in the snow, on the left"]
 SEED, ITERATION = 5, 2

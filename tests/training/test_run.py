@@ -13,12 +13,15 @@ from torch import Tensor
 
 from customized_grpo.config.run import Config
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.rewards import build_rewards
+from customized_grpo.io.jsonl import Metrics
 from customized_grpo.report import write_report
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
 from customized_grpo.tracking.console import Display
-from customized_grpo.training.run import evaluate_run, load_run_config
-from customized_grpo.training.trainer import Metrics, Trainer
+from customized_grpo.training.run import evaluate_run
+from customized_grpo.training.run_dir import load_run_config
+from customized_grpo.training.trainer import Trainer
+from customized_grpo.types import Task
 
 MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
@@ -123,8 +126,10 @@ class Away:
 def test_scores_that_are_missing_are_told_with_their_reason(
     failing: int, make_config: MakeConfig, run_training: RunTraining, display: Display, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rewards = build.build_rewards
-    monkeypatch.setattr(build, "build_rewards", lambda config: (Away(failing), rewards(config)[1]))
+    rewards = build_rewards
+    monkeypatch.setattr(
+        "customized_grpo.training.run.build_rewards", lambda config: (Away(failing), rewards(config)[1])
+    )
     config = make_config({"iterations": 1, "rollout.group_size": 4, "rewards.max_invalid_share": 0.3})
     reason = r"rewards could not be computed.* \(rewards.prompt_model: http://a:1 did not answer\)"
     if failing == 4:
@@ -143,7 +148,7 @@ def test_an_iteration_that_teaches_nothing_is_told(
 ) -> None:  # fmt: skip
     """All rewards equal: no quadrant has a share, least of all the one in which both are bad."""
     equal = reward_of(lambda images: torch.full(images.shape[:2], 0.5))
-    monkeypatch.setattr(build, "build_rewards", lambda config: (equal, equal))
+    monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: (equal, equal))
     run_training(make_config({"iterations": 1, "evaluation.judge": "none"}))
     row = read_log(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["silent_groups"] == 1.0 and row["grad_norm"] == 0.0

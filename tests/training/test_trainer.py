@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from customized_grpo.algorithm import SdeStep
-from customized_grpo.config.run import AdvantagesConfig
+from customized_grpo.config.advantages import AdvantagesConfig
+from customized_grpo.io.jsonl import Metrics
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.training import trainer as trainer_module
-from customized_grpo.training.trainer import RATIO_TOLERANCE, Metrics, Trainer, TrainingError, step_weights
+from customized_grpo.training.trainer import RATIO_TOLERANCE, Trainer, TrainingError, step_weights
 
 FULL = {"policy.adapter": "full", "policy.lora_rank": 32}
 """All weights are trained; the rank, which is then nothing's, is as it is left out."""

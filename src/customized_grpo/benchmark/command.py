@@ -13,23 +13,27 @@ from torch import Tensor
 from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
 from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
 from customized_grpo.benchmark.page import write_page
-from customized_grpo.config.run import Config, PolicyConfig, RanksConfig, RewardsConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config, RewardsConfig
+from customized_grpo.config.training import RanksConfig
 from customized_grpo.data import load_image, save_image
 from customized_grpo.distributed.group import Ranks, started
 from customized_grpo.distributed.termination import Termination
 from customized_grpo.errors import UserError, told_changes
 from customized_grpo.evaluation import evaluator as evaluation
+from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.metrics import Group, Measure, load_measures, toybox_measure
-from customized_grpo.factory import config as build
+from customized_grpo.factory.data import check_prompts, encode_rows, raise_listed
+from customized_grpo.factory.policy import build_policy, check_shard, resolved_policy
+from customized_grpo.factory.rewards import build_judge, build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
 from customized_grpo.policies.policy import Policy, in_step
+from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import bootstrap_interval
-from customized_grpo.toybox.copy_score import layout
 from customized_grpo.tracking.console import Display, Stages
-from customized_grpo.training.rollout import sample_ode
-from customized_grpo.training.run import adapter_folder, load_run_config
+from customized_grpo.training.run_dir import adapter_folder, load_run_config
 
 PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
@@ -83,7 +87,7 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages:
     items = read_items(config.benchmark or "dreambench", config.data)
     policy = _policy_config(config, run)
     if run is None:
-        build.check_shard(policy, ranks.world)
+        check_shard(policy, ranks.world)
     if config.images is not None:
         paths = pictures_made_elsewhere(config.images, items)
     else:
@@ -142,7 +146,7 @@ class _Pictures:
             except UserError as error:
                 problems.append(str(error))
             stages.update("reading the subjects' pictures", done, len(subject_of))
-        build.raise_listed(folder, "pictures", problems)
+        raise_listed(folder, "pictures", problems)
         self.layouts = {subject: torch.cat(each) for subject, each in layouts.items()}
         self._last: dict[Path, Tensor] = {}
 
@@ -158,7 +162,7 @@ def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
         raise UserError(
             "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
         )
-    policy = build.resolved_policy(run.policy if run else config.policy)
+    policy = resolved_policy(run.policy if run else config.policy)
     if policy.kind == "toybox":
         if config.guidance is not None:
             raise UserError("guidance: ToyBox has none; leave it out")
@@ -233,9 +237,9 @@ def _measures(
             raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
         leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
         scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
-        judge = build.build_judge(scored)
+        judge = build_judge(scored)
         assert judge is not None
-        return [toybox_measure(build.build_rewards(scored), judge)]
+        return [toybox_measure(build_rewards(scored), judge)]
     return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 
@@ -249,7 +253,7 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
             policy = _load_policy(config, work)
             asked = [work.items[number] for number in left]
             share = range(len(left))[ranks.rank :: ranks.world]
-            build.encode_rows(policy, asked, lambda index: _references(policy, asked[index]), stages, share)
+            encode_rows(policy, asked, lambda index: _references(policy, asked[index]), stages, share)
     with ranks.together(), writing(config.output):
         if ranks.first:
             config.output.mkdir(parents=True, exist_ok=True)
@@ -262,9 +266,9 @@ def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Rank
 
 def _load_policy(config: BenchmarkConfig, work: _Work) -> Policy[Any]:
     """The generator, checked against all items."""
-    policy = build.build_policy(work.policy, 0)
+    policy = build_policy(work.policy, 0)
     assert config.data is not None
-    build.check_prompts(config.data, work.items, policy)
+    check_prompts(config.data, work.items, policy)
     adapter = _adapter(config)
     if adapter is not None:
         policy.load_adapter(adapter)

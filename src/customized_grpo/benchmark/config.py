@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.rewards import HPSv3Config
-from customized_grpo.config.run import PolicyConfig
 from customized_grpo.config.section import Section
 
 PUBLISHED_GUIDANCE = 4.0

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from customized_grpo.data import SubjectDataset
 from customized_grpo.data.entries import Entry, Problem
-from customized_grpo.data.files import listed
 from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.sources import READERS, recognise
 from customized_grpo.errors import UserError, shortened
+from customized_grpo.io.files import listed
 
 UNFIT = re.compile(r"[^\w.-]+")
 """What a subject's name may have, and a file's is better without."""

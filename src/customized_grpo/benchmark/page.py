@@ -11,11 +11,11 @@ from markupsafe import Markup
 
 from customized_grpo.benchmark.items import Item
 from customized_grpo.benchmark.published import OURS, PROMPTS, PUBLISHED, REAL_IMAGES, SUBJECTS
-from customized_grpo.compare.page import inline_svg
 from customized_grpo.data import load_image
 from customized_grpo.data.images import to_pil
 from customized_grpo.report import style
 from customized_grpo.report.formats import percent
+from customized_grpo.report.inline import inline_svg
 from customized_grpo.report.page import HUES, render_page
 from customized_grpo.report.page import LABELS as OF_REPORTS
 from customized_grpo.report.records import SHARES, Interval, as_data_uri

@@ -219,11 +219,11 @@ def _train(options: Namespace) -> None:
     from customized_grpo.tracking.console import Display
 
     if options.dry_run:
-        from customized_grpo.factory import config as build
+        from customized_grpo.training.dry_run import dry_run
 
         count = options.num_processes
         whose = "" if count == 1 else f" of each of {count} processes"
-        Display().table(f"one iteration, and what it needs{whose}", build.dry_run(config, count).rows())
+        Display().table(f"one iteration, and what it needs{whose}", dry_run(config, count).rows())
         return
     from customized_grpo.training.run import train
 

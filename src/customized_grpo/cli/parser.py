@@ -11,7 +11,8 @@ from jsonargparse import ArgumentParser
 from customized_grpo import __version__
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config.run import Config, PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 
 

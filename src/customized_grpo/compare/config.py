@@ -5,11 +5,13 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from customized_grpo.compare.presets import BASE, CALIBRATED, HINGE, PRESETS
+from customized_grpo.compare.presets import CALIBRATED, HINGE, PRESETS
+from customized_grpo.config.advantages import AdvantagesConfig
 from customized_grpo.config.messages import worded
-from customized_grpo.config.run import AdvantagesConfig, Config, flatten
+from customized_grpo.config.run import Config, flatten
 from customized_grpo.config.section import Section
 from customized_grpo.errors import UserError
+from customized_grpo.report.style import BASE
 
 OF_THE_GRID = {
     "seed", "output", "advantages.normalise", "advantages.shape", "advantages.thresholds", "advantages.weights",

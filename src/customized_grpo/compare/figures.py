@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from customized_grpo.compare.presets import BASE, OURS, REFERENCE
 from customized_grpo.compare.results import (
     PERIODS,
     SIGNALS,
@@ -24,7 +23,7 @@ from customized_grpo.compare.results import (
 )
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import style
-from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT
+from customized_grpo.report.style import BASE, IDENTITY, INK, MUTED, OURS, PROMPT, REFERENCE
 from customized_grpo.statistics import t_interval
 
 CURVES = (REFERENCE, "naive-1:1.5", OURS)

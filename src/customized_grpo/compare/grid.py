@@ -22,10 +22,10 @@ from customized_grpo.compare.presets import CALIBRATED
 from customized_grpo.compare.results import Cell
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.config import resolved
 from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
 from customized_grpo.tracking.console import Display, RunState
-from customized_grpo.training.run import load_run_config
+from customized_grpo.training.run_dir import load_run_config
 
 POLL_SECONDS = 1.0
 RECORD = "grid.yaml"
@@ -265,7 +265,7 @@ def _check_record(config: CompareConfig) -> None:
 
 
 def _check_run(cell: Cell, wanted: dict[str, Any]) -> None:
-    here = flatten(build.resolved(Config.model_validate(wanted)).model_dump(mode="json"))
+    here = flatten(resolved(Config.model_validate(wanted)).model_dump(mode="json"))
     if cell.preset == CALIBRATED:
         del here["advantages.table"]
     there = flatten(load_run_config(cell.folder).model_dump(mode="json"))

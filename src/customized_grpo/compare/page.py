@@ -1,16 +1,13 @@
 """`comparison.html`: one self-contained page about a grid of runs, no scripts in it and nothing from elsewhere."""
 
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from customized_grpo.compare.figures import draw_svgs
-from customized_grpo.compare.presets import BASE, OURS, REFERENCE
 from customized_grpo.compare.results import (
     Cell,
     Interval,
@@ -22,10 +19,11 @@ from customized_grpo.compare.results import (
     settings_in,
     summarise,
 )
-from customized_grpo.report import style
 from customized_grpo.report.formats import duration, percent, points, reward
+from customized_grpo.report.inline import inline_svg
 from customized_grpo.report.page import SECRET, render_page
 from customized_grpo.report.records import data_uri
+from customized_grpo.report.style import BASE, OURS, REFERENCE
 
 COLUMNS = (
     ("joint_success", "Joint success", "joint"),
@@ -65,10 +63,6 @@ FIGURES = {
     ),
 }
 """By name, in the order of the page: heading and caption."""
-COLOURS = {
-    getattr(style, name): f"var(--{name.lower()})"
-    for name in ("PAPER", "INK", "MUTED", "RULE", "AXIS", "PROMPT", "IDENTITY", "CONFLICT", "BAD")
-}
 GALLERY_ROWS = 12
 
 
@@ -221,17 +215,6 @@ def gallery(cells: Sequence[Cell], setting: str, order: Sequence[str]) -> dict[s
     missing = [name for name in presets if name not in runs]
     columns = [name for name, _, _ in shown]
     return {"setting": setting, "seed": seed, "columns": columns, "lines": lines, "missing": missing} if lines else None
-
-
-def inline_svg(name: str, svg: str, label: str) -> Markup:
-    """A figure as an element of the page: with its colours, and ids of its own."""
-    drawing = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    box = re.search(r'viewBox="[\d. ]+"', drawing)
-    head = f'<svg class="chart" role="img" aria-label="{label}" {box[0] if box else ""}>'
-    drawing = re.sub(r"<svg\b[^>]*>", head, drawing, count=1)
-    drawing = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", drawing)
-    drawing = re.sub(r": (#[0-9a-f]{6})", lambda found: f": {COLOURS.get(found[1], found[1])}", drawing)
-    return Markup(drawing)
 
 
 def _verdict(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,11 +5,6 @@ from typing import Any
 
 Settings = Mapping[str, Any]
 
-BASE = "base"
-"""The untuned generator: evaluated by every run, trained by none."""
-REFERENCE = "naive-1:1"
-"""What the others are compared with."""
-OURS = "customized"
 CALIBRATED = "customized-calibrated"
 HINGE = "hinge"
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from customized_grpo.compare.presets import BASE, REFERENCE
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import replacing
-from customized_grpo.report.records import Columns, read_lines, to_columns
+from customized_grpo.io.jsonl import read_lines
+from customized_grpo.report.records import Columns, to_columns
+from customized_grpo.report.style import BASE, REFERENCE
 from customized_grpo.statistics import t_interval
 
 Interval = tuple[float, float, float]

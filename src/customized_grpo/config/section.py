@@ -6,6 +6,9 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Weight = Annotated[float, Field(ge=0)]
+Pair = tuple[float, float]
+
 Share = Annotated[float, Field(ge=0, le=1)]
 ReadWith = Mapping[str, tuple[str, Sequence[Any]]]
 """Fields that count for some values of another one alone: {name: (other, its values)}."""

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.data.entries import Entry, Found, Problem, inside
-from customized_grpo.data.files import is_left_behind
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.io.files import writing
+from customized_grpo.io.files import is_left_behind, writing
 
 # Of several that are there the first counts: "image" beside a reference is most often what was drawn from it.
 PROMPTS: tuple[str, ...] = ("prompt", "text", "caption", "instruction")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.data.entries import Entry, Found, Problem, inside
-from customized_grpo.data.files import listed, read_lines
 from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.hugging_face import is_saved, parquet_files
 from customized_grpo.errors import UserError, shortened
+from customized_grpo.io.files import listed
+from customized_grpo.io.text import read_text_lines
 
 PROMPTS, CLASSES = "prompts.txt", "prompts_and_classes.txt"
 MASK = "_mask"
@@ -37,7 +38,7 @@ def read_folders(source: Path) -> Iterator[Found]:
             continue
         name = re.sub(r"[_\W\d]+", " ", folder.name).strip() or folder.name
         try:
-            lines = [line.strip() for line in read_lines(inside(source, prompts))]
+            lines = [line.strip() for line in read_text_lines(inside(source, prompts))]
         except UnicodeDecodeError as error:
             yield Problem(
                 folder.name, f"{PROMPTS} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
@@ -53,7 +54,7 @@ def read_dreambench(source: Path) -> Iterator[Found]:
     """DreamBench's folder: one of pictures for each subject, and prompts_and_classes.txt with the subjects' classes and
     25 templates for objects and for living things."""
     try:
-        text = "\n".join(read_lines(source / CLASSES))
+        text = "\n".join(read_text_lines(source / CLASSES))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{source / CLASSES}: cannot be read ({error}); expected DreamBench's file of that name"

@@ -18,12 +18,15 @@ from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.config import resolved
+from customized_grpo.factory.data import encode_ahead, open_dataset, tell_long_prompts
+from customized_grpo.factory.policy import build_policy, build_start
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import UNFINISHED, check_folder, write_whole, writing
 from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.console import Display
-from customized_grpo.training.run import load_run_config
+from customized_grpo.training.run_dir import load_run_config
 from customized_grpo.training.trainer import REWARD_NAMES
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
@@ -53,20 +56,20 @@ def diagnose(
     config = _check(config, run, output, {"prompts": prompts, "group_size": group_size, "batches": batches})
     configure(config.threads)
     if run is None:
-        policy = build.build_start(config.policy, config.seed)
+        policy = build_start(config.policy, config.seed)
     else:
-        policy = build.build_policy(config.policy, config.seed)
+        policy = build_policy(config.policy, config.seed)
         policy.load_adapter(run)
-    dataset = build.open_dataset(config.data.path, config, policy)
+    dataset = open_dataset(config.data.path, config, policy)
     if prompts > len(dataset):
         raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
-    rewards = build.build_rewards(config)
+    rewards = build_rewards(config)
     # Both measurements take the first samples of the order in which training would.
     drawn = max(prompts, batches * config.rollout.prompts_per_iteration)
     used = {dataset: [dataset[index] for index in sorted(set(batch_indices(len(dataset), drawn, config.seed, 0)))]}
-    build.tell_long_prompts(config, policy, rewards, used, display)
+    tell_long_prompts(config, policy, rewards, used, display)
     with display.stages() as stages:
-        build.encode_ahead(policy, used, stages)
+        encode_ahead(policy, used, stages)
         sensitivity = measure(
             config, policy, rewards, dataset, prompts=prompts, group_size=group_size,
             on_progress=lambda done, of: stages.update("sensitivity", done, of),
@@ -173,7 +176,7 @@ def _check(config: Config | None, run: Path | None, output: Path, counts: Mappin
         raise UserError("diagnose measures a finished run (--run) or a configuration (--config): give one of the two")
     _check_output(output)
     config = config or load_run_config(run or Path())
-    return build.resolved(config)
+    return resolved(config)
 
 
 def _settings(config: Config, run: Path | None) -> Record:

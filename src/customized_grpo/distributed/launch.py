@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from customized_grpo.distributed.env import world_size
 from customized_grpo.distributed.termination import SIGNALS
 from customized_grpo.errors import UserError
 
@@ -24,14 +25,6 @@ PATIENCE = 60.0
 to end. One that saves has all the time it needs."""
 MARKER = "CUSTOMIZED_GRPO_SAVING"
 """Environment variable with the path of a file that is there while a process saves."""
-
-
-def world_size() -> int:
-    """How many processes were launched together. Raises `UserError` where what launched them says no number."""
-    said = os.environ.get("WORLD_SIZE", "1")
-    if not said.isdecimal() or int(said) < 1:
-        raise UserError(f"WORLD_SIZE: the environment variable is {said!r}, expected a number of processes; unset it")
-    return int(said)
 
 
 def is_launched(count: int) -> bool:

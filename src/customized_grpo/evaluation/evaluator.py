@@ -11,14 +11,15 @@ from torch import Tensor
 from customized_grpo.data import Sample, SubjectDataset, resize_square
 from customized_grpo.distributed.group import Ranks
 from customized_grpo.errors import telling_where
-from customized_grpo.policies.policy import ConditionT, Policy, References, in_step
+from customized_grpo.policies.policy import ConditionT, Policy, in_step
+from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
-from customized_grpo.rewards.reward import Reward, Scores, Task
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.runtime.memory import DRAWING, SCORING, explain_out_of_memory
 from customized_grpo.statistics import mean_interval
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.oracle import Judge
-from customized_grpo.training.rollout import sample_ode
+from customized_grpo.types import References, Task
 
 JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
 CHANCE_METRICS = JUDGE_METRICS[:3]

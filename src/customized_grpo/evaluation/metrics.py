@@ -13,11 +13,12 @@ from customized_grpo.benchmark.config import MetricsConfig
 from customized_grpo.config.rewards import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation import evaluator as evaluation
-from customized_grpo.rewards.reward import Reward, Task
+from customized_grpo.evaluation.copy_paste import layout
+from customized_grpo.rewards.reward import Reward
 from customized_grpo.runtime.device import resolve_device
 from customized_grpo.runtime.libraries import quiet
-from customized_grpo.toybox.copy_score import layout
 from customized_grpo.toybox.oracle import Judge
+from customized_grpo.types import Task
 
 COPY = "copy"
 

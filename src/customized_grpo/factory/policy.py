@@ -1,23 +1,33 @@
 """The families of diffusers pipelines by the names that configurations have for them."""
 
 import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from customized_grpo.config.run import PolicyConfig
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.distributed.env import processes_here
 from customized_grpo.errors import UserError
-from customized_grpo.io.hub import check_model, fingerprint, load_pipeline, locate
 from customized_grpo.policies.base_adapter import locate_adapter, merge_base_adapter
 from customized_grpo.policies.cache_folder import GIGABYTE
 from customized_grpo.policies.conditions import ConditionCache
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, Settings
+from customized_grpo.policies.loading import check_model, fingerprint, load_pipeline, locate
+from customized_grpo.policies.lora_files import adapter_file
 from customized_grpo.policies.pipelines.flux1_kontext import Flux1Kontext
 from customized_grpo.policies.pipelines.flux2 import Flux2
 from customized_grpo.policies.pipelines.flux2_klein import Flux2Klein
 from customized_grpo.policies.pipelines.qwen_image_edit_plus import QwenImageEditPlus
 from customized_grpo.policies.pipelines.spec import Family
 from customized_grpo.policies.pipelines.uno import Uno
+from customized_grpo.policies.policy import Policy
+from customized_grpo.runtime.device import CPU, check_precision, keep_freed_memory, resolve_device, resolve_precision
+from customized_grpo.runtime.libraries import quiet
+from customized_grpo.toybox.policy import ADAPTER_FILE, ToyBoxPolicy, save_weights
 
 FAMILIES: dict[str, Family] = {
     "flux1-kontext": Flux1Kontext(),
@@ -97,3 +107,104 @@ def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settin
         attention_backend=config.attention_backend,
         seed=seed,
     )
+
+
+def resolved_policy(config: PolicyConfig) -> PolicyConfig:
+    """The same of a generator alone."""
+    return config.model_copy(update={"precision": resolve_precision(config.precision, policy_device(config))})
+
+
+def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
+    """The generator, ready to be tuned; `seed` draws the LoRA factors."""
+    device = policy_device(config)
+    precision = resolve_precision(config.precision, device)
+    if config.kind != "toybox":
+        check_precision(precision, device)
+        quiet()
+        from customized_grpo.factory.policy import load_policy
+
+        return load_policy(config, seed, device, bf16=precision == "bf16")
+    return load_toybox(config, precision, seed)
+
+
+def build_start(config: PolicyConfig, seed: int) -> Policy[Any]:
+    """Build the generator as training starts from it: its trained values are those of `policy.init_from`, if given.
+
+    Raises `UserError`, before the generator is loaded where it can, for an adapter that is missing or does not fit.
+    """
+    adapter = init_adapter(config)
+    policy = build_policy(config, seed)
+    if adapter is not None:
+        try:
+            policy.load_adapter(adapter)
+        except UserError as error:
+            raise UserError(f"policy.init_from: {error}") from error
+    return policy
+
+
+def init_adapter(config: PolicyConfig) -> Path | None:
+    """Return the file that `policy.init_from` names, downloaded where need be; None where it names none."""
+    if config.init_from is None:
+        return None
+    if config.kind != "toybox":
+        quiet()
+        from customized_grpo.policies.base_adapter import locate_adapter
+
+        return locate_adapter(config.init_from, "policy.init_from")
+    try:
+        return adapter_file(Path(config.init_from), [ADAPTER_FILE])
+    except UserError as error:
+        raise UserError(f"policy.init_from: {error}") from error
+
+
+def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+    """Write trained `parameters` of the generator of `config`, by name, as it would itself; it is not loaded."""
+    if config.kind == "toybox":
+        lora = (config.lora_rank, config.lora_alpha) if config.adapter == "lora" else None
+        save_weights(parameters, folder, lora)
+        return
+    quiet()
+    from customized_grpo.factory.policy import FAMILIES
+    from customized_grpo.policies.lora import lora_config, save_lora
+
+    family = FAMILIES[config.kind]
+    save_lora(
+        family.pipeline, lora_config(family.lora_targets, config.lora_rank, config.lora_alpha), parameters, folder
+    )
+
+
+def check_shard(config: PolicyConfig, world: int) -> None:
+    """Raise `UserError` where `world` processes are asked to spread the generator's weights, and cannot."""
+    if not config.shard:
+        return
+    if world == 1:
+        raise UserError(
+            "policy.shard: a single process has no other to share the frozen weights with; start several "
+            "(--num_processes, torchrun), or leave it out"
+        )
+    device = policy_device(config)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"policy.shard: weights are gathered on cuda or cpu, and the device is {device}; leave it out")
+
+
+def load_toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int) -> ToyBoxPolicy:
+    keep_freed_memory()
+    return ToyBoxPolicy.load(
+        config.weights,
+        adapter=config.adapter,
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        precision=precision,
+        seed=seed,
+    )
+
+
+def policy_device(config: PolicyConfig) -> torch.device:
+    if config.kind == "toybox":
+        return CPU
+    device = resolve_device(config.device)
+    if config.device.startswith("cuda:") and processes_here() > 1:
+        raise UserError(
+            f"policy.device: '{config.device}' is one GPU, and each process of this machine wants its own; use cuda"
+        )
+    return device

@@ -7,13 +7,17 @@ from typing import Any
 import torch
 
 from customized_grpo.config.rewards import RewardsConfig
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
+from customized_grpo.factory.policy import policy_device
 from customized_grpo.rewards.custom import PREFIX, OwnReward
 from customized_grpo.rewards.http import Transport, secret
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
+from customized_grpo.runtime.device import check_precision, resolve_device
 from customized_grpo.runtime.libraries import quiet
+from customized_grpo.toybox.oracle import Judge
 
 TOYBOX = "toybox"
 PICKSCORES_BACKBONE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -100,3 +104,24 @@ def _models(answer: Any) -> Sequence[str]:
     """The names of models in what a server answers to /models, none where it says nothing of the kind."""
     listed = answer.get("data") if isinstance(answer, dict) else None
     return [entry["id"] for entry in listed or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+
+
+def build_rewards(config: Config) -> tuple[Reward, Reward]:
+    """The (prompt, identity) rewards."""
+    device = reward_device(config)
+    check_precision(config.rewards.precision, device, "rewards.")
+    return load_rewards(config.rewards, device, config.policy.weights)
+
+
+def reward_device(config: Config) -> torch.device:
+    name = config.rewards.device
+    return policy_device(config.policy) if name == "auto" else resolve_device(name, "rewards.")
+
+
+def build_judge(config: Config) -> Judge | None:
+    """The judge, None where the configuration wants none."""
+    if config.evaluation.judge == "none":
+        return None
+    judge = Judge(config.policy.weights)
+    _ = judge.ceiling  # shown when training ends: better missed now
+    return judge

@@ -18,6 +18,14 @@ from torch import Tensor
 
 from customized_grpo.errors import UserError, first_line, shortened
 
+LEFT_BEHIND = frozenset(
+    {
+        *("__macosx", "icon\r", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information"),
+        *("@eadir", "@recycle", "#recycle", "#snapshot", "lost+found", "__pycache__"),
+    }
+)
+"""Names, in lower case, of what macOS, Windows, network storage, Linux and Python leave in folders."""
+
 if sys.platform != "win32":
     import fcntl
 
@@ -200,3 +208,13 @@ def free_bytes(folder: Path) -> int:
 def _nearest(folder: Path) -> Path:
     """`folder`, or of the folders that it would be made in the first that is there."""
     return next(path for path in (folder, *folder.resolve().parents) if path.exists())
+
+
+def is_left_behind(name: str) -> bool:
+    """Tell whether a file or folder of this name is no data: hidden (.DS_Store, ._a.jpg, .cache), or of a system."""
+    return name.startswith(".") or name.lower() in LEFT_BEHIND
+
+
+def listed(folder: Path) -> list[Path]:
+    """List the files and folders in `folder` that are data, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if not is_left_behind(path.name))

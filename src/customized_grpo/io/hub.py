@@ -1,34 +1,24 @@
 """Pipelines from a local folder or a hub id, checked before hours are spent."""
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-import diffusers
 import torch
-import transformers
-from diffusers import DiffusionPipeline
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
 )
 from huggingface_hub.errors import HFValidationError as InvalidId
-from safetensors import SafetensorError
 
-from customized_grpo.data.files import is_left_behind
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
-from customized_grpo.io.files import downloading
-from customized_grpo.policies.pipelines.spec import Family
+from customized_grpo.io.files import downloading, is_left_behind
 
-INDEX = "model_index.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What libraries raise on files that are missing, damaged, or not what they are taken for."""
 SHARDS = "*.safetensors.index.json"
@@ -38,67 +28,6 @@ SHARDS = "*.safetensors.index.json"
 def from_hub() -> AbstractContextManager[None]:
     """Guard downloads from the hub: `StorageError` where the disk of its cache is full."""
     return downloading(Path(constants.HF_HUB_CACHE), "HF_HOME")
-
-
-def locate(model: str, family: Family, *, weights: bool = True) -> Path:
-    """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be, with its
-    `weights` or only its configurations.
-
-    Raises `UserError` where there is none, where it is another pipeline's, or lacks a part.
-    """
-    index = check_model(model, family)
-    folder = Path(model) if Path(model).is_dir() else _download(model, weights)
-    missing = [
-        name
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value[0] and not (folder / name).is_dir()
-    ]
-    if missing:
-        raise UserError(f"policy.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew")
-    return folder
-
-
-def check_model(model: str, family: Family) -> dict[str, Any]:
-    """Read what `model`, a folder or a hub id, is a pipeline of; of a hub id no other file is downloaded.
-
-    Raises `UserError` where there is none, or where it is another family's.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        index = read_index(folder)
-    elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
-    else:
-        index = read_index(_fetch(model, lambda: Path(hf_hub_download(model, INDEX)).parent))
-    if index.get("_class_name") not in family.saved_as:
-        raise UserError(
-            f"policy.model: {model} holds a {index.get('_class_name')}, but policy.kind takes a "
-            f"{' or '.join(family.saved_as)}; name another model or kind"
-        )
-    kind = index.get("transformer", [None, None])[1]
-    if kind != family.transformer.__name__:
-        raise UserError(
-            f"policy.model: the transformer in {model} is a {kind}, but policy.kind takes a "
-            f"{family.transformer.__name__}; name another model or kind"
-        )
-    return index
-
-
-def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
-    """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
-    check_shards(folder, "policy.model")
-    try:
-        with without_pickles():
-            pipe = family.pipeline.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, **family.components(str(folder))
-            )
-    except (*DAMAGED, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"policy.model: {folder} could not be loaded: {first_line(error)}") from error
-    if pipe.transformer.dtype != dtype:
-        raise UserError(
-            f"policy.model: {folder} was loaded as {pipe.transformer.dtype}, not as {dtype}; update diffusers"
-        )
-    return pipe
 
 
 def check_shards(folder: Path, field: str) -> None:
@@ -135,45 +64,6 @@ def without_pickles() -> Iterator[None]:
         torch.load = load
 
 
-def fingerprint(folder: Path) -> str:
-    """Stands for all that encodes in the pipeline in `folder`: the place, names, sizes and times of its files, the
-    transformer's left out, and the libraries that run them."""
-    digest = hashlib.sha256(str(folder.resolve()).encode())
-    for library in (diffusers, transformers):
-        digest.update(f"{library.__name__} {library.__version__}".encode())
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).parts[0] != "transformer":
-            about = path.stat()
-            digest.update(f"{path.relative_to(folder)} {about.st_size} {about.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
-def _download(model: str, weights: bool) -> Path:
-    if not weights:
-        return _fetch(model, lambda: Path(snapshot_download(model, allow_patterns=["*.json"])))
-    return _fetch(model, lambda: Path(DiffusionPipeline.download(model, use_safetensors=True)))
-
-
-def _fetch(model: str, download: Callable[[], Path]) -> Path:
-    """What `download` gets of the hub's `model`. Raises `UserError` where it cannot be had."""
-    check_hub()
-    try:
-        with from_hub():
-            return download()
-    except RemoteEntryNotFoundError as error:
-        raise UserError(f"policy.model: {model} holds no diffusers pipeline: it has no {INDEX}") from error
-    except GatedRepoError as error:
-        raise UserError(
-            f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
-            "HF_TOKEN"
-        ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
-        raise UserError(
-            f"policy.model: {model} is no folder here, and could not be had from the hub ({first_line(error)}). Check "
-            "the name and the network, or download it and name its folder"
-        ) from error
-
-
 def locate_file(name: str, field: str) -> Path:
     """The safetensors file `name`, or `owner/name/file.safetensors` of the hub, downloaded where need be. Raises
     `UserError`, naming the configuration `field`, where there is none."""
@@ -204,14 +94,3 @@ def _download_file(name: str, field: str) -> Path:
         raise UserError(
             f"{field}: {name} is no file here, and could not be had from the hub ({first_line(error)})"
         ) from error
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    if not path.is_file():
-        raise UserError(f"policy.model: {folder} holds no diffusers pipeline: it has no {INDEX}")
-    try:
-        index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"policy.model: {path} is damaged ({error}); download it anew") from error
-    return index

@@ -1,5 +1,6 @@
 """Tensors from a safetensors file that a configuration field names."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -16,3 +17,14 @@ def read_tensors(path: Path, field: str) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise UserError(f"{field}: {path} is damaged, or no safetensors file ({error})") from error
+
+
+def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """The first thing wrong with `state` where the names and shapes of `expected` are wanted; "" where nothing is."""
+    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    if missing or unknown:
+        return f"it {'lacks' if missing else 'has'} {(missing or unknown)[0]}"
+    for name, tensor in sorted(expected.items()):
+        if state[name].shape != tensor.shape:
+            return f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
+    return ""

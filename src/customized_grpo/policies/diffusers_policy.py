@@ -22,8 +22,9 @@ from customized_grpo.policies.lora_files import NAME
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import Family
 from customized_grpo.policies.placement import shard
-from customized_grpo.policies.policy import Lengths, References, RowAsked
+from customized_grpo.policies.policy import RowAsked
 from customized_grpo.runtime.device import CPU
+from customized_grpo.types import Lengths, References
 
 MOST_GRAPHS = 64
 """Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled anew

@@ -110,14 +110,3 @@ def _misfit(found: Mapping[str, Factors], layers: Iterable[str], rank: int, alph
         f"it has rank {their_rank} and alpha {their_alpha:g}, and the policy rank {rank} and alpha {alpha}; set "
         f"policy.lora_rank={their_rank} and policy.lora_alpha={their_alpha:g}"
     )
-
-
-def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first thing wrong with `state` where the names and shapes of `expected` are wanted; "" where nothing is."""
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unknown:
-        return f"it {'lacks' if missing else 'has'} {(missing or unknown)[0]}"
-    for name, tensor in sorted(expected.items()):
-        if state[name].shape != tensor.shape:
-            return f"{name} is {list(state[name].shape)}, expected {list(tensor.shape)}"
-    return ""

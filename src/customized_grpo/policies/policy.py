@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self, TypeVar, runtime_checkable
 
@@ -10,19 +9,9 @@ import torch
 from torch import Tensor
 
 from customized_grpo.distributed.group import Ranks
+from customized_grpo.types import Lengths, References
 
 ConditionT = TypeVar("ConditionT", bound="Condition")
-References = Sequence[Sequence[Tensor]]
-"""References of B prompts: for each its K >= 1 pictures [3, h, w] in [0, 1]. K and sizes may differ; where they do not,
-a tensor [B, K, 3, h, w] is one too."""
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Prompts in tokens, what is put around them included, and how many of a prompt's are read."""
-
-    tokens: Sequence[int]
-    read: int
 
 
 class Condition(Protocol):

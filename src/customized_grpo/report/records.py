@@ -14,6 +14,7 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from customized_grpo.errors import UserError
+from customized_grpo.io.jsonl import is_number, read_lines
 from customized_grpo.report.svg import Array
 from customized_grpo.statistics import mean_interval
 
@@ -99,31 +100,6 @@ def read_run(folder: Path) -> Run:
     )
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON objects of a .jsonl file, one per iteration in order; of a repeated iteration the last one counts.
-
-    An unfinished last line (a run that is being written, or was killed) is left out; any other broken line
-    is a UserError. A missing file has no lines.
-    """
-    if not path.is_file():
-        return []
-    rows: dict[float, dict[str, Any]] = {}
-    texts = path.read_bytes().decode("utf-8", errors="replace").removesuffix("\n").split("\n")
-    for number, text in enumerate(texts, start=1):
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            if number == len(texts):
-                break
-            raise UserError(f"{path}:{number}: broken JSON ({error.msg}); expected one JSON object a line") from error
-        if not isinstance(row, dict) or not _is_number(row.get("iteration")):
-            raise UserError(f"{path}:{number}: expected a JSON object with a numeric field 'iteration'")
-        rows[row["iteration"]] = row
-    return [rows[key] for key in sorted(rows)]
-
-
 def to_columns(rows: list[dict[str, Any]]) -> Columns:
     names = {name for row in rows for name in row}
     return Columns({name: np.array([_as_float(row.get(name)) for row in rows]) for name in names}, len(rows))
@@ -169,7 +145,7 @@ def _evaluation(path: Path) -> Evaluation:
         if math.isfinite(interval[0]):
             intervals[name] = interval
     chance, ceiling = (
-        {name: float(value) for name, value in (content.get(key) or {}).items() if _is_number(value)}
+        {name: float(value) for name, value in (content.get(key) or {}).items() if is_number(value)}
         for key in ("chance", "ceiling")
     )
     iteration = content.get("iteration")
@@ -204,10 +180,6 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: found a JSON {type(content).__name__}, expected an object")
     return content
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_float(value: Any) -> float:

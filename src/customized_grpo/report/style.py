@@ -15,9 +15,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
-from customized_grpo.compare.presets import BASE, OURS, REFERENCE
 from customized_grpo.io.files import replacing
 from customized_grpo.report.records import Interval
+
+BASE = "base"
+"""The untuned generator: evaluated by every run, trained by none."""
+REFERENCE = "naive-1:1"
+"""What the others are compared with."""
+OURS = "customized"
 
 PAPER, INK, MUTED, RULE, AXIS = "#fcfbf8", "#1d1e22", "#63656d", "#e3e0d8", "#a9a79f"
 PROMPT, IDENTITY, CONFLICT, BAD = "#1a6cb0", "#bb4d12", "#8a62b0", "#c9c7c0"

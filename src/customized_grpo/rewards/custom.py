@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
+from customized_grpo.types import Task
 
 PREFIX = "python:"
 Function = Callable[[Tensor, Task], Tensor | Scores]

@@ -20,10 +20,10 @@ from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
 from customized_grpo.io.hub import from_hub, locate_file
-from customized_grpo.io.tensors import read_tensors
-from customized_grpo.policies.lora import misfit
-from customized_grpo.policies.pipelines.qwen_image_edit_plus import ImageTextProcessor
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.io.tensors import misfit, read_tensors
+from customized_grpo.rewards.reward import Scores
+from customized_grpo.runtime.qwen_vl import ImageTextProcessor
+from customized_grpo.types import Task
 
 WEIGHTS = "MizzenAI/HPSv3/HPSv3.safetensors"
 REWARD_TOKEN = "<|Reward|>"

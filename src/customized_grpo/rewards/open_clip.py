@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from customized_grpo.errors import UserError
-from customized_grpo.io.tensors import read_tensors
-from customized_grpo.policies.lora import misfit
+from customized_grpo.io.tensors import misfit, read_tensors
 
 TOWERS = {"visual.": "vision_model.", "": "text_model."}
 OUTER = {

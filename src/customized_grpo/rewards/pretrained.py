@@ -15,11 +15,11 @@ from customized_grpo.config.rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
 from customized_grpo.io.hub import check_shards, from_hub, locate_file, without_pickles
-from customized_grpo.policies.policy import Lengths
 from customized_grpo.rewards.open_clip import load_open_clip
 from customized_grpo.rewards.preprocessing import Letterbox, Preprocessing
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder, PromptSimilarity, pooled
+from customized_grpo.types import Lengths
 
 MODELS = {
     "dino": "facebook/dinov2-base",

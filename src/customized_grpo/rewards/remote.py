@@ -24,10 +24,10 @@ from torch import Tensor
 
 from customized_grpo.data.images import to_pil, within
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.policies.policy import References
 from customized_grpo.rewards.http import Refused, Scoring, Transport, Unavailable
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
 from customized_grpo.rewards.splitting import UNLIMITED, Part, RequestSize, split
+from customized_grpo.types import References, Task
 
 TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
 """Environment variable of the token, on both sides."""

@@ -1,39 +1,11 @@
 """What a reward must do, and `TellsFailure` and `policies.ReadsPrompts` what it may. `toybox.rewards` holds two."""
 
-from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from customized_grpo.data import Sample, SubjectDataset
-from customized_grpo.policies.policy import References
-
-
-@dataclass(frozen=True)
-class Task:
-    """What P groups were asked for: the prompts, for each its K references [3, h, w] in [0, 1], and their masks
-    [1, h, w], None where the data has none.
-
-    References and masks have the size of their files, whatever size the generator sees. They may be read each time they
-    are indexed. `names`: of each prompt's references and masks; equal names mean equal pictures, so that a reward may
-    keep what it computes of them. None: they have no names.
-    """
-
-    prompts: Sequence[str]
-    references: References
-    masks: References | None
-    names: Sequence[Hashable] | None = None
-
-    @classmethod
-    def of(cls, dataset: SubjectDataset, samples: Sequence[Sample], *, masks: bool) -> "Task":
-        """The task that `samples` of `dataset` are, with their masks if the rewards want `masks`."""
-        return cls(
-            [sample.prompt for sample in samples],
-            dataset.originals(samples),
-            dataset.masks(samples) if masks and samples else None,
-            [(sample.references, sample.masks) for sample in samples],
-        )
+from customized_grpo.types import Task
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from customized_grpo.data.images import BROKEN, MAX_PIXELS
 from customized_grpo.errors import first_line
-from customized_grpo.rewards.reward import Task
+from customized_grpo.types import Task
 
 HEADER = struct.Struct(">8s4x4sII")
 """How a PNG begins: signature, length of its first chunk, name of that chunk, width and height."""

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from customized_grpo.policies.policy import Lengths
 from customized_grpo.rewards.preprocessing import composited
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
+from customized_grpo.types import Lengths, Task
 
 Encode = Callable[[Tensor], Tensor]
 """Preprocessed pictures [b, 3, h, w] to features [b, E]."""

@@ -18,7 +18,8 @@ from customized_grpo.errors import UserError, shortened
 from customized_grpo.rewards.chat import BEST, QUESTIONS, QUOTED, Unreadable, messages, parse
 from customized_grpo.rewards.http import Refused, Scoring, Transport, Unavailable
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
+from customized_grpo.types import Task
 
 KEY = "OPENAI_API_KEY"
 """Environment variable of the server's key; local servers want none."""

@@ -3,18 +3,13 @@
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from customized_grpo.distributed.launch import world_size
+from customized_grpo.distributed.env import _LOCAL_RANK, _told, local_rank, local_world, processes_here, world_size
 from customized_grpo.errors import UserError
 
-_LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
-"""Where torchrun and its like, Open MPI and Slurm write which process of its machine one is. In this order: what Open
-MPI starts within Slurm inherits Slurm's."""
-_LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEEP = 1 << 30
 
@@ -77,28 +72,6 @@ def check_precision(precision: str, device: torch.device, prefix: str = "policy.
             f"{prefix}precision: bf16 is asked for, but the {device.type.upper()} here emulates it, some 20 times "
             f"slower; use auto or fp32, or {prefix}device=cuda on a machine that has it"
         )
-
-
-def local_world() -> int:
-    """How many processes of this run are on this machine, by what launched them; 1 where that does not say."""
-    return int(_told(_LOCAL_WORLD) or 1)
-
-
-def local_rank() -> int:
-    """Which of them this process is."""
-    return int(_told(_LOCAL_RANK) or 0)
-
-
-def processes_here() -> int:
-    """How many there are at least: where nothing says how many, those before this one are known."""
-    return max(local_world(), local_rank() + 1)
-
-
-def _told(names: Sequence[str]) -> str | None:
-    """What the first of these variables says that is set; a process that runs alone is told nothing."""
-    if world_size() == 1:
-        return None
-    return next((os.environ[name] for name in names if name in os.environ), None)
 
 
 def configure(threads: int | None) -> None:

@@ -42,7 +42,7 @@ from transformers import (
 )
 
 from customized_grpo.io.files import writing
-from customized_grpo.policies.pipelines.qwen_image_edit_plus import ImageTextProcessor
+from customized_grpo.runtime.qwen_vl import ImageTextProcessor
 
 BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))]
 BYTES += [chr(256 + index) for index in range(256 - len(BYTES))]

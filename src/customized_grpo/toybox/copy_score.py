@@ -6,30 +6,16 @@ meter is relative: 0 is the closeness to be expected of correct pictures, 1 is a
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from customized_grpo.evaluation.copy_paste import closeness
 from customized_grpo.randomness import generator
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.language import Request
 from customized_grpo.toybox.world import Scenes, Subjects, sample_scenes
 
-LAYOUT = 8
-COPIED = 0.5
-"""A picture is a copy when it is at least half way from correct pictures to the reference itself."""
 CORRECT_PICTURES = 4
 """Correct pictures drawn for each prompt, to know how close they are."""
-
-
-def closeness(images: Tensor, references: Tensor) -> Tensor:
-    """Correlation [B] in [-1, 1] of the layouts of `images` and `references` [B, 3, H, W]."""
-    return (layout(images) * layout(references)).sum(-1)
-
-
-def layout(images: Tensor) -> Tensor:
-    """Unit vectors [B, 3 * LAYOUT ** 2] whose products are correlations of the layouts of `images` [B, 3, H, W]."""
-    cells = F.adaptive_avg_pool2d(images, LAYOUT).flatten(1)
-    return F.normalize(cells - cells.mean(1, keepdim=True), dim=1)
 
 
 def copy_scores(images: Tensor, requests: list[Request], references: Tensor, subjects: Subjects) -> Tensor:

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from customized_grpo.toybox.copy_score import COPIED, copy_scores
+from customized_grpo.evaluation.copy_paste import COPIED
+from customized_grpo.toybox.copy_score import copy_scores
 from customized_grpo.toybox.encoders import JudgeNetwork
 from customized_grpo.toybox.language import parse
 from customized_grpo.toybox.weights import load_network, read_quality

@@ -15,14 +15,14 @@ from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import save_tensors, writing
-from customized_grpo.policies.lora import misfit
+from customized_grpo.io.tensors import misfit
 from customized_grpo.policies.lora_files import METADATA, adapter_file, header_settings, read_tensors, saved_name
-from customized_grpo.policies.policy import References
 from customized_grpo.runtime.device import resolve_precision
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
 from customized_grpo.toybox.network import Context, Denoiser, Generator
 from customized_grpo.toybox.weights import load_network
+from customized_grpo.types import References
 
 LORA_TARGETS = ["qkv", "out", "up", "down", "modulation"]
 OWN_SHIFT = 2.0

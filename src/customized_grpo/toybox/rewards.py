@@ -9,11 +9,12 @@ from torch import Tensor
 
 from customized_grpo.data import resize_square
 from customized_grpo.errors import UserError
-from customized_grpo.rewards.reward import Scores, Task
+from customized_grpo.rewards.reward import Scores
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.language import tokenize
 from customized_grpo.toybox.weights import load_network
+from customized_grpo.types import Task
 
 CHUNK = 64
 """Images encoded at once; bounds memory."""

@@ -11,21 +11,27 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from customized_grpo.config.run import Config
+from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.factory.policy import FAMILIES, MODELS, settings_of
-from customized_grpo.io.hub import DAMAGED, locate, read_index
+from customized_grpo.factory.config import check_shares
+from customized_grpo.factory.data import read_samples
+from customized_grpo.factory.policy import FAMILIES, MODELS, load_toybox, policy_device, settings_of
+from customized_grpo.factory.rewards import reward_device
+from customized_grpo.io.hub import DAMAGED
 from customized_grpo.policies.conditions import ConditionCache, Conditions, Row, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
+from customized_grpo.policies.loading import locate, read_index
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import Family
 from customized_grpo.policies.policy import RowAsked
 from customized_grpo.runtime.device import resolve_device, resolve_precision
+from customized_grpo.runtime.libraries import quiet
 from customized_grpo.training.estimate import Estimate, Subject, estimate
 
 META = torch.device("meta")
 
 
-def dry_run(config: Config, processes: int = 1, rows: Sequence[RowAsked] | None = None) -> Estimate:
+def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[RowAsked] | None = None) -> Estimate:
     """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square;
     and of disk what `rows`, all that the run reads, take once they are encoded.
 
@@ -96,3 +102,46 @@ def outline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
     except DAMAGED as error:
         raise UserError(f"policy.model: {folder} could not be read: {first_line(error)}") from error
     return family.pipeline(**parts)
+
+
+def dry_run(config: Config, processes: int = 1) -> Estimate:
+    """What a run of `config` takes of each of its `processes`. Raises `UserError` where the model cannot be had."""
+    check_shares(config, processes)
+    if config.policy.kind != "toybox":
+        quiet()
+        rows, unknown = _outlined(config)
+        estimated = dry_run_pipeline(config, processes, rows)
+        return _with_rewards(config, replace(estimated, not_counted=(*estimated.not_counted, *unknown)))
+    policy = load_toybox(config.policy, "fp32", seed=0)
+    condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
+    frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
+    subject = Subject(policy, policy.networks[-1], condition, float(frozen))
+    return _with_rewards(config, estimate(config, subject, processes))
+
+
+def _outlined(config: Config) -> tuple[Sequence[Sample] | None, list[str]]:
+    """All samples that a run of `config` reads, by the lines of its data folders; None, and why, where one is not
+    there."""
+    paths = config.data.model_dump(include={"path", "validation", "test"}, exclude_none=True)
+    absent = [f"data.{name}" for name, path in paths.items() if not path.is_dir()]
+    if absent:
+        return None, [f"disk of encoded prompts and references: {', '.join(absent)} is not there"]
+    datasets = {name: SubjectDataset.outline(path) for name, path in paths.items()}
+    return [sample for samples in read_samples(config, datasets).values() for sample in samples], []
+
+
+def _with_rewards(config: Config, estimated: Estimate) -> Estimate:
+    """`estimated`, with what the rewards keep on the generator's device."""
+    device = reward_device(config)
+    if device != policy_device(config.policy):
+        return estimated
+    from customized_grpo.factory.footprint import reward_bytes
+
+    counted, unknown = reward_bytes(config.rewards, device, config.policy.weights)
+    unknown = [f"weights of {name}: not on this machine" for name in unknown]
+    others = ["activations of the rewards", "what an allocator adds"]
+    return replace(
+        estimated,
+        memory=estimated.memory | {f"weights of {name}": size for name, size in counted.items()},
+        not_counted=(*estimated.not_counted, *unknown, *others),
+    )

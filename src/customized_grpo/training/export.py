@@ -7,12 +7,11 @@ import yaml
 
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
-from customized_grpo.factory import config as build
+from customized_grpo.factory.policy import save_adapter
 from customized_grpo.io.files import check_finite, check_folder, write_whole, writing
 from customized_grpo.policies.lora_files import read_tensors
 from customized_grpo.training.checkpoint import MANIFEST, TENSORS, read_manifest, read_weights
-from customized_grpo.training.loop import CHECKPOINTS
-from customized_grpo.training.run import finished_adapter, load_run_config
+from customized_grpo.training.run_dir import CHECKPOINTS, finished_adapter, load_run_config
 
 
 def export(source: Path, out: Path, *, ema: bool = False) -> Path:
@@ -29,7 +28,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> Path:
         tensors = read_weights(source, flatten(config.model_dump(mode="json")), average=ema)
         check_finite(tensors, source / TENSORS)
         with writing(out, sum(tensor.nbytes for tensor in tensors.values())):
-            build.save_adapter(config.policy, tensors.items(), out)
+            save_adapter(config.policy, tensors.items(), out)
     elif source.parent.name == CHECKPOINTS:
         raise UserError(
             f"SOURCE: {source} is no checkpoint: it has no {MANIFEST}; name a folder RUN/checkpoints/000020"

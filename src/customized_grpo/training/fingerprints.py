@@ -10,9 +10,10 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from customized_grpo.config.run import Config, PolicyConfig, flatten
+from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
-from customized_grpo.factory.config import init_adapter
+from customized_grpo.factory.policy import init_adapter
 from customized_grpo.io.files import file_sha256, read_header
 from customized_grpo.policies.lora_files import PEFT_SETTINGS
 from customized_grpo.toybox.weights import shipped_folder

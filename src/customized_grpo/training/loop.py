@@ -13,15 +13,16 @@ import yaml
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
+from customized_grpo.distributed.env import local_rank
 from customized_grpo.distributed.launch import saving
 from customized_grpo.distributed.termination import Terminated, Termination
 from customized_grpo.errors import Diverged, UserError, told_changes
 from customized_grpo.evaluation.before_after import evaluate_pairs, write_evaluation
 from customized_grpo.evaluation.evaluator import Evaluation
 from customized_grpo.io.files import StorageError, write_whole, writing
+from customized_grpo.io.jsonl import Metrics
 from customized_grpo.policies.policy import Policy
 from customized_grpo.report import write_report
-from customized_grpo.runtime.device import local_rank
 from customized_grpo.runtime.memory import COPYING, EVALUATING, explain_out_of_memory
 from customized_grpo.toybox.oracle import Judge
 from customized_grpo.tracking.console import Display, Training
@@ -36,13 +37,10 @@ from customized_grpo.training.checkpoint import (
 )
 from customized_grpo.training.ema import Average
 from customized_grpo.training.fingerprints import fingerprints, pinned
+from customized_grpo.training.run_dir import CHECKPOINTS, EMA, LOGS
 from customized_grpo.training.snapshot import Snapshot
-from customized_grpo.training.trainer import RATIO_TOLERANCE, Metrics, Trainer
+from customized_grpo.training.trainer import RATIO_TOLERANCE, Trainer
 
-LOGS = ("metrics.jsonl", "evaluations.jsonl")
-EMA = "ema"
-"""Folder, in that of a run, of the averaged weights."""
-CHECKPOINTS = "checkpoints"
 GALLERY_SIDE, GALLERY_PADDING = 128, 4
 """Smaller pictures are shown enlarged by a whole factor; both in pixels."""
 

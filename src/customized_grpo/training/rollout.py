@@ -6,14 +6,13 @@ the latent's shape.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Generic
 
 import torch
 from torch import Tensor
 
 from customized_grpo.algorithm import ode_step, sde_step
-from customized_grpo.config.run import RolloutConfig
+from customized_grpo.config.rollout import RolloutConfig
 from customized_grpo.errors import NotFinite
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.randomness import batched_normal, generator
@@ -103,26 +102,6 @@ def sample_groups(
         torch.cat(images).unflatten(0, (num_prompts, config.group_size)),
         num_prompts * prefix + len(batch) * (config.num_steps - prefix),
     )
-
-
-@torch.no_grad()
-def sample_ode(
-    policy: Policy[ConditionT], condition: ConditionT, noise: Tensor, sigmas: Tensor, micro_batch: int,
-    on_progress: Callable[[float], None] = lambda share: None,
-) -> Tensor:  # fmt: skip
-    """Deterministic images [B, 3, H, W], one for each row of `condition`, from `noise` [B, *] down `sigmas` [T + 1].
-
-    Raises `NotFinite` where a picture is not finite.
-    """
-    images = []
-    for rows in torch.arange(len(noise)).split(micro_batch):
-        latents, part = noise[rows], condition.take(rows)
-        for sigma, sigma_next in pairwise(sigmas):
-            velocity = policy.velocity(latents, sigma.expand(len(rows)), part)
-            latents = ode_step(latents, velocity, sigma, sigma_next)
-        images.append(_decoded(policy, latents))
-        on_progress((int(rows[-1]) + 1) / len(noise))
-    return torch.cat(images)
 
 
 def _decoded(policy: Policy[ConditionT], latents: Tensor) -> Tensor:

@@ -11,11 +11,10 @@ p <= P and b = p * G are those of this process.
 """
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Generic
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -35,15 +34,19 @@ from customized_grpo.algorithm import (
     table_weights,
     time_weights,
 )
-from customized_grpo.config.run import AdvantagesConfig, Config
+from customized_grpo.config.advantages import AdvantagesConfig
+from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed.group import Ranks
 from customized_grpo.errors import TrainingError, telling_where
+from customized_grpo.io.jsonl import Metrics
 from customized_grpo.policies.policy import ConditionT, Policy, in_step
 from customized_grpo.randomness import generator
-from customized_grpo.rewards.reward import Reward, Task, TellsFailure
+from customized_grpo.rewards.reward import Reward, TellsFailure
 from customized_grpo.runtime.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
+from customized_grpo.tracking.timer import Clock, OnPhase
 from customized_grpo.training.rollout import Plan, Rollout, plan_steps, sample_groups
+from customized_grpo.types import Task
 
 REWARD_NAMES = ("prompt", "identity")
 RATIO_TOLERANCE = 1e-5
@@ -51,10 +54,6 @@ RATIO_TOLERANCE = 1e-5
 
 PART = ("update", "size", "ratio/mean", "ratio/min", "ratio/max", "clip_fraction", "kl")
 """Columns of what is known of a micro-batch."""
-
-Metrics = dict[str, Any]
-OnPhase = Callable[[str, float], None]
-"""Called as (phase, share of it done)."""
 
 
 def step_weights(config: AdvantagesConfig, num_steps: int) -> Tensor:
@@ -109,7 +108,7 @@ class Trainer(Generic[ConditionT]):
         Raises `TrainingError` before any change where a picture, too many rewards or the gradient are not finite.
         """
         config, iteration = self.config, self.iteration
-        clock = _Clock(on_phase, self.policy.device)
+        clock = Clock(on_phase, self.policy.device)
 
         mine = self.ranks.share(config.rollout.prompts_per_iteration)
         plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
@@ -327,32 +326,6 @@ class Trainer(Generic[ConditionT]):
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
-
-
-class _Clock:
-    """Seconds by phase."""
-
-    def __init__(self, on_phase: OnPhase, device: torch.device) -> None:
-        self._on_phase, self._device = on_phase, device
-        self._starts: list[tuple[str, float]] = []
-
-    def start(self, phase: str) -> None:
-        self._starts.append((phase, self._now()))
-        self.share(0.0)
-
-    def _now(self) -> float:
-        """The time when all that was asked of the device is done, but for copies on other streams."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        return time.perf_counter()
-
-    def share(self, share: float) -> None:
-        self._on_phase(self._starts[-1][0], share)
-
-    def stop(self) -> dict[str, float]:
-        ends = [start for _, start in self._starts[1:]] + [self._now()]
-        seconds = {phase: end - start for (phase, start), end in zip(self._starts, ends, strict=True)}
-        return seconds | {"total": sum(seconds.values())}
 
 
 def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:

@@ -15,7 +15,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.pipelines import schedule
 from customized_grpo.policies.pipelines.resolution import sizes_of, token_count
-from customized_grpo.policies.policy import Lengths
+from customized_grpo.types import Lengths
 
 LORA_TARGETS = (
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."

@@ -10,7 +10,7 @@ from torch import Tensor
 from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
 from customized_grpo.policies.pipelines import flux1, schedule
 from customized_grpo.policies.pipelines.resolution import to_area, token_count
-from customized_grpo.policies.policy import Lengths
+from customized_grpo.types import Lengths
 
 
 class Flux1Kontext:

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.pipelines import flux1, schedule
 from customized_grpo.policies.pipelines.resolution import sizes_of, to_area, token_count
-from customized_grpo.policies.policy import Lengths
+from customized_grpo.types import Lengths
 
 LORA_TARGETS = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"

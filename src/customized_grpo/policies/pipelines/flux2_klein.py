@@ -11,7 +11,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.pipelines import flux2
 from customized_grpo.policies.pipelines.resolution import sizes_of
-from customized_grpo.policies.policy import Lengths
+from customized_grpo.types import Lengths
 
 
 class Flux2Klein:

@@ -11,25 +11,17 @@ import torch
 from diffusers import QwenImageEditPlusPipeline, QwenImageTransformer2DModel
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 from torch import Tensor
-from transformers import AutoTokenizer, ProcessorMixin, Qwen2VLImageProcessorPil, Qwen2VLProcessor
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from customized_grpo.data.images import to_pil
 from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
 from customized_grpo.policies.pipelines import schedule
 from customized_grpo.policies.pipelines.resolution import sizes_of, to_area, token_count
+from customized_grpo.runtime.qwen_vl import ImageTextProcessor
 
 NEGATIVE_PROMPT = " "
 PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 """Stands before the prompt for each reference."""
-
-
-class ImageTextProcessor(Qwen2VLProcessor):
-    """Qwen2-VL's processor for pictures and text; that for video, which the original wants too, needs torchvision."""
-
-    def __init__(self, image_processor: Any, tokenizer: Any, chat_template: str | None = None) -> None:
-        self.image_token = "<|image_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
 
 class QwenImageEditPlus:

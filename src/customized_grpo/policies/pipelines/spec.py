@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
-from customized_grpo.policies.policy import Lengths
+from customized_grpo.types import Lengths
 
 
 class Family(Protocol):

@@ -1,0 +1,91 @@
+"""From rewards to advantages: normalization, shaping, weights over time."""
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from customized_grpo.config.section import Pair, ReadWith, Section, Share
+
+
+class TimeWeightsConfig(Section):
+    """TDW: the prompt's weight by progress u, in units of a 25-step schedule (paper, and its published recipe)."""
+
+    early: Share = 0.7
+    """Prompt weight while u < start."""
+    late: Share = 0.3
+    """Prompt weight that the slide between start and end tends to."""
+    final: Share = 0.5
+    """Prompt weight from u = end on."""
+    start: float = 6.0
+    """Where the slide begins, in reference steps."""
+    end: float = 22.0
+    """Where the slide ends, in reference steps."""
+    slope: float = 0.8
+    """Steepness of the slide, per reference step."""
+    midpoint: float = 10.0
+    """Middle of the slide, in reference steps."""
+    reference_steps: float = Field(25.0, gt=0)
+    """Length of the schedule the constants are written for."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "TimeWeightsConfig":
+        if self.start > self.end:
+            raise ValueError(f"start={self.start} comes after end={self.end}; expected start <= end")
+        return self
+
+
+class AdvantagesConfig(Section):
+    """Normalise -> shape -> weight -> clamp."""
+
+    normalise: Literal["group", "group_then_batch", "rank"] = "group"
+    """Z-score within the group (GRPO), then over the batch too (GDPO), or of the ranks."""
+    shape: Literal["none", "sars", "min", "max", "harmonic", "product"] = "sars"
+    """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
+    gamma: float = Field(0.4, ge=0)
+    """Strength of SARS (paper's recipe: 0.4)."""
+    gamma_penalty: float | None = Field(None, ge=0)
+    """Strength of SARS's penalties, where the rewards conflict or both are bad (the worked examples of the paper's
+    figure: about 1, with 0.5 for gamma); unset: gamma."""
+    thresholds: tuple[float | None, float | None] | None = None
+    """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
+    weights: Literal["constant", "tdw", "table"] = "tdw"
+    """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
+    constant: Pair = (0.5, 0.5)
+    """(prompt, identity) weights for weights='constant', to whose mean `diagnose` calibrates; naive 1:1 is [0.5, 0.5];
+    the paper's tuned 1:1.5, which is identity:prompt, is [0.6, 0.4]."""
+    lookup: Literal["step", "counter"] = "step"
+    """Look weights up by the true denoising step; or by the loop counter over each sample's shuffled steps, as the
+    published code does (docs/differences.md, 1), to reproduce it."""
+    tdw: TimeWeightsConfig = TimeWeightsConfig()
+    """Constants of weights='tdw'."""
+    table: tuple[Pair, ...] | None = None
+    """One (prompt, identity) row per denoising step for weights='table'."""
+    clamp: float = Field(5.0, gt=0)
+    """Advantages are clamped to [-clamp, clamp] (paper: 5)."""
+
+    READ_WITH: ClassVar[ReadWith] = {
+        "gamma": ("shape", ["sars"]),
+        "gamma_penalty": ("shape", ["sars"]),
+        "constant": ("weights", ["constant", "table"]),  # calibrated tables start from it
+        "lookup": ("weights", ["tdw", "table"]),
+        "tdw": ("weights", ["tdw"]),
+        "table": ("weights", ["table"]),
+    }
+
+    @field_validator("constant", "table")
+    @classmethod
+    def _not_negative(cls, weights: Any) -> Any:
+        rows = weights if weights and isinstance(weights[0], tuple) else [weights or ()]
+        if any(weight < 0 for row in rows for weight in row):
+            raise ValueError("weights must be greater than or equal to 0")
+        return weights
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> "AdvantagesConfig":
+        """Nothing would be learned from rewards that weigh nothing."""
+        rows = {"constant": [self.constant], "table": self.table or ()}.get(self.weights, ())
+        if rows and not any(prompt or identity for prompt, identity in rows):
+            raise ValueError(
+                f"{self.weights}: all weights are 0, so nothing would be learned; give one of the rewards some"
+            )
+        return self

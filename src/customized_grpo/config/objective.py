@@ -1,0 +1,14 @@
+"""The objective that an update minimizes."""
+
+from pydantic import Field
+
+from customized_grpo.config.section import Section, Weight
+
+
+class ObjectiveConfig(Section):
+    """The clipped surrogate."""
+
+    clip_range: float = Field(1e-4, gt=0)
+    """Ratios count only within 1 +- clip_range (paper: 1e-4)."""
+    kl_weight: Weight = 0.0
+    """Weight of the KL divergence to the untuned generator (paper: 0)."""

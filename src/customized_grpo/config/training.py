@@ -1,0 +1,80 @@
+"""Optimizer, averaged weights, checkpoints, processes and logs."""
+
+from pydantic import Field, field_validator, model_validator
+
+from customized_grpo.config.section import Pair, Section, Weight
+
+
+class OptimizerConfig(Section):
+    """AdamW."""
+
+    learning_rate: float = Field(1.5e-3, gt=0)
+    """Learning rate (paper: 2e-5 for a 12 B model)."""
+    weight_decay: Weight = 1e-4
+    """Weight decay (paper: 1e-4)."""
+    betas: Pair = (0.9, 0.999)
+    """Decay rates of the moments."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm (paper: 1.0)."""
+    updates_per_iteration: int = Field(2, ge=1)
+    """Optimizer steps per iteration, each on its share of the images."""
+    micro_batch: int = Field(30, ge=1)
+    """(image, step) pairs per backward pass: bounds memory, does not change the result."""
+
+    @field_validator("betas")
+    @classmethod
+    def _rates(cls, betas: Pair) -> Pair:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("decay rates must be at least 0, and less than 1")
+        return betas
+
+
+class CheckpointConfig(Section):
+    """Resumable checkpoints."""
+
+    every: int = Field(20, ge=1)
+    """Iterations between checkpoints; the last iteration always leaves one."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = Field(None, ge=1)
+    """Checkpoints of every so many iterations are kept for good, a multiple of every; unset: none is."""
+
+    @model_validator(mode="after")
+    def _made_at_all(self) -> "CheckpointConfig":
+        if self.keep_every is not None and self.keep_every % self.every != 0:
+            raise ValueError(
+                f"keep_every={self.keep_every} is not a multiple of every={self.every}: there would be no such "
+                "checkpoint to keep"
+            )
+        return self
+
+
+class EmaConfig(Section):
+    """An exponential moving average (EMA) of the trained weights, beside them."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Share of the average that an iteration keeps, at most (1 + i) / (10 + i) after iteration i; unset: no average."""
+    evaluate: bool = True
+    """Validate and evaluate the averaged weights instead of the trained ones."""
+
+    @model_validator(mode="after")
+    def _with_an_average(self) -> "EmaConfig":
+        if self.decay is None and self.is_given("evaluate"):
+            raise ValueError("evaluate: there is no average without a decay; set decay, or leave it out")
+        return self
+
+
+class RanksConfig(Section):
+    """Several processes, started by torchrun, accelerate launch or --num_processes."""
+
+    check_every: int = Field(10, ge=1)
+    """Iterations between comparisons of the weights: they are equal in all processes, or the run stops."""
+    silence: float = Field(30.0, gt=2)
+    """Seconds without a sign of life after which a process is taken for gone, and the others stop."""
+
+
+class LogConfig(Section):
+    """Where measurements go besides metrics.jsonl."""
+
+    tensorboard: bool = False
+    """Write TensorBoard events too (needs customized-grpo[tensorboard])."""

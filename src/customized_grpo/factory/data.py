@@ -1,0 +1,145 @@
+"""Datasets of a run: opened, checked against the generator, and encoded before training."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from customized_grpo.config.run import Config
+from customized_grpo.data import Sample, SubjectDataset, batch_indices
+from customized_grpo.distributed.env import local_rank, local_world
+from customized_grpo.errors import UserError, shortened
+from customized_grpo.policies.policy import EncodesAhead, Policy, ReadsPrompts, RowAsked
+from customized_grpo.rewards.reward import Reward
+from customized_grpo.tracking.console import Display, Stages
+
+
+def read_dataset(path: Path, config: Config) -> SubjectDataset:
+    """Open the dataset in the folder `path`, with the masks that the rewards want.
+
+    Its pictures are decoded and checked by one process of a machine for all; within `Ranks.together`, all hear what is
+    wrong. Raises `UserError` listing that.
+    """
+    dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels, decode=local_rank() == 0)
+    if config.rewards.identity_reference == "segmented":
+        remedy = "but rewards.identity_reference is 'segmented'; add masks or set it to 'whole'"
+        raise_listed(
+            path, "samples", [f"sample '{each.id}': has no mask, {remedy}" for each in dataset if not each.masks]
+        )
+    return dataset
+
+
+class Asked(Protocol):
+    """What a policy is asked for: a prompt and its references, under a name."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def references(self) -> Sequence[Path]: ...
+
+
+def check_prompts(source: Path, samples: Iterable[Asked], policy: Policy[Any]) -> None:
+    """Refuse, before any work, samples of `source` that the policy cannot take. Raises `UserError` listing them."""
+    problems = []
+    for sample in samples:
+        try:
+            policy.check(sample.prompt, len(sample.references))
+        except UserError as error:
+            problems.append(f"sample '{sample.id}': {error}")
+    raise_listed(source, "samples", problems)
+
+
+def tell_long_prompts(
+    config: Config,
+    policy: Policy[Any],
+    rewards: Sequence[Reward],
+    used: Mapping[SubjectDataset, Sequence[Sample]],
+    display: Display,
+) -> None:
+    """Warn of prompts that the generator or the prompt reward does not read to their end, among the samples of each
+    dataset that are used."""
+    readers: dict[str, tuple[str, object]] = {
+        "policy.kind": (config.policy.kind, policy),
+        "rewards.prompt": (config.rewards.prompt, rewards[0]),
+    }
+    for field, (name, reader) in readers.items():
+        for dataset, samples in used.items():
+            prompts = [sample.prompt for sample in samples]
+            lengths = reader.prompt_lengths(prompts) if isinstance(reader, ReadsPrompts) else None
+            if lengths is None:
+                continue
+            long = [s.id for s, tokens in zip(samples, lengths.tokens, strict=True) if tokens > lengths.read]
+            if long:
+                are = "is" if len(long) == 1 else "are"
+                display.warn(
+                    f"{field}: {len(long)} of {len(prompts)} prompts used of {dataset.folder} {are} longer than the "
+                    f"{lengths.read} tokens that {name} reads; what comes after is not read (first: sample '{long[0]}')"
+                )
+
+
+def open_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:
+    """The dataset in the folder `path`, wholly checked."""
+    dataset = read_dataset(path, config)
+    check_prompts(path, dataset, policy)
+    return dataset
+
+
+def raise_listed(source: Path, what: str, problems: Sequence[str]) -> None:
+    """Raise `UserError` where there are problems with the things in `source`: the first ten, and how many more."""
+    if problems:
+        raise UserError(f"{source}: {len(problems)} unusable {what}:\n  {shortened(problems, most=10)}")
+
+
+def read_samples(
+    config: Config, datasets: Mapping[str, SubjectDataset], first: int = 0
+) -> dict[SubjectDataset, Sequence[Sample]]:
+    """The samples that a run of `config` reads from iteration `first` (0 is the very first) on, of each of the
+    `datasets` by their names: path, validation and test."""
+    training, evaluation = datasets["path"], config.evaluation
+    each = config.rollout.prompts_per_iteration
+    read = set(batch_indices(len(training), config.iterations * each, config.seed, 0)[first * each :])
+    shown = max(evaluation.pairs, evaluation.gallery)
+    if "validation" not in datasets:
+        read |= set(range(min(shown, len(training))))
+    used: dict[SubjectDataset, Sequence[Sample]] = {training: [training[index] for index in sorted(read)]}
+    for name, count in (("validation", shown), ("test", evaluation.test_pairs)):
+        if name in datasets:
+            used[datasets[name]] = datasets[name].samples[:count]
+    return used
+
+
+def encode_ahead(policy: Policy[Any], used: Mapping[SubjectDataset, Sequence[Sample]], stages: Stages) -> None:
+    """Have a policy with large encoders encode all that it will be asked for: the samples of each dataset that are
+    used. Raises `UserError`, before any is encoded, where there is no room for them."""
+    rows = [(dataset, sample) for dataset, samples in used.items() for sample in samples]
+    encode_rows(
+        policy,
+        [sample for _, sample in rows],
+        lambda index: rows[index][0].references([rows[index][1]], policy.prepare_reference)[0],
+        stages,
+    )
+
+
+def encode_rows(
+    policy: Policy[Any],
+    rows: Sequence[RowAsked],
+    references: Callable[[int], Sequence[Tensor]],
+    stages: Stages,
+    mine: Sequence[int] | None = None,
+) -> None:
+    """`encode_ahead` for `rows`, whose prepared `references` are had by index. This process encodes those with the
+    numbers `mine`; None: a share of what the processes of this machine have to encode."""
+    if not isinstance(policy, EncodesAhead):
+        return
+    policy.reserve(rows, references, check_only=local_rank() > 0)
+    # The disk of a machine need not be that of other machines. Where nothing says how many processes there are, each
+    # encodes all.
+    numbers = range(len(rows))[local_rank() % local_world() :: local_world()] if mine is None else mine
+    policy.encode_ahead(
+        [rows[number].prompt for number in numbers],
+        lambda index: references(numbers[index]),
+        lambda done: stages.update("encoding prompts and references", done, len(numbers)),
+    )

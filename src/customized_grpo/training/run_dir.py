@@ -1,0 +1,142 @@
+"""The folder of a run: names of its files, its lock, and what may be deleted."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from customized_grpo.config.messages import worded
+from customized_grpo.config.run import Config
+from customized_grpo.errors import UserError
+from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, writing
+from customized_grpo.io.jsonl import read_lines
+from customized_grpo.tracking.console import Display
+from customized_grpo.training.checkpoint import list_checkpoints
+
+LOGS = ("metrics.jsonl", "evaluations.jsonl")
+EMA = "ema"
+"""Folder, in that of a run, of the averaged weights."""
+CHECKPOINTS = "checkpoints"
+WRITTEN = (
+    *LOGS,
+    "weights.json",
+    *(f"{name}{UNFINISHED}" for name in (*LOGS, "config.yaml", "weights.json")),
+    "report.html",
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
+    CHECKPOINTS,
+    "diagnosis",
+    EMA,
+    "evaluation",
+    "galleries",
+    "tensorboard",
+    "config.yaml",
+)
+"""What a run writes into its folder, and all that --overwrite deletes, in this order: a folder without a config.yaml is
+not taken for a run's."""
+ANOTHER = "another run"
+
+
+def adapter_folder(run: Path, *, ema: bool) -> Path:
+    """Return where the run in the folder `run` has its adapter, or that of the averaged weights.
+
+    Raises `UserError` where there is none, or only that of an earlier end, from which the run went on.
+    """
+    rows, last = read_lines(run / LOGS[0]), load_run_config(run).iterations
+    if rows and rows[-1]["iteration"] < last:
+        raise UserError(
+            f"{run} is at iteration {rows[-1]['iteration']} of {last}, and its adapter is written in the end; go on "
+            "with train --resume, or take a checkpoint with customized-grpo export"
+        )
+    if not ema:
+        return run
+    if not (run / EMA).is_dir():
+        raise UserError(
+            f"--ema: {run} holds no averaged weights (no folder {EMA}): train keeps them where ema.decay is set, "
+            "and writes them when it ends. Leave --ema out for the trained ones"
+        )
+    return run / EMA
+
+
+def finished_adapter(run: Path, option: str, instead: str, *, ema: bool) -> Path:
+    """Return where the finished run in the folder `run` has its adapter, or that of the averaged weights.
+
+    Raises `UserError` where the run is not finished: names the `option` that named the run, and what to do `instead`
+    with its newest checkpoint.
+    """
+    checkpoints = list_checkpoints(run / CHECKPOINTS)
+    if checkpoints and not any(run.glob("*.safetensors")):
+        raise UserError(f"{option}: {run} is not finished, and has no adapter yet; {instead} {checkpoints[-1]}")
+    return adapter_folder(run, ema=ema)
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration of the run in the folder `run`. Raises `UserError` where there is none, or a damaged one."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"{run} is not the folder of a run: it has no config.yaml; name the --output of a train command"
+        )
+    try:
+        return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        raise UserError(f"{path}: not the configuration that train wrote ({worded(error)}); restore it") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{path}: not the configuration that train wrote ({error}); restore it") from error
+
+
+def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("--resume and --resume_from continue a run and --overwrite deletes it; pass one of them")
+    passing = (LOCK, f"config.yaml{UNFINISHED}")
+    check_folder(output, "output")
+    if not output.exists() or not any(path.name not in passing for path in output.iterdir()):
+        return
+    if not (resume or overwrite):
+        raise UserError(
+            f"output: the folder {output} is not empty. Pass --resume to go on with the run in it, --overwrite to "
+            "delete it and start anew, or another --output"
+        )
+    if not (output / "config.yaml").is_file():
+        raise UserError(f"output: {output} holds other files than a run's (no config.yaml); name another folder")
+    load_run_config(output)
+
+
+def check_start(config: Config, *, overwrite: bool) -> None:
+    """Raise `UserError` where the run starts from one that is not finished, or from what --overwrite would delete."""
+    start = config.policy.init_from
+    if start is not None and (Path(start) / "config.yaml").is_file():
+        adapter_folder(Path(start), ema=False)
+    output = config.output.resolve()
+    for field in ("init_from", "base_adapter", "model", "weights") if overwrite else ():
+        named = getattr(config.policy, field)
+        if named is not None and Path(named).exists() and Path(named).resolve().is_relative_to(output):
+            raise UserError(
+                f"policy.{field}: {named} lies in {config.output}, which --overwrite deletes; name another --output, "
+                "or copy it elsewhere"
+            )
+
+
+@contextmanager
+def own(output: Path, display: Display) -> Iterator[None]:
+    """Within it no other run writes into `output`, which is made if need be."""
+    with ExitStack() as stack:
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(locked(output, ANOTHER))
+        if lock is None:
+            display.warn(f"output: the disk of {output} has no locks: see that no other run writes into it")
+        yield
+
+
+def delete_run(output: Path) -> None:
+    """Delete what a run wrote into `output`, and nothing else."""
+    with writing(output):
+        for path in (output / name for name in WRITTEN):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
