@@ -22,14 +22,14 @@ import yaml
 from torch import nn
 
 from customized_grpo.config.run import Config
-from customized_grpo.factory.data import open_dataset
+from customized_grpo.factory.data import load_dataset
 from customized_grpo.factory.policy import build_policy
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.runtime.device import configure
 from customized_grpo.toybox.export import export
 from customized_grpo.training.checkpoint import State, prune_checkpoints, save_checkpoint
-from customized_grpo.training.ema import Average
-from customized_grpo.training.fingerprints import pinned
+from customized_grpo.training.ema import EMA
+from customized_grpo.training.fingerprints import resume_fingerprint
 from customized_grpo.training.snapshot import Snapshot
 from customized_grpo.training.trainer import Trainer
 
@@ -91,10 +91,10 @@ def measure(folder: Path, iterations: int, threads: int | None) -> dict[str, flo
     config = Config.model_validate(settings | {"data": {"path": data}, "threads": threads})
     configure(config.threads)
     policy = build_policy(config.policy, config.seed)
-    trainer = Trainer(config, policy, build_rewards(config), open_dataset(data, config, policy))
-    average = Average(policy.trainable_parameters(), DECAY)
+    trainer = Trainer(config, policy, build_rewards(config), load_dataset(data, config, policy))
+    average = EMA(policy.trainable_parameters(), DECAY)
     state = State(list(policy.trainable_parameters()), trainer.optimizer, average)
-    fields = pinned(config, {})
+    fields = resume_fingerprint(config, {})
     trained, saved = [], []
     for _ in range(iterations + 1):
         start = time.perf_counter()

@@ -25,11 +25,11 @@ from torch import Tensor
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image, write_metadata
 from customized_grpo.rewards.reward import Scores
-from customized_grpo.runtime.libraries import quiet
+from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.types import References, Task
+from customized_grpo.types import PromptBatch, References
 
-quiet()
+silence_libraries()
 
 from diffusers import (  # noqa: E402
     AutoencoderKL,
@@ -38,11 +38,11 @@ from diffusers import (  # noqa: E402
     FluxTransformer2DModel,
 )
 
-from customized_grpo.factory.policy import settings_of  # noqa: E402
-from customized_grpo.policies.conditions import ConditionCache, Conditions, Row  # noqa: E402
+from customized_grpo.factory.pipelines import settings_of  # noqa: E402
+from customized_grpo.policies.conditions import ConditionCache, EncodedBatch, EncodedPrompt  # noqa: E402
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy  # noqa: E402
 from customized_grpo.policies.pipelines.flux1_kontext import Flux1Kontext  # noqa: E402
-from customized_grpo.policies.policy import tiny  # noqa: E402
+from customized_grpo.testing import tiny_pipelines as tiny  # noqa: E402
 from customized_grpo.training.dry_run import estimate_pipeline  # noqa: E402
 from customized_grpo.training.estimate import Estimate  # noqa: E402
 
@@ -52,10 +52,10 @@ GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 class RandomPolicy(DiffusersPolicy):
     """Whose prompts and references are random numbers in the shapes of encoded ones."""
 
-    row: Row
+    row: EncodedPrompt
 
-    def encode(self, prompts: Sequence[str], references: References) -> Conditions:
-        return Conditions((self.row,) * len(prompts), torch.arange(len(prompts)))
+    def encode(self, prompts: Sequence[str], references: References) -> EncodedBatch:
+        return EncodedBatch((self.row,) * len(prompts), torch.arange(len(prompts)))
 
 
 class Brightness:
@@ -64,7 +64,7 @@ class Brightness:
     def __init__(self, channel: int) -> None:
         self.channel = channel
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         values = images[:, :, self.channel].mean((-2, -1))
         return Scores(values, torch.ones_like(values, dtype=torch.bool))
 
@@ -96,7 +96,7 @@ def build_policy(options: argparse.Namespace, config: Config, device: torch.devi
     size = policy.size
     example = family.example(pipe.transformer.config, (size,), guided=policy.guided)
     tensors = {name: torch.randn(tensor.shape, dtype=torch.bfloat16) for name, tensor in example.items()}
-    policy.row = Row(tensors, (size,))
+    policy.row = EncodedPrompt(tensors, (size,))
     return policy
 
 

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from customized_grpo.config.rollout import RolloutConfig
 from customized_grpo.config.run import Config
-from customized_grpo.factory.data import open_dataset
+from customized_grpo.factory.data import load_dataset
 from customized_grpo.factory.policy import build_policy
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.policies.policy import Policy
@@ -36,7 +36,7 @@ from customized_grpo.toybox.export import export
 from customized_grpo.toybox.network import Context
 from customized_grpo.training.rollout import plan_steps, sample_groups
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 GEMM_SIDE = 2048
 WINDOW_START, WINDOW_SIZE = 4, 4
@@ -113,17 +113,17 @@ def measure_iteration(trainer: Trainer[Context], repeats: int) -> list[Figure]:
 def measure_batching(trainer: Trainer[Context], repeats: int) -> list[Figure]:
     """Sampling and scoring all groups in batches, against one image at a time."""
     policy, rollout = trainer.policy, trainer.config.rollout
-    task, condition = _encoded(trainer)
+    batch, condition = _encoded(trainer)
 
     def batched() -> torch.Tensor:
         images = _sample(policy, condition, rollout)
-        _score(trainer.rewards, images, task)
+        _score(trainer.rewards, images, batch)
         return images
 
     def one_by_one() -> torch.Tensor:
         images = _sample(policy, condition, rollout.model_copy(update={"micro_batch": 1}))
         for index, group in enumerate(images):
-            alone = Task([task.prompts[index]], task.references[index : index + 1], None)
+            alone = PromptBatch([batch.prompts[index]], batch.references[index : index + 1], None)
             for image in group:
                 _score(trainer.rewards, image[None, None], alone)
         return images
@@ -199,15 +199,15 @@ def _trainer(options: argparse.Namespace, data: Path, **rollout: Any) -> Trainer
     settings = {"policy": {"weights": options.weights}, "data": {"path": data}, "rollout": rollout}
     config = Config.model_validate({**settings, "threads": options.threads})
     policy = build_policy(config.policy, config.seed)
-    return Trainer(config, policy, build_rewards(config), open_dataset(data, config, policy))
+    return Trainer(config, policy, build_rewards(config), load_dataset(data, config, policy))
 
 
-def _encoded(trainer: Trainer[Context]) -> tuple[Task, Context]:
+def _encoded(trainer: Trainer[Context]) -> tuple[PromptBatch, Context]:
     """An iteration's worth of prompts and references, and what the policy makes of them."""
     samples = list(trainer.dataset)[: trainer.config.rollout.prompts_per_iteration]
     references = trainer.dataset.references(samples, trainer.policy.prepare_reference)
-    task = Task([sample.prompt for sample in samples], references, None)
-    return task, trainer.policy.encode(task.prompts, references)
+    batch = PromptBatch([sample.prompt for sample in samples], references, None)
+    return batch, trainer.policy.encode(batch.prompts, references)
 
 
 def _sample(policy: Policy[Context], condition: Context, config: RolloutConfig) -> torch.Tensor:
@@ -216,9 +216,9 @@ def _sample(policy: Policy[Context], condition: Context, config: RolloutConfig) 
     return rollout.images
 
 
-def _score(rewards: Sequence[Reward], images: torch.Tensor, task: Task) -> None:
+def _score(rewards: Sequence[Reward], images: torch.Tensor, batch: PromptBatch) -> None:
     for reward in rewards:
-        reward.score(images, task)
+        reward.score(images, batch)
 
 
 def _median_seconds(repeats: int, *actions: Callable[[], object]) -> list[float]:

@@ -31,7 +31,7 @@ from customized_grpo.toybox.weights import IDENTITY_ENCODERS, QUALITY, save_netw
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run import train
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
@@ -136,7 +136,7 @@ class FunctionReward:
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.function = function
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         values = self.function(images)
         return Scores(values, values.isfinite())
 

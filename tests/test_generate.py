@@ -12,7 +12,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import build_policy
 from customized_grpo.generate import Options, generate
 from customized_grpo.testing.tiny_pipelines import save_tiny
-from customized_grpo.training.ema import Average
+from customized_grpo.training.ema import EMA
 
 PROMPT = "a star on the beach"
 
@@ -82,7 +82,7 @@ def test_averaged_weights_draw_otherwise(
     config = make_config()
     policy = build_policy(config.policy, config.seed)
     policy.load_adapter(run)
-    average = Average(policy.trainable_parameters(), 0.9)
+    average = EMA(policy.trainable_parameters(), 0.9)
     for tensor in average.tensors.values():
         tensor += 0.05
     with average.swapped():

@@ -12,14 +12,14 @@ from torch import Tensor
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
-from customized_grpo.factory.data import tell_long_prompts
+from customized_grpo.factory.data import warn_truncated_prompts
 from customized_grpo.factory.rewards import build_rewards, load_rewards
 from customized_grpo.policies.policy import ReadsPrompts
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run import evaluate_run, train
-from customized_grpo.types import Lengths, Task
+from customized_grpo.types import PromptBatch, PromptLengths
 
 CPU = torch.device("cpu")
 
@@ -47,11 +47,11 @@ def test_what_comes_after_the_limit_is_not_read(kind: str, model: str, limit: in
     images = torch.rand(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def score(prompt: str) -> Tensor:
-        return reward.score(images, Task([prompt], [[images[0, 0]]], None)).values
+        return reward.score(images, PromptBatch([prompt], [[images[0, 0]]], None)).values
 
-    around = reward.prompt_lengths(["ab"]).tokens[0] - 2
+    around = reward.prompt_lengths(["ab"]).num_tokens[0] - 2
     fits, longer = "a" * (limit - around), "a" * (limit - around + 1)
-    assert reward.prompt_lengths([fits, longer]) == Lengths([limit, limit + 1], limit)
+    assert reward.prompt_lengths([fits, longer]) == PromptLengths([limit, limit + 1], limit)
     assert not torch.equal(score(fits), score(fits[:-1] + "b"))
     assert torch.equal(score(longer), score(longer[:-1] + "b"))
 
@@ -64,9 +64,9 @@ def test_a_tokenizer_without_a_limit_has_the_models(tiny: dict[str, Path], tmp_p
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 10**30}))
     reward = load("clip_t", folder)
-    assert reward.prompt_lengths(["a" * 100]).read == 77
+    assert reward.prompt_lengths(["a" * 100]).max_tokens == 77
     images = torch.rand(1, 2, 3, 32, 32)
-    assert reward.score(images, Task(["a" * 100], [[images[0, 0]]], None)).valid.all()
+    assert reward.score(images, PromptBatch(["a" * 100], [[images[0, 0]]], None)).valid.all()
 
 
 class Reads:
@@ -75,8 +75,8 @@ class Reads:
     def __init__(self, letters: int | None) -> None:
         self.letters = letters
 
-    def prompt_lengths(self, prompts: list[str]) -> Lengths | None:
-        return None if self.letters is None else Lengths([len(prompt) for prompt in prompts], self.letters)
+    def prompt_lengths(self, prompts: list[str]) -> PromptLengths | None:
+        return None if self.letters is None else PromptLengths([len(prompt) for prompt in prompts], self.letters)
 
 
 @pytest.fixture
@@ -111,13 +111,13 @@ def dataset(tmp_path: Path) -> SubjectDataset:
 def test_prompts_in_use_are_counted(
     policy: Any, reward: Any, count: int | None, expected: list[str], dataset: SubjectDataset, display: Display
 ) -> None:
-    tell_long_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
+    warn_truncated_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
     found = [line.replace(str(dataset.folder), "D") for line in said(display)]
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):
         assert line.startswith(f"WARNING: {start}")
     if reward.__class__ is Reads and reward.letters == 3 and count != 3:
-        assert found[0].endswith("reads; what comes after is not read (first: sample 'cat-4')")
+        assert found[0].endswith("reads; the rest is not read (first: 'cat-4')")
 
 
 def test_a_run_and_an_evaluation_tell(

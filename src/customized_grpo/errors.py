@@ -21,7 +21,7 @@ class NotFinite(TrainingError):
     """The generator draws pictures that are not finite."""
 
 
-class Diverged(TrainingError):
+class WeightsDivergedError(TrainingError):
     """Processes hold different weights: none of them is worth saving."""
 
 
@@ -34,13 +34,13 @@ def telling_where(where: str) -> Iterator[None]:
         raise NotFinite(f"{where}: {error}") from error
 
 
-def shortened(items: Sequence[str], separator: str = "\n  ", most: int = 20) -> str:
+def truncated(items: Sequence[str], separator: str = "\n  ", most: int = 20) -> str:
     """The first `most` items, and how many more there are."""
     more = [f"... and {len(items) - most} more"] if len(items) > most else []
     return separator.join([*items[:most], *more])
 
 
-def told_changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
     """Those of the fields `names` that differ, and how; empty where none does."""
     changed = sorted(name for name in names if before.get(name) != now.get(name))
     return "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from customized_grpo.config.messages import worded
+from customized_grpo.config.messages import format_validation_error
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.data import Sample, image_grid, load_image, save_image
@@ -26,7 +26,7 @@ from customized_grpo.training.run_dir import finished_adapter, load_run_config
 
 MIN_SIDE = 256
 """Smaller pictures are written enlarged by a whole factor."""
-OF_POLICY = ("device", "precision", "height", "width")
+POLICY_OPTIONS = ("device", "precision", "height", "width")
 """Options that take the place of the run's policy.device, ..."""
 
 
@@ -82,7 +82,7 @@ def generate(options: Options) -> Path:
     with Display.silent().stages() as stages:
         encode_rows(policy, [asked], lambda index: references, stages)
     count = options.count
-    with policy.untuned() if options.base else nullcontext(), torch.no_grad():
+    with policy.base_weights() if options.base else nullcontext(), torch.no_grad():
         condition = policy.encode([options.prompt], [references]).take(torch.zeros(count, dtype=torch.long))
         noise = batched_normal(options.seed, 0, [0] * count, range(count), "generate", policy.latent_shape)
         sigmas = policy.sigmas(options.num_steps or config.rollout.num_steps, config.rollout.shift)
@@ -115,8 +115,8 @@ def _check(options: Options) -> None:
 
 def _policy_config(config: Config, options: Options) -> PolicyConfig:
     """The run's generator, where and as large as it is asked for."""
-    given = {name: getattr(options, name) for name in OF_POLICY if getattr(options, name) is not None}
+    given = {name: getattr(options, name) for name in POLICY_OPTIONS if getattr(options, name) is not None}
     try:
         return PolicyConfig.model_validate(config.policy.model_dump() | given)
     except ValidationError as error:
-        raise UserError(f"--{worded(error)}") from error
+        raise UserError(f"--{format_validation_error(error)}") from error

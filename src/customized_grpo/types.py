@@ -13,15 +13,15 @@ a tensor [B, K, 3, h, w] is one too."""
 
 
 @dataclass(frozen=True)
-class Lengths:
+class PromptLengths:
     """Prompts in tokens, what is put around them included, and how many of a prompt's are read."""
 
-    tokens: Sequence[int]
-    read: int
+    num_tokens: Sequence[int]
+    max_tokens: int
 
 
 @dataclass(frozen=True)
-class Task:
+class PromptBatch:
     """What P groups were asked for: the prompts, for each its K references [3, h, w] in [0, 1], and their masks
     [1, h, w], None where the data has none.
 
@@ -36,7 +36,7 @@ class Task:
     names: Sequence[Hashable] | None = None
 
     @classmethod
-    def of(cls, dataset: SubjectDataset, samples: Sequence[Sample], *, masks: bool) -> "Task":
+    def of(cls, dataset: SubjectDataset, samples: Sequence[Sample], *, masks: bool) -> "PromptBatch":
         """The task that `samples` of `dataset` are, with their masks if the rewards want `masks`."""
         return cls(
             [sample.prompt for sample in samples],

@@ -141,14 +141,14 @@ def test_identity_to_the_reference_or_to_all_pictures(
     settings: Settings, display: Display, dreambench: Path, tmp_path: Path
 ) -> None:
     from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
-    from customized_grpo.rewards.pretrained import Checkpoint
+    from customized_grpo.rewards.pretrained import PretrainedEncoder
 
     run_benchmark(settings(), display)
     to_reference = results(tmp_path / "out")["records"]
     run_benchmark(settings(identity_to="all"), display)
     to_all = results(tmp_path / "out")["records"]
     model = settings().metrics.dino
-    encoder: PictureEncoder = Checkpoint(
+    encoder: PictureEncoder = PretrainedEncoder(
         "dino", "dino", model, None, torch.device("cpu"), micro_batch=4, bf16=False
     ).encoder(DINO_PUBLISHED)
     for number, item in enumerate(read_items("dreambench", dreambench)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.metrics import Group, copy_measure, identity_measure, prompt_measure
 from customized_grpo.rewards.reward import Scores
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 Picture = Callable[..., Tensor]
 
@@ -60,16 +60,16 @@ def test_identity_is_the_mean_cosine_to_the_pictures_of_the_subject(picture: Pic
     assert calls == [1, 1, 2, 2]  # the subject's pictures once
 
 
-class Lengths:
+class PromptLengths:
     """Scores a picture by the length of its prompt; the second has no score."""
 
-    def score(self, images: Tensor, task: Task) -> Scores:
-        values = torch.tensor([[float(len(prompt))] for prompt in task.prompts])
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
+        values = torch.tensor([[float(len(prompt))] for prompt in batch.prompts])
         return Scores(values, torch.tensor([[True], [False]]))
 
 
 def test_prompts_are_scored_whole_or_by_their_first_character(picture: Picture) -> None:
     images = torch.stack([picture(), picture()])
-    whole = prompt_measure("hpsv3", Lengths())(group(images, [picture()]))["hpsv3"]
-    first = prompt_measure("hpsv3", Lengths(), first_character=True)(group(images, [picture()]))["hpsv3"]
+    whole = prompt_measure("hpsv3", PromptLengths())(group(images, [picture()]))["hpsv3"]
+    first = prompt_measure("hpsv3", PromptLengths(), first_character=True)(group(images, [picture()]))["hpsv3"]
     assert whole[0] == 8 and first[0] == 1 and whole.isnan().tolist() == [False, True]

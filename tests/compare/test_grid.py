@@ -16,7 +16,7 @@ from customized_grpo.cli.main import main
 from customized_grpo.compare.command import compare
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, run_grid
-from customized_grpo.compare.presets import PRESETS
+from customized_grpo.config.presets import PRESETS
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.tracking.console import Display

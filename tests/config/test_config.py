@@ -1,4 +1,5 @@
 import ast
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -6,16 +7,17 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from customized_grpo import config
 from customized_grpo.compare.config import CompareConfig, run_settings
-from customized_grpo.config import rewards as config_rewards
-from customized_grpo.config import run as config_module
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config
 from customized_grpo.config.section import Section
 
+ROOM = Path(config.__file__).parent
+MODULES = [import_module(f"customized_grpo.config.{path.stem}") for path in sorted(ROOM.glob("[a-z]*.py"))]
 SECTIONS = {
     name: value
-    for module in (config_module, config_rewards)
+    for module in MODULES
     for name, value in vars(module).items()
     if isinstance(value, type) and issubclass(value, Section)
 }
@@ -110,10 +112,10 @@ def annotated(annotation: ast.expr | None) -> type[BaseModel] | None:
 
 
 def test_every_field_is_read_somewhere() -> None:
-    source = Path(config_module.__file__).parent
+    source = ROOM.parent
     read: set[Field] = set()
     for path in source.rglob("*.py"):
-        if path.name not in ("config.py", "config_rewards.py"):
+        if path.parent != ROOM:
             reads = Reads()
             reads.visit(ast.parse(path.read_text()))
             read |= reads.read

@@ -12,8 +12,8 @@ from PIL import Image
 from customized_grpo.data import SubjectDataset
 from customized_grpo.data.prepare import Options, prepare
 from customized_grpo.io.files import is_left_behind, listed
+from customized_grpo.io.jsonl import read_lines as read_log
 from customized_grpo.io.text import read_text_lines
-from customized_grpo.report.records import read_text_lines as read_log
 
 # What Python's str.splitlines takes for the end of a line beside \n, \r\n and \r.
 OTHERS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"

@@ -77,9 +77,9 @@ def test_a_run_is_measured_with_what_it_learned(small: MakeConfig, tmp_path: Pat
     (output / "diagnosis.json").write_text("an earlier one")
     tuned = json.loads(diagnose(None, output, display, run=run, **COUNTS).read_text())
     assert str(run) in tuned["settings"]["generator"] and str(run) in (output / "weights.yaml").read_text()
-    untuned = build_policy(config.policy, config.seed)
+    base_weights = build_policy(config.policy, config.seed)
     dataset, rewards = SubjectDataset.open(config.data.path), build_rewards(config)
-    for policy_, same in ((policy, True), (untuned, False)):
+    for policy_, same in ((policy, True), (base_weights, False)):
         found = measure(config, policy_, rewards, dataset, prompts=2, group_size=2).variances[..., 0]
         assert np.allclose(found, tuned["sensitivity"]["prompt"]["by_prompt"], rtol=1e-6) == same
 

@@ -60,11 +60,11 @@ def test_gradients_are_those_of_the_clipped_objective_of_one_reward(nudged: Make
     found = conflict_of(trainer, 2)
     config, plan = trainer.config, Plan(trainer.sigmas, (0, 1), (0, 1))
     samples = trainer.samples(1)
-    condition, task = trainer.condition(samples), trainer.task(samples)
+    condition, batch = trainer.condition(samples), trainer.batch(samples)
     rollout = sample_groups(
         trainer.policy, condition, 2, plan, config.rollout, seed=config.seed, iteration=FRESH_NOISE + 1
     )
-    advantages = group_advantages(*trainer.score(rollout.images, task)).flatten(0, 1).T
+    advantages = group_advantages(*trainer.score(rollout.images, batch)).flatten(0, 1).T
 
     def check(gradients: Tensor, cosine: float, norms: Sequence[float]) -> None:
         assert cosine == pytest.approx(float(torch.cosine_similarity(*gradients, 0)), abs=1e-5)

@@ -18,52 +18,55 @@ import torch
 from torch import Tensor
 
 from customized_grpo.config.run import Config
-from customized_grpo.distributed.group import Ranks, started
-from customized_grpo.distributed.termination import Terminated, Termination
+from customized_grpo.distributed.group import DistributedGroup, init_distributed
+from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.factory.data import open_dataset
+from customized_grpo.factory.data import load_dataset
 from customized_grpo.factory.policy import build_policy
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.training.trainer import Trainer
 
 
-def exchange(ranks: Ranks, settings: dict[str, Any]) -> None:
+def exchange(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """Sums, rows of uneven numbers, what differs, and the shares of work."""
-    rank, world = ranks.rank, ranks.world
+    rank, world = ranks.rank, ranks.world_size
     tensors = [torch.full((2, 3), float(rank + 1)), torch.arange(5.0) * (rank + 1)]
-    ranks.sum_(tensors)
+    ranks.all_reduce_(tensors)
     factor = sum(range(1, world + 1))
     assert torch.equal(tensors[0], torch.full((2, 3), float(factor)))
     assert torch.equal(tensors[1], torch.arange(5.0) * factor)
-    rows = ranks.rows(torch.full((rank, 2), rank, dtype=torch.int64))
+    rows = ranks.gather(torch.full((rank, 2), rank, dtype=torch.int64))
     assert rows.tolist() == [[r, r] for r in range(world) for _ in range(r)]
-    assert ranks.rows(torch.tensor([rank == 0])).tolist() == [True] + [False] * (world - 1)
-    assert ranks.rows(torch.zeros(0, 4)).shape == (0, 4)
-    assert ranks.unlike(torch.tensor([7, 7])) == []
-    assert ranks.unlike(torch.tensor([7, rank])) == list(range(1, world))
+    assert ranks.gather(torch.tensor([rank == 0])).tolist() == [True] + [False] * (world - 1)
+    assert ranks.gather(torch.zeros(0, 4)).shape == (0, 4)
+    assert ranks.mismatched_ranks(torch.tensor([7, 7])) == []
+    assert ranks.mismatched_ranks(torch.tensor([7, rank])) == list(range(1, world))
     for count in (world, 7, 1, 0):
-        assert [i for r in range(world) for i in ranks.share(count, r)] == list(range(count))
+        assert [i for r in range(world) for i in ranks.local_range(count, r)] == list(range(count))
 
 
-def failing(ranks: Ranks, settings: dict[str, Any]) -> None:
+def failing(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """An error in the last process is the first's too, under the other's name, and the others end quietly."""
     try:
-        with ranks.together():
-            if ranks.rank == ranks.world - 1:
+        with ranks.synchronized():
+            if ranks.rank == ranks.world_size - 1:
                 raise UserError("field: found 3, expected 4")
     except UserError as error:
-        assert ranks.first and str(error) == f"process {ranks.world - 1} of {ranks.world}: field: found 3, expected 4"
+        assert (
+            ranks.is_main_process
+            and str(error) == f"process {ranks.world_size - 1} of {ranks.world_size}: field: found 3, expected 4"
+        )
         raise SystemExit(5) from error
     except SystemExit as end:
-        assert not ranks.first and end.code == 1
+        assert not ranks.is_main_process and end.code == 1
         raise
 
 
-def hung(ranks: Ranks, settings: dict[str, Any]) -> None:
+def hung(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """SIGTERM to one process ends what another does alone, and waits for."""
     start = time.monotonic()
     try:
-        with ranks.together(), ranks.alone():
+        with ranks.synchronized(), ranks.interruptible():
             if ranks.rank == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(300)
@@ -72,28 +75,28 @@ def hung(ranks: Ranks, settings: dict[str, Any]) -> None:
         raise SystemExit(143) from None
 
 
-def frozen(ranks: Ranks, settings: dict[str, Any]) -> None:
+def frozen(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """All are stopped for longer than silence may last, and go on: none is taken for gone."""
     subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"], start_new_session=True)
     os.kill(os.getpid(), signal.SIGSTOP)
     time.sleep(4)
-    with ranks.together():
+    with ranks.synchronized():
         pass
     raise SystemExit(5)
 
 
-def told_to_end(ranks: Ranks, settings: dict[str, Any]) -> None:
+def told_to_end(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """SIGTERM that one process heard ends all of them at the same place."""
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     try:
-        with ranks.together():
+        with ranks.synchronized():
             pass
     except Terminated:
         raise SystemExit(143) from None
 
 
-def not_finite(ranks: Ranks, settings: dict[str, Any]) -> None:
+def not_finite(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """What goes wrong in the update of one process stops all before the update, which is not made."""
     trainer = small_trainer(ranks, settings)
     before = [parameter.detach().clone() for _, parameter in trainer.policy.trainable_parameters()]
@@ -102,10 +105,10 @@ def not_finite(ranks: Ranks, settings: dict[str, Any]) -> None:
         trainer.train_step()
     except TrainingError as error:
         said = {"memory": "process 1 of 2: out of memory while computing gradients in iteration 1 (CUDA out of memory"}
-        assert ranks.first and said.get(settings["poison"], "iteration 1: the loss is") in str(error), error
+        assert ranks.is_main_process and said.get(settings["poison"], "iteration 1: the loss is") in str(error), error
         assert "rocess 1 of 2" in str(error), error
     except SystemExit:
-        assert not ranks.first
+        assert not ranks.is_main_process
     else:
         raise AssertionError("the update was made")
     after = [parameter for _, parameter in trainer.policy.trainable_parameters()]
@@ -113,7 +116,7 @@ def not_finite(ranks: Ranks, settings: dict[str, Any]) -> None:
     raise SystemExit(5)
 
 
-def poison(trainer: Trainer[Any], ranks: Ranks, what: str) -> None:
+def poison(trainer: Trainer[Any], ranks: DistributedGroup, what: str) -> None:
     velocity = trainer.policy.velocity
 
     def poisoned(latents: Tensor, sigma: Tensor, condition: Any) -> Tensor:
@@ -130,36 +133,36 @@ def poison(trainer: Trainer[Any], ranks: Ranks, what: str) -> None:
     trainer.policy.velocity = poisoned  # type: ignore[method-assign]
 
 
-def failed_rewards(ranks: Ranks, settings: dict[str, Any]) -> None:
+def failed_rewards(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """Rewards that fail in one process count among those of all, and stop all above the share."""
     trainer = small_trainer(ranks, settings)
     for reward in trainer.rewards:
         score = reward.score
 
-        def broken(images: Tensor, task: Any, score: Any = score) -> Any:
-            scores = score(images, task)
+        def broken(images: Tensor, batch: Any, score: Any = score) -> Any:
+            scores = score(images, batch)
             return type(scores)(scores.values * float("nan"), scores.valid & False) if ranks.rank == 1 else scores
 
         reward.score = broken  # type: ignore[method-assign]
     try:
         trainer.train_step()
     except TrainingError as error:
-        assert ranks.first and "67% of the prompt rewards could not be computed" in str(error), error
+        assert ranks.is_main_process and "67% of the prompt rewards could not be computed" in str(error), error
     except SystemExit:
-        assert not ranks.first
+        assert not ranks.is_main_process
     else:
         raise AssertionError("the rewards were taken")
     raise SystemExit(5)
 
 
-def small_trainer(ranks: Ranks, settings: dict[str, Any]) -> Trainer[Any]:
+def small_trainer(ranks: DistributedGroup, settings: dict[str, Any]) -> Trainer[Any]:
     config = Config.model_validate(settings["config"])
     policy = build_policy(config.policy, config.seed)
-    dataset = open_dataset(config.data.path, config, policy)
+    dataset = load_dataset(config.data.path, config, policy)
     return Trainer(config, policy, build_rewards(config), dataset, ranks)
 
 
-CHECKS: dict[str, Callable[[Ranks, dict[str, Any]], None]] = {
+CHECKS: dict[str, Callable[[DistributedGroup, dict[str, Any]], None]] = {
     check.__name__: check for check in (exchange, failing, hung, frozen, told_to_end, not_finite, failed_rewards)
 }
 
@@ -167,11 +170,11 @@ CHECKS: dict[str, Callable[[Ranks, dict[str, Any]], None]] = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(200, exit=True)  # where it hangs, if it does
-    termination = Termination()
+    termination = SignalHandler()
     chosen = json.loads(Path(sys.argv[2]).read_text())
     if chosen.get("late_rank") == int(os.environ["RANK"]):
         connect = torch.distributed.init_process_group
         torch.distributed.init_process_group = lambda *args, **keys: (connect(*args, **keys), time.sleep(4))
-    with termination.listening(), started(termination, chosen.get("silence", 20.0)) as group:
-        assert group.world == int(os.environ["WORLD_SIZE"])
+    with termination.listening(), init_distributed(termination, chosen.get("silence", 20.0)) as group:
+        assert group.world_size == int(os.environ["WORLD_SIZE"])
         CHECKS[sys.argv[1]](group, chosen)

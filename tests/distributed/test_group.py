@@ -20,10 +20,10 @@ import yaml
 from safetensors.torch import load_file
 
 from customized_grpo.data import Sample, save_image, write_metadata
-from customized_grpo.distributed import group as distributed
-from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed import heartbeat
+from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.distributed.launch import is_launched
-from customized_grpo.distributed.termination import Termination
+from customized_grpo.distributed.termination import SignalHandler
 from customized_grpo.errors import UserError
 from customized_grpo.testing.tiny_pipelines import save_tiny
 
@@ -115,11 +115,11 @@ def same(one: Path, other: Path, rows: Callable[..., list[dict[str, Any]]], adap
 
 
 def test_alone_nothing_is_exchanged() -> None:
-    ranks, tensor = Ranks(), torch.arange(3.0)
-    ranks.sum_([tensor])
-    assert tensor.tolist() == [0, 1, 2] and ranks.rows(tensor) is tensor and ranks.first
-    assert ranks.unlike(tensor) == [] and list(ranks.share(4)) == [0, 1, 2, 3]
-    with pytest.raises(UserError, match="as it is"), ranks.together():
+    ranks, tensor = DistributedGroup(), torch.arange(3.0)
+    ranks.all_reduce_([tensor])
+    assert tensor.tolist() == [0, 1, 2] and ranks.gather(tensor) is tensor and ranks.is_main_process
+    assert ranks.mismatched_ranks(tensor) == [] and list(ranks.local_range(4)) == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="as it is"), ranks.synchronized():
         raise UserError("as it is")
 
 
@@ -158,9 +158,9 @@ def test_rewards_that_fail_in_one_process_count_among_all(make_settings: MakeSet
 
 def test_the_loss_of_another_process_does_not_end_one_in_the_middle_of_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is ended by force only when the save is done, if it does not end by itself."""
-    monkeypatch.setattr(distributed, "BEAT", 0.05)
-    monkeypatch.setattr(distributed, "GRACE", 0.05)
-    store, termination, ended = dist.HashStore(), Termination(), threading.Event()
+    monkeypatch.setattr(heartbeat, "HEARTBEAT_INTERVAL", 0.05)
+    monkeypatch.setattr(heartbeat, "GRACE", 0.05)
+    store, termination, ended = dist.HashStore(), SignalHandler(), threading.Event()
     store.set("name/1", "another")
     store.set("beat/1", "0")
 
@@ -168,11 +168,11 @@ def test_the_loss_of_another_process_does_not_end_one_in_the_middle_of_a_save(mo
         ended.set()
         raise SystemExit  # of the thread alone
 
-    monkeypatch.setattr(distributed.os, "_exit", leave)
-    watch, acts = distributed.Watch(store, 0, 2, termination, silence=0.2), []
+    monkeypatch.setattr(heartbeat.os, "_exit", leave)
+    watch, acts = heartbeat.HeartbeatMonitor(store, 0, 2, termination, silence=0.2), []
     watch.last_act = lambda: acts.append(ended.is_set())
     try:
-        with termination.whole():
+        with termination.critical_section():
             watch.start()
             assert watch._found.wait(30)
             assert not ended.wait(1.0) and acts == []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from customized_grpo.distributed.termination import Terminated, Termination
+from customized_grpo.distributed.termination import SignalHandler, Terminated
 
 MakeSettings = Callable[..., dict[str, Any]]
 ADAPTER = "adapter_model.safetensors"
@@ -44,7 +44,7 @@ def due(trainer):
     return trainer.iteration == iteration
 
 if place == "sampling":
-    strike(Trainer, "task", due)
+    strike(Trainer, "batch", due)
 elif place == "scoring":
     strike(Trainer, "score", due)
 elif place == "update":
@@ -56,11 +56,11 @@ elif place == "between updates":
         return due(trainer) and len(steps) % 2 == 0
     strike(Trainer, "_optimizer_step", second)
 elif place == "validation":
-    strike(session.Session, "_validate", lambda run: due(run.trainer))
+    strike(session.TrainingLoop, "_validate", lambda run: due(run.trainer))
 elif place == "averaged weights":
-    strike(session.Session, "_evaluate", lambda run: due(run.trainer))
+    strike(session.TrainingLoop, "_evaluate", lambda run: due(run.trainer))
 elif place == "saving":
-    strike(session.Session, "_checkpoint", lambda run: due(run.trainer))
+    strike(session.TrainingLoop, "_checkpoint", lambda run: due(run.trainer))
 main()
 """
 """Trains as the command does, and sends itself a signal at a place of an iteration."""
@@ -180,11 +180,11 @@ def test_a_run_killed_at_any_moments_comes_to_the_same_end(
 
 
 def test_what_is_whole_is_not_torn() -> None:
-    termination, done = Termination(), []
+    termination, done = SignalHandler(), []
 
     def work() -> None:
-        with termination.whole():
-            with termination.whole():
+        with termination.critical_section():
+            with termination.critical_section():
                 signal.raise_signal(signal.SIGTERM)
                 done.append("inner")
             done.append("outer")
@@ -198,21 +198,21 @@ def test_what_is_whole_is_not_torn() -> None:
 
 
 def test_deferred_it_waits_for_a_poll_unless_nothing_else_waits() -> None:
-    termination = Termination()
+    termination = SignalHandler()
     with termination.listening():
         termination.defer()
-        with pytest.raises(Terminated), termination.at_once():
+        with pytest.raises(Terminated), termination.immediate():
             signal.raise_signal(signal.SIGTERM)
         termination.check()
         with pytest.raises(Terminated):
             termination.poll()
-        with pytest.raises(Terminated), termination.at_once():
+        with pytest.raises(Terminated), termination.immediate():
             pytest.fail("it had come before")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_schedulers_keyboards_and_closed_terminals_are_heard(number: signal.Signals) -> None:
-    termination, before = Termination(), signal.signal(number, signal.SIG_DFL)
+    termination, before = SignalHandler(), signal.signal(number, signal.SIG_DFL)
     try:
         with pytest.raises(Terminated), termination.listening():
             signal.raise_signal(number)
@@ -225,15 +225,15 @@ def test_what_is_ignored_stays_ignored() -> None:
     """Under nohup a closed terminal ends nothing."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with (termination := Termination()).listening():
+        with (termination := SignalHandler()).listening():
             signal.raise_signal(signal.SIGHUP)
-        assert not termination.asked
+        assert not termination.requested
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
 def test_elsewhere_it_comes_at_once_and_the_handler_is_given_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Terminated), Termination().listening():
+    with pytest.raises(Terminated), SignalHandler().listening():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before

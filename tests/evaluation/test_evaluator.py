@@ -16,7 +16,7 @@ from customized_grpo.evaluation.evaluator import (
     evaluate,
 )
 from customized_grpo.rewards.reward import Reward
-from customized_grpo.toybox.oracle import Judge, Verdict
+from customized_grpo.toybox.oracle import Oracle, Verdict
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward, PromptReward
 
@@ -28,7 +28,7 @@ def run(make_policy: Callable[..., ToyBoxPolicy], toybox_data: Path, tiny_weight
     policy, dataset = make_policy(), SubjectDataset.open(toybox_data / "test")
     rewards: list[Reward] = [PromptReward(tiny_weights), IdentityReward(weights=tiny_weights)]
 
-    def make(judge: Judge | None = None, rewards: list[Reward] = rewards, **changes: Any) -> Evaluation:
+    def make(judge: Oracle | None = None, rewards: list[Reward] = rewards, **changes: Any) -> Evaluation:
         settings = {"pairs": 4, "num_steps": 3, "shift": 2.0, "seed": 0, "micro_batch": 36} | changes
         return evaluate(policy, dataset, rewards, judge, **settings)
 
@@ -49,7 +49,7 @@ def test_fewer_pairs_are_the_first_ones(run: Run) -> None:
 
 
 def test_every_pair_is_measured(run: Run, tiny_weights: Path) -> None:
-    evaluation = run(Judge(tiny_weights))
+    evaluation = run(Oracle(tiny_weights))
     assert set(evaluation.metrics) == {*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS} == set(evaluation.means())
     record = evaluation.records()[1]
     assert record["id"] == "test-00001" and record["prompt"] == evaluation.samples[1].prompt
@@ -71,7 +71,7 @@ def test_a_reward_that_failed_is_left_out(run: Run, reward_of: Callable[..., Rew
 
 def test_chance_holds_each_picture_against_another_pair(run: Run, tiny_weights: Path) -> None:
     """A judge that says yes to a picture made for just this prompt and reference: chance must be 0."""
-    evaluation, judge = run(Judge(tiny_weights)), Judge(tiny_weights)
+    evaluation, judge = run(Oracle(tiny_weights)), Oracle(tiny_weights)
     own = {sample.prompt: image for sample, image in zip(evaluation.samples, evaluation.images, strict=True)}
 
     def knows_its_own(images: Tensor, prompts: list[str], references: Tensor) -> Verdict:

@@ -25,16 +25,16 @@ THREE = {"iterations": 3, "checkpoint.every": 1, "optimizer.updates_per_iteratio
 LIMITED = """
 import resource, sys
 from customized_grpo.cli.main import main
-from customized_grpo.training.loop import Session
+from customized_grpo.training.loop import TrainingLoop
 
-checkpoint, limit = Session._checkpoint, int(sys.argv.pop(1))
+checkpoint, limit = TrainingLoop._checkpoint, int(sys.argv.pop(1))
 
 def limited(session):
     if session.trainer.iteration == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     checkpoint(session)
 
-Session._checkpoint = limited
+TrainingLoop._checkpoint = limited
 main()
 """
 """Trains as the command does; from the second save on, no file may be larger than a limit."""

@@ -17,7 +17,7 @@ import torch
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.factory.policy import load_policy
+from customized_grpo.factory.pipelines import load_policy
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.policies.conditions import ConditionCache
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy

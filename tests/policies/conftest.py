@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.factory.policy import load_policy
+from customized_grpo.factory.pipelines import load_policy
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny
 

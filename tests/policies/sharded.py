@@ -15,9 +15,9 @@ from torch import Tensor
 
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config
-from customized_grpo.distributed.group import Ranks, started
-from customized_grpo.distributed.lockstep import Phase, phase
-from customized_grpo.distributed.termination import Terminated, Termination
+from customized_grpo.distributed.group import DistributedGroup, init_distributed
+from customized_grpo.distributed.lockstep import LockstepForward, phase
+from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import UserError
 from customized_grpo.policies.policy import in_step
 from customized_grpo.tracking.console import Display
@@ -41,34 +41,34 @@ class Bench:
         dist.all_reduce(met)
         return met * self.weight
 
-    def velocity(self, current: Phase, runs: int) -> Tensor:
+    def velocity(self, current: LockstepForward, runs: int) -> Tensor:
         return current.velocity(runs, lambda: torch.stack([self.run() for _ in range(runs)]).sum())
 
 
-def shares(ranks: Ranks, folder: Path) -> None:
+def shares(ranks: DistributedGroup, folder: Path) -> None:
     """Unequal shares, and none: all run equally often, and idle runs leave no gradient."""
     bench = Bench()
-    with ranks.together(), phase(ranks, bench.run) as current:
+    with ranks.synchronized(), phase(ranks, bench.run) as current:
         for runs in [3, 1][: 2 - 2 * ranks.rank]:
             bench.velocity(current, runs)
     assert bench.runs == 4, bench.runs
-    with ranks.together(), phase(ranks, bench.run) as current:
+    with ranks.synchronized(), phase(ranks, bench.run) as current:
         for runs in ([1, 1, 2], [2])[ranks.rank]:
             with torch.no_grad():
                 bench.velocity(current, 1)
             bench.velocity(current, runs).backward()
     assert bench.runs == 4 + 3 + 5, bench.runs
-    assert bench.weight.grad == (4, 2)[ranks.rank] * ranks.world, bench.weight.grad
+    assert bench.weight.grad == (4, 2)[ranks.rank] * ranks.world_size, bench.weight.grad
 
 
-def fails(ranks: Ranks, folder: Path) -> None:
+def fails(ranks: DistributedGroup, folder: Path) -> None:
     """One fails between runs, after the others' share or before: they leave at once, and the first tells why."""
     cases = [(1, 9, 2), (1, 1, 2), (0, 9, 2), (0, 1, 2), (0, 9, 0), (1, 0, 0)]
     for kind, (failing, works, runs) in product((UserError, OSError), cases):
-        bench, fresh = Bench(), Ranks(ranks.rank, ranks.world)
+        bench, fresh = Bench(), DistributedGroup(ranks.rank, ranks.world_size)
         found: BaseException | None = None
         try:
-            with fresh.together(), phase(fresh, bench.run) as current:
+            with fresh.synchronized(), phase(fresh, bench.run) as current:
                 for _ in range(runs if ranks.rank == failing else works):
                     bench.velocity(current, 1)
                 if ranks.rank == failing:
@@ -77,15 +77,15 @@ def fails(ranks: Ranks, folder: Path) -> None:
             found = error
         told = "a file is damaged" if kind is UserError else "input: a file is damaged"
         told = told if failing == 0 else f"process 1 of 2: {told}"
-        assert str(found) == (told if ranks.first else "1"), found
+        assert str(found) == (told if ranks.is_main_process else "1"), found
         assert bench.runs == runs, (bench.runs, runs)
 
 
-def stops(ranks: Ranks, folder: Path) -> None:
+def stops(ranks: DistributedGroup, folder: Path) -> None:
     """One is told to end while the other idles: both end."""
-    fresh = Ranks(ranks.rank, ranks.world)
+    fresh = DistributedGroup(ranks.rank, ranks.world_size)
     try:
-        with fresh.together(), phase(fresh, Bench().run):
+        with fresh.synchronized(), phase(fresh, Bench().run):
             if ranks.rank == 0:
                 raise Terminated
     except Terminated:
@@ -93,17 +93,17 @@ def stops(ranks: Ranks, folder: Path) -> None:
     raise AssertionError("it went on")
 
 
-def dies(ranks: Ranks, folder: Path) -> None:
+def dies(ranks: DistributedGroup, folder: Path) -> None:
     """One is killed while the others wait for it in a run."""
     bench = Bench()
-    with ranks.together(), phase(ranks, bench.run) as current:
+    with ranks.synchronized(), phase(ranks, bench.run) as current:
         for number in range(3):
             if ranks.rank == 1 and number == 2:
                 current.velocity(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
             bench.velocity(current, 1)
 
 
-def families(ranks: Ranks, folder: Path) -> None:
+def families(ranks: DistributedGroup, folder: Path) -> None:
     """Velocities and gradients of sharded transformers are those of whole ones, of which each process has its part."""
     _align_weights()
     for kind in KINDS:
@@ -119,16 +119,16 @@ def families(ranks: Ranks, folder: Path) -> None:
                 pass  # a phase without work
             sigma = torch.full((len(prompts),), 0.7)
             with in_step(policy, ranks):
-                with torch.no_grad(), policy.untuned():
-                    untuned = policy.velocity(latents, sigma, condition)
+                with torch.no_grad(), policy.base_weights():
+                    base_weights = policy.velocity(latents, sigma, condition)
                 for _ in range(2 - ranks.rank):
                     velocity = policy.velocity(latents, sigma, condition)
                     velocity.square().mean().backward()
             with in_step(policy, ranks), torch.no_grad():
-                if ranks.first:
+                if ranks.is_main_process:
                     policy.velocity(latents, sigma, condition)
             gradients = [parameter.grad for _, parameter in policy.trainable_parameters()]
-            found.append([untuned, velocity.detach(), *gradients])
+            found.append([base_weights, velocity.detach(), *gradients])
         for one, other in zip(*found, strict=True):
             torch.testing.assert_close(other, one, atol=1e-6, rtol=1e-6)
         assert any(gradient.abs().max() > 1e-4 for gradient in gradients), kind
@@ -138,8 +138,8 @@ def families(ranks: Ranks, folder: Path) -> None:
 
 def _align_weights() -> None:
     """Weights mapped from a file lie where they happen to, and products round by that; FSDP's own do not."""
-    from customized_grpo.factory import policy as catalogue
-    from customized_grpo.io import hub as loading
+    from customized_grpo.factory import pipelines
+    from customized_grpo.policies import loading
 
     def load_pipeline(*arguments: Any) -> Any:
         pipe = loading.load_pipeline(*arguments)
@@ -147,11 +147,11 @@ def _align_weights() -> None:
             parameter.data = parameter.data.clone()
         return pipe
 
-    catalogue.load_pipeline = load_pipeline
+    pipelines.load_pipeline = load_pipeline
 
 
 def _policy(kind: str, folder: Path, shard: bool) -> Any:
-    from customized_grpo.factory.policy import load_policy
+    from customized_grpo.factory.pipelines import load_policy
 
     config = PolicyConfig.model_validate(
         {
@@ -167,14 +167,14 @@ def _policy(kind: str, folder: Path, shard: bool) -> Any:
     return policy
 
 
-def _check_share(kind: str, whole: Any, sharded: Any, ranks: Ranks) -> None:
+def _check_share(kind: str, whole: Any, sharded: Any, ranks: DistributedGroup) -> None:
     from torch.distributed.tensor import DTensor
 
     frozen = [p for p in sharded._transformer.parameters() if not p.requires_grad]
     assert all(isinstance(parameter, DTensor) for parameter in frozen), kind
     here = sum(parameter.to_local().untyped_storage().nbytes() for parameter in frozen)
     total = sum(p.nbytes for p in whole._transformer.parameters() if not p.requires_grad)
-    assert here <= total / ranks.world * 1.05, (kind, here, total)
+    assert here <= total / ranks.world_size * 1.05, (kind, here, total)
     # And what was gathered is let go.
     gathered = [
         output
@@ -226,5 +226,5 @@ if __name__ == "__main__":
             runs(folder, ports)
             continue
         os.environ["MASTER_PORT"] = ports.pop()
-        with started(Termination(), silence=3.0) as ranks:
+        with init_distributed(SignalHandler(), silence=3.0) as ranks:
             {part.__name__: part for part in (shares, fails, stops, dies, families)}[each](ranks, folder)

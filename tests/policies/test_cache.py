@@ -16,7 +16,7 @@ from customized_grpo.data.images import image_size
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
 from customized_grpo.factory.data import encode_ahead, read_samples
-from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.io.files import LOCK
 from customized_grpo.policies.cache_folder import Hold, clear, list_files
 from customized_grpo.policies.conditions import check_room
@@ -26,7 +26,7 @@ from customized_grpo.training.run import _first_iteration, evaluate_run, train
 
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]
-EVERY = pytest.mark.parametrize("kind", tuple(FAMILIES))
+EVERY = pytest.mark.parametrize("kind", tuple(PIPELINES))
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_what_rows_share_is_kept_and_read_once(kind: str, load: Load, data: Subj
         assert same.tensors["negative"] is other.tensors["negative"]
     fresh = load(kind)
     for row, sample, pictures in ((same, data[0], references[0]), (other, data[3], references[2])):
-        whole = FAMILIES[kind].encode(fresh._pipe, sample.prompt, pictures, torch.device("cpu"), guided=fresh.guided)
+        whole = PIPELINES[kind].encode(fresh._pipe, sample.prompt, pictures, torch.device("cpu"), guided=fresh.guided)
         assert row.tensors.keys() == whole.tensors.keys() and row.sizes == whole.sizes
         assert all(torch.equal(row.tensors[name], tensor) for name, tensor in whole.tensors.items())
 
@@ -110,8 +110,8 @@ def test_a_negative_prompt_is_encoded_once(load: Load, data: SubjectDataset, mon
 def test_the_bytes_of_rows_are_known_before(kind: str, load: Load, data: SubjectDataset, tmp_path: Path) -> None:
     """Exactly, but for the header of each file; a Qwen's texts are as long as they are."""
     policy = load(kind)
-    planned = [plan_row(FAMILIES[kind], sample, 64) for sample in data]
-    told = bytes_of_rows(FAMILIES[kind], policy._transformer.config, torch.float32, planned, guided=policy.guided)
+    planned = [plan_row(PIPELINES[kind], sample, 64) for sample in data]
+    told = bytes_of_rows(PIPELINES[kind], policy._transformer.config, torch.float32, planned, guided=policy.guided)
     encode(policy, data)
     files = list_files(tmp_path / "conditions")
     taken = sum(each.bytes for each in files)
@@ -265,6 +265,7 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
     """Were a sample read that was not encoded, the encoders would be gone."""
     rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
     monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: rewards)
+    monkeypatch.setattr("customized_grpo.diagnosis.command.build_rewards", lambda config: rewards)
     monkeypatch.setattr("customized_grpo.training.loop.fingerprints", lambda config: {})
     policy = {
         "kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "lora_rank": 2,

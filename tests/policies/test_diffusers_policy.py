@@ -21,18 +21,18 @@ from customized_grpo.data.dataset import write_metadata
 from customized_grpo.diagnosis.gradients import measure_conflict
 from customized_grpo.diagnosis.sensitivity import measure
 from customized_grpo.errors import UserError
-from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.io.files import StorageError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.rewards.reward import Scores
-from customized_grpo.training.ema import Average
+from customized_grpo.training.ema import EMA
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]
-KINDS = tuple(FAMILIES)
+KINDS = tuple(PIPELINES)
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -42,7 +42,7 @@ class Brightness:
     def __init__(self, sign: float = 1.0) -> None:
         self.sign = sign
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         values = self.sign * images.mean((-3, -2, -1))
         return Scores(values, torch.ones_like(values, dtype=torch.bool))
 
@@ -79,7 +79,7 @@ def config(**changes: Any) -> Config:
 @EVERY
 def test_references_of_any_size_and_number(kind: str, load: Load, picture: Picture) -> None:
     policy = load(kind)
-    most = min(2, FAMILIES[kind].max_references)
+    most = min(2, PIPELINES[kind].max_references)
     rows = [[picture(50, 70)], [picture(100, 40, k) for k in range(most)], [picture(30, 30)]]
     prepared = [[policy.prepare_reference(image, len(row)) for image in row] for row in rows]
     assert all(side % 16 == 0 for row in prepared for image in row for side in image.shape[1:])
@@ -126,7 +126,7 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
         name for name, _ in policy._transformer.named_parameters() if "lora_" in name
     }
 
-    task = trainer.task(trainer.samples(0))
+    batch = trainer.batch(trainer.samples(0))
     captured: dict[str, Any] = {}
     update = trainer._update
 
@@ -148,7 +148,7 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
         now = trainer.transition(rollout, plan, steps, rows).log_prob
     gain = (now - rollout.log_probs[steps, rows]) * advantages[steps, rows].sign()
     assert gain.mean() > 0
-    assert len(task.prompts) == 2
+    assert len(batch.prompts) == 2
 
 
 @EVERY
@@ -215,19 +215,19 @@ def test_a_plain_pipeline_takes_the_adapter(
     perturb: Callable[..., None],
 ) -> None:
     """`pipe.load_lora_weights(run)` on a plain pipeline gives our tuned velocity, and ours loads what theirs saves."""
-    policy, family = load(kind), FAMILIES[kind]
+    policy, family = load(kind), PIPELINES[kind]
     perturb(policy)
     policy.save_adapter(tmp_path / "run")
     reference = policy.prepare_reference(picture(64, 64), 1)
     condition = policy.encode(["a cat"], [[reference]])
     latents, sigma = torch.randn(1, *policy.latent_shape), torch.tensor([0.6])
 
-    plain = family.pipeline.from_pretrained(tiny_models[kind], **family.components(str(tiny_models[kind])))
+    plain = family.pipeline.from_pretrained(tiny_models[kind], **family.load_components(str(tiny_models[kind])))
     plain.load_lora_weights(tmp_path / "run")
     (batch,) = condition.batches(torch.device("cpu"))
     with torch.no_grad():
         tuned = policy.velocity(latents, sigma, condition)
-        with policy.untuned():
+        with policy.base_weights():
             base = policy.velocity(latents, sigma, condition)
         theirs = family.velocity(plain.transformer, latents, sigma, batch, policy.size, family.guidance)
     assert (tuned - base).abs().max() > 1e-3
@@ -259,8 +259,8 @@ def test_a_plain_pipeline_takes_averaged_weights(
     load: Load, tiny_models: dict[str, Path], tmp_path: Path, picture: Picture, perturb: Callable[..., None]
 ) -> None:
     """What a run leaves in its folder `ema` is an adapter as the one beside it."""
-    policy, family = load("flux1-kontext"), FAMILIES["flux1-kontext"]
-    average = Average(policy.trainable_parameters(), 0.5)
+    policy, family = load("flux1-kontext"), PIPELINES["flux1-kontext"]
+    average = EMA(policy.trainable_parameters(), 0.5)
     perturb(policy)
     average.update(10)
     condition = policy.encode(["a cat"], [[policy.prepare_reference(picture(64, 64), 1)]])
@@ -291,7 +291,7 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
     assert [part() for part in gone] == [None] * 3
     # From the cache, and the same as encoded anew.
     kept = policy.encode(["a dog"], [[pictures[1]]]).rows[0]
-    fresh = FAMILIES["flux1-kontext"].encode(again._pipe, "a dog", [pictures[1]], torch.device("cpu"), guided=True)
+    fresh = PIPELINES["flux1-kontext"].encode(again._pipe, "a dog", [pictures[1]], torch.device("cpu"), guided=True)
     assert kept.sizes == fresh.sizes
     assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in fresh.tensors.items())
     assert policy.decode(torch.randn(1, *policy.latent_shape)).shape == (1, 3, 64, 96)

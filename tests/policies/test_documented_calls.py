@@ -13,7 +13,7 @@ from torch import Tensor
 
 from customized_grpo.algorithm import ode_step
 from customized_grpo.data.images import to_pil
-from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 
 Load = Callable[..., DiffusersPolicy]
@@ -65,11 +65,11 @@ def test_the_documented_call_draws_as_the_run_did(
     policy, reference, family = (
         load(kind, height=SIDE, width=SIDE, reference_side=SIDE),
         picture(SIDE, SIDE),
-        FAMILIES[kind],
+        PIPELINES[kind],
     )
     noise = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
     expected = ours(policy, reference, noise)
-    pipe = family.pipeline.from_pretrained(tiny_models[kind], **family.components(str(tiny_models[kind])))
+    pipe = family.pipeline.from_pretrained(tiny_models[kind], **family.load_components(str(tiny_models[kind])))
     pipe.set_progress_bar_config(disable=True)
     if kind == "qwen-image-edit-plus":
         pipe.text_encoder.register_forward_pre_hook(with_token_types, with_kwargs=True)
@@ -85,7 +85,7 @@ def test_the_documented_call_draws_as_the_run_did(
 
 
 def test_every_kind_with_a_pipeline_is_told(section: str) -> None:
-    assert set(CALLS) == set(FAMILIES) - {"uno"}
+    assert set(CALLS) == set(PIPELINES) - {"uno"}
     assert "generate" in section and section.count("```python") == 4
 
 
@@ -96,7 +96,7 @@ def test_a_plain_call_draws_otherwise(
     """What the section says is needed is needed."""
     policy, reference = load("flux1-kontext", height=SIDE, width=SIDE, reference_side=SIDE), picture(SIDE, SIDE)
     noise = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(3))
-    pipe = FAMILIES["flux1-kontext"].pipeline.from_pretrained(tiny_models["flux1-kontext"])
+    pipe = PIPELINES["flux1-kontext"].pipeline.from_pretrained(tiny_models["flux1-kontext"])
     pipe.set_progress_bar_config(disable=True)
     known = {"pipe": pipe, "reference": to_pil(reference), "prompt": PROMPT, "noise": noise}
     if left_out != "pipe.scheduler":

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.factory.policy import FAMILIES, MODELS, load_policy
-from customized_grpo.io import hub as loading
+from customized_grpo.factory.pipelines import MODELS, PIPELINES, load_policy
+from customized_grpo.policies import loading
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
-from customized_grpo.policies.loading import locate
+from customized_grpo.policies.loading import resolve_model
 from customized_grpo.runtime import device as runtime
 from customized_grpo.runtime.device import resolve_device
 from customized_grpo.testing.tiny_pipelines import flux_transformer
@@ -139,13 +139,12 @@ def test_another_familys_model_is_refused_before_its_weights_are_downloaded(
     others = [name for name in MODELS if name != kind]
     for other in others:
         place.append(tiny_models[other])
-        said = (
-            rf"policy\.model: some/one holds a \w+Pipeline, but policy\.kind takes a {FAMILIES[kind].saved_as[0]}; name"
-        )
+        expected = PIPELINES[kind].pipeline_names[0]
+        said = rf"policy\.model: some/one holds a \w+Pipeline, but policy\.kind takes a {expected}"
         with pytest.raises(UserError, match=said):
             load(kind, model="some/one", base_adapter="some/lora/lora.safetensors")
         with pytest.raises(UserError, match=said):
-            locate("some/one", FAMILIES[kind], weights=False)
+            resolve_model("some/one", PIPELINES[kind], weights=False)
     assert set(fetched) == {"model_index.json"} and len(fetched) == 2 * len(others)
 
 
@@ -211,7 +210,7 @@ def test_a_base_adapter_in_diffusers_format_is_merged(
     merged = load("flux1-kontext", base_adapter=str(tmp_path / "pytorch_lora_weights.safetensors"))
     condition = tuned.encode(["a cat"], [[tuned.prepare_reference(picture(64, 64), 1)]])
     latents, sigma = torch.randn(1, *tuned.latent_shape), torch.tensor([0.6])
-    with torch.no_grad(), merged.untuned():
+    with torch.no_grad(), merged.base_weights():
         found, expected = (policy.velocity(latents, sigma, condition) for policy in (merged, tuned))
     assert torch.allclose(found, expected, atol=1e-5)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.policy import ReadsPrompts
 
@@ -21,7 +21,7 @@ def text(policy: DiffusersPolicy, prompt: str, picture: Picture) -> Tensor:
     return policy.encode([prompt], [[reference]]).rows[0].tensors["text"]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "qwen-image-edit-plus"])
+@pytest.mark.parametrize("kind", [kind for kind in PIPELINES if kind != "qwen-image-edit-plus"])
 def test_what_comes_after_the_limit_is_not_read(kind: str, load: Load, picture: Picture) -> None:
     policy = load(kind)
     assert isinstance(policy, ReadsPrompts)
@@ -30,14 +30,14 @@ def test_what_comes_after_the_limit_is_not_read(kind: str, load: Load, picture: 
         """A prompt of so many tokens: the tiny tokenizers make one of each letter."""
         lengths = policy.prompt_lengths(["aa"])
         assert lengths is not None
-        prompt = "a" * (tokens - lengths.tokens[0] + 2)
+        prompt = "a" * (tokens - lengths.num_tokens[0] + 2)
         found = policy.prompt_lengths(["a b", prompt])
-        assert found is not None and found.tokens[1] == tokens and found.tokens[0] == lengths.tokens[0] + 1
+        assert found is not None and found.num_tokens[1] == tokens and found.num_tokens[0] == lengths.num_tokens[0] + 1
         return prompt
 
     found = policy.prompt_lengths([""])
-    assert found is not None and found.read == 512
-    whole, cut = of_length(found.read), of_length(found.read + TEMPLATE)
+    assert found is not None and found.max_tokens == 512
+    whole, cut = of_length(found.max_tokens), of_length(found.max_tokens + TEMPLATE)
     assert not torch.equal(text(policy, whole, picture), text(policy, whole[:-1] + "b", picture))
     assert torch.equal(text(policy, cut, picture), text(policy, cut[:-1] + "b", picture))
 
@@ -46,7 +46,7 @@ def test_t5_reads_all_but_the_last_token_of_a_prompt_that_is_one_too_long(load: 
     policy = load("flux1-kontext")
     lengths = policy.prompt_lengths(["aa"])
     assert lengths is not None
-    longer = "a" * (lengths.read - lengths.tokens[0] + 3)
+    longer = "a" * (lengths.max_tokens - lengths.num_tokens[0] + 3)
     assert torch.equal(text(policy, longer, picture), text(policy, longer[:-1] + "b", picture))
 
 

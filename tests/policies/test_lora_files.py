@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from customized_grpo.errors import UserError
 from customized_grpo.io import hub as loading
-from customized_grpo.policies.base_adapter import locate_adapter, merge_base_adapter
+from customized_grpo.policies.base_adapter import merge_base_adapter, resolve_adapter
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.lora import lora_config
 from customized_grpo.policies.lora_files import Factors, LoraFile, parse_lora, read_lora
@@ -89,7 +89,7 @@ def test_an_adapter_of_peft_is_merged_as_peft_merges_it(
     model, state, config = trained(transformer, **settings)
     save_file({prefix + name: tensor for name, tensor in bare(state).items()}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert_merged_as_by_peft(transformer, model, locate_adapter(str(tmp_path), "policy.base_adapter"))
+    assert_merged_as_by_peft(transformer, model, resolve_adapter(str(tmp_path), "policy.base_adapter"))
 
 
 def test_an_adapter_of_diffusers_with_patterns_in_its_header(
@@ -307,7 +307,7 @@ def test_two_adapters_in_one_folder(tmp_path: Path) -> None:
     for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         save_file({"x": A}, tmp_path / name)
     with pytest.raises(UserError, match=r"policy\.base_adapter: .* holds two adapters .* name one of the files"):
-        locate_adapter(str(tmp_path), "policy.base_adapter")
+        resolve_adapter(str(tmp_path), "policy.base_adapter")
 
 
 @given(rank=st.integers(1, 9), alpha=st.floats(0.01, 100))
@@ -352,10 +352,10 @@ def test_the_settings_of_an_adapter_on_the_hub_come_with_it(tmp_path: Path, monk
         return str(tmp_path / Path(file).name)
 
     monkeypatch.setattr(loading, "hf_hub_download", download)
-    path = locate_adapter("owner/name/best/adapter_model.safetensors", "policy.base_adapter")
+    path = resolve_adapter("owner/name/best/adapter_model.safetensors", "policy.base_adapter")
     assert path == tmp_path / "adapter_model.safetensors"
     assert asked == [
         ("owner/name", "best/adapter_model.safetensors"), ("owner/name", "best/adapter_config.json"),
     ]  # fmt: skip
-    locate_adapter("owner/name/lora.safetensors", "policy.base_adapter")
+    resolve_adapter("owner/name/lora.safetensors", "policy.base_adapter")
     assert asked[2:] == [("owner/name", "lora.safetensors")]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from customized_grpo.algorithm import ode_step
 from customized_grpo.data.images import to_pil
-from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.pipelines.qwen_image_edit_plus import _seen_by_text_encoder
 
@@ -36,8 +36,8 @@ def draw(policy: DiffusersPolicy, references: Sequence[Tensor], noise: Tensor) -
 
 
 def plain_pipeline(kind: str, folder: Path) -> Any:
-    family = FAMILIES[kind]
-    return family.pipeline.from_pretrained(folder, **family.components(str(folder)))
+    family = PIPELINES[kind]
+    return family.pipeline.from_pretrained(folder, **family.load_components(str(folder)))
 
 
 def with_token_types(encoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from customized_grpo.cli.main import main
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.testing.tiny_pipelines import flux2_klein
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 from customized_grpo.training.dry_run import dry_run
@@ -210,4 +210,4 @@ def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) ->
 
 
 def test_every_family_but_the_largest_has_a_recipe() -> None:
-    assert set(RECIPES.values()) == set(FAMILIES) - {"flux2"}
+    assert set(RECIPES.values()) == set(PIPELINES) - {"flux2"}

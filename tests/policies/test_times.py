@@ -8,12 +8,12 @@ from diffusers.models.embeddings import Timesteps
 from torch import Tensor
 
 from customized_grpo.algorithm import shift_sigmas
-from customized_grpo.factory.policy import FAMILIES
+from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 
 SIGMAS = shift_sigmas(25, 3.0)[:-1]
 """The paper's schedule."""
-KINDS = list(FAMILIES)
+KINDS = list(PIPELINES)
 
 
 def told(policy: DiffusersPolicy, picture: Callable[..., Tensor]) -> Tensor:

@@ -10,13 +10,13 @@ from pydantic import ValidationError
 from customized_grpo.config.run import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
-from customized_grpo.rewards.custom import OwnReward
+from customized_grpo.rewards.custom import CustomReward
 from customized_grpo.rewards.reward import Scores
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 CPU = torch.device("cpu")
 IMAGES = torch.rand(2, 3, 3, 4, 4)
-TASK = Task(["a", "b"], [[IMAGES[0, 0]], [IMAGES[1, 0]]], None)
+TASK = PromptBatch(["a", "b"], [[IMAGES[0, 0]], [IMAGES[1, 0]]], None)
 MODULE = """
 import torch
 from customized_grpo.rewards.reward import Scores
@@ -59,7 +59,7 @@ def test_values_are_the_functions() -> None:
 
 
 def test_what_is_not_finite_is_invalid() -> None:
-    scores = OwnReward.load("rewards.prompt", "python:rewards_of_mine.broken").score(IMAGES, TASK)
+    scores = CustomReward.load("rewards.prompt", "python:rewards_of_mine.broken").score(IMAGES, TASK)
     assert scores.valid.tolist() == [[True, False, True], [False, True, True]] and scores.values.isfinite().all()
 
 
@@ -74,12 +74,12 @@ def test_what_is_not_finite_is_invalid() -> None:
 )
 def test_no_such_function(name: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        OwnReward.load("rewards.prompt", name)
+        CustomReward.load("rewards.prompt", name)
 
 
 def test_a_wrong_shape_is_told() -> None:
     with pytest.raises(UserError, match=r"flat answered \[6\], expected a tensor of \[2, 3\]"):
-        OwnReward.load("rewards.prompt", "python:rewards_of_mine.flat").score(IMAGES, TASK)
+        CustomReward.load("rewards.prompt", "python:rewards_of_mine.flat").score(IMAGES, TASK)
 
 
 @pytest.mark.parametrize(
@@ -87,14 +87,14 @@ def test_a_wrong_shape_is_told() -> None:
 )
 def test_what_it_raises_is_told_by_its_name(name: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"^python:rewards_of_mine\.{name} raised {said} mend the function") as told:
-        OwnReward.load("rewards.prompt", f"python:rewards_of_mine.{name}").score(IMAGES, TASK)
+        CustomReward.load("rewards.prompt", f"python:rewards_of_mine.{name}").score(IMAGES, TASK)
     assert isinstance(told.value.__cause__, ConnectionError | KeyError)
 
 
 def test_a_module_that_raises(tmp_path: Path) -> None:
     (tmp_path / "broken_of_mine.py").write_text("raise ValueError('no weights')\n")
     with pytest.raises(UserError, match=r"module 'broken_of_mine' could not be imported \(ValueError: no weights\)"):
-        OwnReward.load("rewards.prompt", "python:broken_of_mine.f")
+        CustomReward.load("rewards.prompt", "python:broken_of_mine.f")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.open_clip import converted
 from customized_grpo.rewards.preprocessing import Letterbox
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "a much longer prompt of a dog in the deep snow"]
@@ -78,12 +78,12 @@ def load(tiny: dict[str, Path], model: Path | str, **more: Any) -> Any:
     return load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
 
 
-def batch(height: int = 48, width: int = 48) -> tuple[Tensor, Task]:
+def make_batch(height: int = 48, width: int = 48) -> tuple[Tensor, PromptBatch]:
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(4, 3, 6, 6, generator=draw)
     images = (F.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1) * 255).round() / 255
     groups = images.unflatten(0, (2, 2))
-    return groups, Task(PROMPTS, [[group[0]] for group in groups], None)
+    return groups, PromptBatch(PROMPTS, [[group[0]] for group in groups], None)
 
 
 def block(state: dict[str, Tensor], name: str, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -137,8 +137,8 @@ def letterboxed(image: Tensor, side: int = 32) -> Tensor:
 @pytest.mark.parametrize(("height", "width"), [(48, 48), (40, 70), (90, 33)])
 def test_scores_are_those_of_the_published_scorer(layout: str, height: int, width: int, tiny: dict[str, Path]) -> None:
     reward, state = load(tiny, tiny[layout]), load_file(tiny["file"])
-    images, task = batch(height, width)
-    scores = reward.score(images, task)
+    images, batch = make_batch(height, width)
+    scores = reward.score(images, batch)
     tokenizer = AutoTokenizer.from_pretrained(tiny["clip"])
     for p, prompt in enumerate(PROMPTS):
         tokens = torch.tensor(tokenizer(prompt)["input_ids"])
@@ -162,8 +162,8 @@ def test_a_model_on_the_hub_has_its_own_processor_or_the_backbones(
     if not own:
         (model / "preprocessor_config.json").unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = load(tiny, "owner/hps").score(*batch()).values
-    assert torch.equal(found, load(tiny, tiny["clip"]).score(*batch()).values) is not own
+    found = load(tiny, "owner/hps").score(*make_batch()).values
+    assert torch.equal(found, load(tiny, tiny["clip"]).score(*make_batch()).values) is not own
 
 
 def test_a_file_and_a_folder_hold_the_same(tiny: dict[str, Path]) -> None:
@@ -179,14 +179,14 @@ def test_a_compressed_file_is_computed_in_fp32(tiny: dict[str, Path], tmp_path: 
     save_file(halves, tmp_path / "half.safetensors")
     reward = load(tiny, tmp_path / "half.safetensors")
     assert {parameter.dtype for parameter in reward._encoder._encode.__self__._model.parameters()} == {torch.float32}
-    images, task = batch()
+    images, batch = make_batch()
     assert torch.allclose(
-        reward.score(images, task).values, load(tiny, tiny["file"]).score(images, task).values, atol=1e-2
+        reward.score(images, batch).values, load(tiny, tiny["file"]).score(images, batch).values, atol=1e-2
     )
 
 
 def test_a_square_picture_of_the_encoders_size_is_left_as_it_is() -> None:
-    images = batch(32, 32)[0][0]
+    images = make_batch(32, 32)[0][0]
     found = Letterbox(32, (0.0,) * 3, (1.0,) * 3)(images)
     assert torch.equal(found, images)
 

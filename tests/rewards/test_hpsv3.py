@@ -16,7 +16,7 @@ from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards import hpsv3 as module
 from customized_grpo.rewards.hpsv3 import PLACE, REWARD_TOKEN, HPSv3Reward, read_instruction
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 CPU = torch.device("cpu")
 TEXT = f"Rate it.\nTextual prompt - {PLACE}\n\nThe rating: {REWARD_TOKEN}\n"
@@ -48,10 +48,10 @@ def load(tiny: dict[str, Path], **more: Any) -> HPSv3Reward:
     return reward
 
 
-def batch(groups: int = 2, size: int = 2) -> tuple[Tensor, Task]:
+def make_batch(groups: int = 2, size: int = 2) -> tuple[Tensor, PromptBatch]:
     images = torch.rand(groups, size, 3, 60, 90, generator=torch.Generator().manual_seed(0))
     prompts = ["a cat", "a much longer prompt of a dog"][:groups]
-    return images, Task(prompts, [[images[p, 0]] for p in range(groups)], None)
+    return images, PromptBatch(prompts, [[images[p, 0]] for p in range(groups)], None)
 
 
 def by_hand(tiny: dict[str, Path], reward: HPSv3Reward, image: Tensor, prompt: str, *, sequential: bool) -> Tensor:
@@ -85,9 +85,9 @@ def by_hand(tiny: dict[str, Path], reward: HPSv3Reward, image: Tensor, prompt: s
 @pytest.mark.parametrize("positions", ["sequential", "mrope"])
 def test_scores_are_those_of_the_published_scorer(positions: str, tiny: dict[str, Path]) -> None:
     reward = load(tiny, positions=positions)
-    images, task = batch()
-    scores = reward.score(images, task)
-    for p, prompt in enumerate(task.prompts):
+    images, batch = make_batch()
+    scores = reward.score(images, batch)
+    for p, prompt in enumerate(batch.prompts):
         for g in range(2):
             expected = by_hand(tiny, reward, images[p, g], prompt, sequential=positions == "sequential")
             assert scores.values[p, g] == pytest.approx(float(expected), abs=1e-5)
@@ -95,24 +95,24 @@ def test_scores_are_those_of_the_published_scorer(positions: str, tiny: dict[str
 
 
 def test_positions_make_a_difference(tiny: dict[str, Path]) -> None:
-    images, task = batch()
-    sequential, mrope = (load(tiny, positions=kind).score(images, task).values for kind in ("sequential", "mrope"))
+    images, batch = make_batch()
+    sequential, mrope = (load(tiny, positions=kind).score(images, batch).values for kind in ("sequential", "mrope"))
     assert (sequential - mrope).abs().max() > 1e-6
 
 
 def test_micro_batches_change_nothing(tiny: dict[str, Path]) -> None:
     reward = load(tiny)
-    images, task = batch(2, 3)
-    whole = reward.score(images, task).values
+    images, batch = make_batch(2, 3)
+    whole = reward.score(images, batch).values
     reward._micro_batch = 1
-    assert torch.allclose(reward.score(images, task).values, whole, atol=1e-5)
+    assert torch.allclose(reward.score(images, batch).values, whole, atol=1e-5)
 
 
 def test_what_is_not_finite_is_not_valid(tiny: dict[str, Path]) -> None:
     reward = load(tiny)
     with torch.no_grad():
         reward._model.rm_head[5].bias.fill_(torch.inf)
-    scores = reward.score(*batch())
+    scores = reward.score(*make_batch())
     assert not scores.valid.any() and scores.values.isfinite().all()
 
 

@@ -21,7 +21,7 @@ from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.vlm_judge import TRIAL_PROMPT, JudgeReward, VlmJudge
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 CPU = torch.device("cpu")
@@ -47,10 +47,12 @@ def loaded(url: str, deadline: float = 10.0, **settings: Any) -> Any:
     return load_rewards(RewardsConfig.model_validate(config), CPU)
 
 
-def batch(groups: int = 2, size: int = 3) -> tuple[Tensor, Task]:
+def make_batch(groups: int = 2, size: int = 3) -> tuple[Tensor, PromptBatch]:
     draw = torch.Generator().manual_seed(0)
     images = torch.rand(groups, size, 3, 6, 6, generator=draw)
-    return images, Task([f"prompt {p}" for p in range(groups)], torch.rand(groups, 1, 3, 5, 5, generator=draw), None)
+    return images, PromptBatch(
+        [f"prompt {p}" for p in range(groups)], torch.rand(groups, 1, 3, 5, 5, generator=draw), None
+    )
 
 
 def prompt_of(question: dict[str, Any]) -> str:
@@ -65,11 +67,11 @@ def test_a_dead_judge_is_asked_as_many_as_go_at_once_and_no_more(server: Start) 
     go = threading.Event()
     running = server(lambda question, number: GOOD if go.wait(60) else (500, {}))
     reward = JudgeReward(judge(running.url, deadline=0.5), "prompt")
-    images, task = batch(6, 6)
-    assert not reward.score(images, task).valid.any() and len(running.asked) <= 8
+    images, batch = make_batch(6, 6)
+    assert not reward.score(images, batch).valid.any() and len(running.asked) <= 8
     assert re.search(r"gave no answer within 0\.5 s", reward.last_failure or "")
     go.set()
-    assert reward.score(images.clone(), task).valid.all() and reward.last_failure is None
+    assert reward.score(images.clone(), batch).valid.all() and reward.last_failure is None
 
 
 def test_one_picture_that_hangs_costs_its_own_score_alone(server: Start) -> None:
@@ -80,7 +82,7 @@ def test_one_picture_that_hangs_costs_its_own_score_alone(server: Start) -> None
             go.wait(60)
         return GOOD
 
-    found = JudgeReward(judge(server(reply).url, deadline=1.0, concurrency=2), "prompt").score(*batch(4, 4))
+    found = JudgeReward(judge(server(reply).url, deadline=1.0, concurrency=2), "prompt").score(*make_batch(4, 4))
     go.set()
     assert int(found.valid.sum()) == 15
 
@@ -88,8 +90,8 @@ def test_one_picture_that_hangs_costs_its_own_score_alone(server: Start) -> None
 def test_a_validation_asks_once_for_both_rewards(server: Start) -> None:
     running = server(lambda question, number: GOOD)
     both = judge(running.url)
-    images, task = batch(5, 1)
-    found = measure(images[:, 0], task, [JudgeReward(both, "prompt"), JudgeReward(both, "subject")], None)
+    images, batch = make_batch(5, 1)
+    found = measure(images[:, 0], batch, [JudgeReward(both, "prompt"), JudgeReward(both, "subject")], None)
     assert len(running.asked) == 5
     assert found["reward/prompt"].tolist() == [2.0] * 5 and found["reward/identity"].tolist() == [3.0] * 5
 
@@ -97,9 +99,9 @@ def test_a_validation_asks_once_for_both_rewards(server: Start) -> None:
 def test_the_same_images_are_asked_about_again_for_another_task(server: Start) -> None:
     running = server(lambda question, number: GOOD)
     both = judge(running.url)
-    images, task = batch(1, 2)
-    other = Task(task.prompts, [[torch.zeros(3, 5, 5)]], None)
-    both.rate(images, task)
+    images, batch = make_batch(1, 2)
+    other = PromptBatch(batch.prompts, [[torch.zeros(3, 5, 5)]], None)
+    both.rate(images, batch)
     both.rate(images, other)
     assert len(running.asked) == 4
 
@@ -114,7 +116,7 @@ def test_a_refused_picture_is_invalid_alone_with_its_reason(status: int, server:
 
     running = server(reply)
     reward = JudgeReward(judge(running.url), "prompt")
-    assert reward.score(*batch()).valid.tolist() == [[True] * 3, [False] * 3]
+    assert reward.score(*make_batch()).valid.tolist() == [[True] * 3, [False] * 3]
     assert re.search(rf"refused the request with status {status}: content policy$", reward.last_failure or "")
     assert [prompt_of(question) for question in running.asked].count(TRIAL_PROMPT) == 1
 
@@ -122,7 +124,7 @@ def test_a_refused_picture_is_invalid_alone_with_its_reason(status: int, server:
 def test_a_server_that_refuses_every_picture_ends_the_run_at_once(server: Start) -> None:
     running = server(lambda question, number: REFUSED)
     with pytest.raises(UserError, match="status 400: content policy; a trial question was refused too") as raised:
-        judge(running.url).rate(*batch(10, 10))
+        judge(running.url).rate(*make_batch(10, 10))
     assert len(running.asked) < 50 and "max_tokens_field" in str(raised.value)
 
 
@@ -130,7 +132,7 @@ def test_a_server_that_refuses_every_picture_ends_the_run_at_once(server: Start)
 def test_a_key_or_model_that_is_not_taken_ends_the_run_at_once(status: int, server: Start) -> None:
     running = server(lambda question, number: (status, {"error": "no"}))
     with pytest.raises(UserError, match=f"refused the request with status {status}: no"):
-        judge(running.url).rate(*batch(10, 10))
+        judge(running.url).rate(*make_batch(10, 10))
     assert len(running.asked) < 20
 
 
@@ -155,7 +157,7 @@ def test_a_run_goes_on_under_max_invalid_share_and_ends_above_it(
 
 def test_a_second_try_differs_from_the_first_and_shows_the_bad_answer(server: Start) -> None:
     running = server(lambda question, number: (200, completion('I like "it".')) if number < 2 else GOOD)
-    assert judge(running.url, reasoning=True).rate(*batch(1, 1)).tolist() == [[[2.0, 3.0]]]
+    assert judge(running.url, reasoning=True).rate(*make_batch(1, 1)).tolist() == [[[2.0, 3.0]]]
     first, second, _ = running.asked
     assert first["temperature"] == 0 and second["temperature"] == pytest.approx(0.7)
     assert r'It began: "I like \"it\"."' in second["messages"][1]["content"][-1]["text"]
@@ -166,7 +168,7 @@ def test_an_answer_that_was_cut_off_is_told_with_its_start_and_what_to_do(server
     thought = '<think>Perhaps {"subject": 1, "prompt": 1}? Let me look'
     running = server(lambda question, number: (200, completion(thought + " again" * 99, "length")))
     reward = JudgeReward(judge(running.url), "prompt")
-    assert not reward.score(*batch(1, 1)).valid.any()
+    assert not reward.score(*make_batch(1, 1)).valid.any()
     told = reward.last_failure or ""
     assert "gave 3 answers without two whole numbers from 0 to 4; the last was cut off (finish_reason: length)" in told
     assert thought in told and len(told) < 700 and "raise rewards.vlm_judge.max_tokens (now 60)" in told
@@ -195,7 +197,7 @@ def test_a_server_without_a_list_of_models_can_judge(server: Start) -> None:
     running = server(lambda question, number: GOOD)
     running.about = 404, {"error": "no such path"}
     prompt, _ = loaded(running.url)
-    assert prompt.score(*batch(1, 1)).valid.all()
+    assert prompt.score(*make_batch(1, 1)).valid.all()
 
 
 # settings

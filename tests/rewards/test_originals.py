@@ -23,7 +23,7 @@ from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncode
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.types import References, Task
+from customized_grpo.types import PromptBatch, References
 
 CPU = torch.device("cpu")
 PROMPTS = ("a star", "a cloud", "a heart", "a ball")
@@ -36,9 +36,9 @@ class Told:
         self.references: list[list[Tensor]] = []
         self.masks: list[list[Tensor]] = []
 
-    def score(self, images: Tensor, task: Task) -> Scores:
-        self.references = [list(row) for row in task.references]
-        self.masks = [list(row) for row in task.masks or ()]
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
+        self.references = [list(row) for row in batch.references]
+        self.masks = [list(row) for row in batch.masks or ()]
         values = images[:, :, 0].mean((-2, -1))
         return Scores(values, values.isfinite())
 
@@ -115,34 +115,34 @@ def dino_like() -> IdentitySimilarity:
 def test_identity_is_to_the_file_whatever_the_generator_sees(photographs: Path) -> None:
     dataset = SubjectDataset.open(photographs)
     images = torch.rand(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    found = dino_like().score(images, Task.of(dataset, list(dataset), masks=False)).values
+    found = dino_like().score(images, PromptBatch.of(dataset, list(dataset), masks=False)).values
     files = [[load_image(path) for path in sample.references] for sample in dataset]
-    assert torch.equal(found, dino_like().score(images, Task(PROMPTS, files, None)).values)
+    assert torch.equal(found, dino_like().score(images, PromptBatch(PROMPTS, files, None)).values)
     small = [[resize(each, (32, 32)) for each in row] for row in files]
-    assert not torch.allclose(found, dino_like().score(images, Task(PROMPTS, small, None)).values, atol=1e-4)
+    assert not torch.allclose(found, dino_like().score(images, PromptBatch(PROMPTS, small, None)).values, atol=1e-4)
 
 
 def test_the_file_of_a_reference_is_read_once(photographs: Path) -> None:
     dataset = SubjectDataset.open(photographs)
-    reward, task = dino_like(), Task.of(dataset, list(dataset), masks=False)
+    reward, batch = dino_like(), PromptBatch.of(dataset, list(dataset), masks=False)
     images = torch.rand(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    first = reward.score(images, task).values
+    first = reward.score(images, batch).values
     for name in "ab":
         (photographs / f"{name}.png").unlink()
-    assert torch.equal(reward.score(images, task).values, first)
+    assert torch.equal(reward.score(images, batch).values, first)
 
 
 def test_toybox_sees_a_photograph_in_its_own_size(photographs: Path, tiny_weights: Path) -> None:
     dataset = SubjectDataset.open(photographs)
-    task = Task.of(dataset, list(dataset), masks=True)
+    batch = PromptBatch.of(dataset, list(dataset), masks=True)
     images = torch.rand(4, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     prepare = ToyBoxPolicy.load(tiny_weights, precision="fp32", lora_rank=4).prepare_reference
     masks = dataset.masks(list(dataset))
     assert masks is not None
-    squares = Task(PROMPTS, dataset.references(list(dataset), prepare), [[prepare(row[0], 1)] for row in masks])
+    squares = PromptBatch(PROMPTS, dataset.references(list(dataset), prepare), [[prepare(row[0], 1)] for row in masks])
     for reference in ("whole", "segmented"):
         reward = IdentityReward(reference, tiny_weights)  # type: ignore[arg-type]
-        assert torch.equal(reward.score(images, task).values, reward.score(images, squares).values)
+        assert torch.equal(reward.score(images, batch).values, reward.score(images, squares).values)
 
 
 @pytest.mark.parametrize(

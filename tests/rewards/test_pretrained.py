@@ -15,7 +15,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.preprocessing import DINO_PUBLISHED, Preprocessing, composited
 from customized_grpo.testing.tiny_rewards import IMAGENET, KINDS, save_tiny_reward
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat on the beach", "a small dog in the deep snow"]
@@ -43,8 +43,8 @@ def noise(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     return levels / 255
 
 
-def task(references: list[list[Tensor]], masks: list[list[Tensor]] | None = None) -> Task:
-    return Task(PROMPTS, references, masks)
+def make_batch(references: list[list[Tensor]], masks: list[list[Tensor]] | None = None) -> PromptBatch:
+    return PromptBatch(PROMPTS, references, masks)
 
 
 FOLDERS = {"clip_t": "clip", "clip_i": "clip", "pickscore": "clip"}
@@ -107,7 +107,7 @@ def test_a_processor_of_another_kind_is_an_error(changes: dict[str, Any], words:
 def test_identity_is_the_cosine_of_the_models_features(identity: str, models: dict[str, Path]) -> None:
     _, reward = rewards(models, identity=identity)
     images, references = smooth(4, 96, 96).unflatten(0, (2, 2)), list(smooth(2, 96, 96, seed=1))
-    scores = reward.score(images, task([[reference] for reference in references]))
+    scores = reward.score(images, make_batch([[reference] for reference in references]))
     model = AutoModel.from_pretrained(models[FOLDERS.get(identity, identity)]).eval()
     processor = AutoImageProcessor.from_pretrained(models[FOLDERS.get(identity, identity)])
 
@@ -129,7 +129,7 @@ def test_identity_is_the_cosine_of_the_models_features(identity: str, models: di
 def test_prompt_is_the_cosine_of_the_models_features(prompt: str, models: dict[str, Path]) -> None:
     reward, _ = rewards(models, prompt=prompt)
     images = smooth(4, 64, 64).unflatten(0, (2, 2))
-    scores = reward.score(images, task([[image[0]] for image in images]))
+    scores = reward.score(images, make_batch([[image[0]] for image in images]))
     folder = models[FOLDERS.get(prompt, prompt)]
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     pixels = AutoImageProcessor.from_pretrained(folder)([to_pil(i) for i in images.flatten(0, 1)], return_tensors="pt")
@@ -146,7 +146,7 @@ def test_dinov3_needs_no_torchvision(models: dict[str, Path]) -> None:
     """Its processor's steps are read from its file: a resize to 64 x 64, bilinear, and ImageNet's statistics."""
     _, reward = rewards(models, identity="dinov3")
     images, reference = smooth(2, 96, 96).unflatten(0, (1, 2)), smooth(1, 96, 96, seed=1)[0]
-    scores = reward.score(images, Task(PROMPTS[:1], [[reference]], None))
+    scores = reward.score(images, PromptBatch(PROMPTS[:1], [[reference]], None))
     model = AutoModel.from_pretrained(models["dinov3"]).eval()
 
     def feature(image: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_dinov3_needs_no_torchvision(models: dict[str, Path]) -> None:
 
 
 def test_micro_batches_change_nothing(models: dict[str, Path]) -> None:
-    images, given = smooth(6, 64, 64).unflatten(0, (2, 3)), task([[smooth(1, 64, 64, 5)[0]]] * 2)
+    images, given = smooth(6, 64, 64).unflatten(0, (2, 3)), make_batch([[smooth(1, 64, 64, 5)[0]]] * 2)
     scores = [[r.score(images, given).values for r in rewards(models, micro_batch=size)] for size in (1, 4, 64)]
     for other in scores[1:]:
         assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(scores[0], other, strict=True))
@@ -171,8 +171,8 @@ def test_several_references(several: str, join: Any, models: dict[str, Path]) ->
     _, reward = rewards(models, several_references=several)
     images = smooth(4, 64, 64).unflatten(0, (2, 2))
     one, other = smooth(2, 64, 80, seed=3)
-    apart = [reward.score(images, task([[reference]] * 2)).values for reference in (one, other)]
-    both = reward.score(images, task([[one, other]] * 2)).values
+    apart = [reward.score(images, make_batch([[reference]] * 2)).values for reference in (one, other)]
+    both = reward.score(images, make_batch([[one, other]] * 2)).values
     assert torch.allclose(both, join(torch.stack(apart), 0), atol=1e-6)
 
 
@@ -184,10 +184,10 @@ def test_a_segmented_reference_is_seen_without_its_background(models: dict[str, 
     mask[:, 16:48, 16:48] = 1
     cut = composited(reference, mask, 0.25)
     assert (cut[:, 0, 0] == 0.25).all() and torch.equal(cut[:, 20, 20], reference[:, 20, 20])
-    found = segmented.score(images, task([[reference]] * 2, [[mask]] * 2)).values
-    assert torch.allclose(found, whole.score(images, task([[cut]] * 2)).values, atol=1e-6)
+    found = segmented.score(images, make_batch([[reference]] * 2, [[mask]] * 2)).values
+    assert torch.allclose(found, whole.score(images, make_batch([[cut]] * 2)).values, atol=1e-6)
     elsewhere = torch.where(mask > 0, reference, 1 - reference)
-    assert torch.allclose(found, segmented.score(images, task([[elsewhere]] * 2, [[mask]] * 2)).values, atol=1e-6)
+    assert torch.allclose(found, segmented.score(images, make_batch([[elsewhere]] * 2, [[mask]] * 2)).values, atol=1e-6)
 
 
 def test_a_reference_is_encoded_once(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_a_reference_is_encoded_once(models: dict[str, Path], monkeypatch: pytes
         return encode(pixels)
 
     monkeypatch.setattr(reward._encoder, "_encode", counted)
-    images, given = smooth(4, 64, 64).unflatten(0, (2, 2)), task([[smooth(1, 64, 64, 9)[0]]] * 2)
+    images, given = smooth(4, 64, 64).unflatten(0, (2, 2)), make_batch([[smooth(1, 64, 64, 9)[0]]] * 2)
     for _ in range(3):
         reward.score(images, given)
     assert seen == [4, 1, 4, 4]
@@ -209,7 +209,7 @@ def test_a_reference_is_encoded_once(models: dict[str, Path], monkeypatch: pytes
 def test_what_is_not_finite_is_not_valid(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     prompt, identity = rewards(models)
     images = smooth(4, 64, 64).unflatten(0, (2, 2))
-    given = task([[image[0]] for image in images])
+    given = make_batch([[image[0]] for image in images])
     for reward in (prompt, identity):
         encode = reward._encoder._encode
 

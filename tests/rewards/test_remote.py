@@ -23,12 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.rewards.http import MOST, Transport, Unavailable
+from customized_grpo.rewards.http import MAX_RESPONSE_BYTES, Transport, Unavailable
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
 from customized_grpo.rewards.reward import Reward, Scores, TellsFailure
 from customized_grpo.rewards.score_request import Limits
 from customized_grpo.rewards.server import RewardServer
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 Answer = tuple[int, Any, dict[str, str]] | None
 """Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""
@@ -37,9 +37,9 @@ Answer = tuple[int, Any, dict[str, str]] | None
 class Redness:
     """The mean of the red channel; images of prompts that begin with 'bad' have no score."""
 
-    def score(self, images: Tensor, task: Task) -> Scores:
-        values = images[:, :, 0].mean((-2, -1)) - task.references[0][0].mean()
-        valid = torch.tensor([[not prompt.startswith("bad")] * images.shape[1] for prompt in task.prompts])
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
+        values = images[:, :, 0].mean((-2, -1)) - batch.references[0][0].mean()
+        valid = torch.tensor([[not prompt.startswith("bad")] * images.shape[1] for prompt in batch.prompts])
         return Scores(values, valid)
 
 
@@ -115,12 +115,12 @@ def transport(url: str, deadline: float = 5.0, **more: Any) -> Transport:
     return Transport("rewards.prompt_model", url, deadline, longest_wait=0.05, **more)
 
 
-def batch(groups: int = 2, size: int = 3, *, masks: bool = False) -> tuple[Tensor, Task]:
+def make_batch(groups: int = 2, size: int = 3, *, masks: bool = False) -> tuple[Tensor, PromptBatch]:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (groups, size, 3, 8, 10), generator=draw).float() / 255
     references = [[torch.randint(0, 256, (3, 6, 4), generator=draw).float() / 255] for _ in range(groups)]
     cut = [[torch.ones(1, 6, 4)] for _ in range(groups)] if masks else None
-    return images, Task([f"prompt {p}" for p in range(groups)], references, cut)
+    return images, PromptBatch([f"prompt {p}" for p in range(groups)], references, cut)
 
 
 SCORES = {"values": [[0.1, 0.2, 0.3], [0.4, None, 0.6]], "valid": [[True] * 3, [True, False, True]]}
@@ -128,10 +128,10 @@ SCORES = {"values": [[0.1, 0.2, 0.3], [0.4, None, 0.6]], "valid": [[True] * 3, [
 
 @pytest.mark.parametrize("masks", [False, True])
 def test_scores_are_those_of_the_reward(masks: bool, served: Callable[..., RewardServer]) -> None:
-    images, task = batch(masks=masks)
-    task = Task(["fine", "bad one"], task.references, task.masks)
-    found = RemoteReward(transport(url_of(served()))).score(images, task)
-    expected = Redness().score(images, task)
+    images, batch = make_batch(masks=masks)
+    batch = PromptBatch(["fine", "bad one"], batch.references, batch.masks)
+    found = RemoteReward(transport(url_of(served()))).score(images, batch)
+    expected = Redness().score(images, batch)
     assert torch.allclose(found.values[0], expected.values[0], atol=1e-6)
     assert found.valid.tolist() == [[True] * 3, [False] * 3]
 
@@ -139,7 +139,7 @@ def test_scores_are_those_of_the_reward(masks: bool, served: Callable[..., Rewar
 def test_a_large_reference_and_its_mask_are_sent_scaled_down(misbehaving: Callable[..., Any]) -> None:
     url, asked = misbehaving((200, {"values": [[0.5]], "valid": [[True]]}, {}))
     reference, mask = torch.full((3, 1200, 2048), 0.5), torch.ones(1, 1200, 2048)
-    RemoteReward(transport(url)).score(torch.zeros(1, 1, 3, 8, 8), Task(["a cat"], [[reference]], [[mask]]))
+    RemoteReward(transport(url)).score(torch.zeros(1, 1, 3, 8, 8), PromptBatch(["a cat"], [[reference]], [[mask]]))
     for name in ("references", "masks"):
         with Image.open(io.BytesIO(base64.b64decode(asked[0][name][0][0]))) as picture:
             assert picture.size == (1024, 600)
@@ -147,15 +147,15 @@ def test_a_large_reference_and_its_mask_are_sent_scaled_down(misbehaving: Callab
 
 def test_groups_go_in_as_few_requests_as_the_server_takes(served: Callable[..., RewardServer]) -> None:
     """More groups than fit in one: each still gets its own scores (the reference of its own request's first group)."""
-    images, task = batch(groups=5)
-    task = Task(task.prompts, [task.references[0]] * 5, None)
-    expected = Redness().score(images, task).values
+    images, batch = make_batch(groups=5)
+    batch = PromptBatch(batch.prompts, [batch.references[0]] * 5, None)
+    expected = Redness().score(images, batch).values
     assert torch.allclose(
-        RemoteReward(transport(url_of(served(max_images=7)))).score(images, task).values, expected, atol=1e-6
+        RemoteReward(transport(url_of(served(max_images=7)))).score(images, batch).values, expected, atol=1e-6
     )
     # Groups of three are split as well: every image is scored by itself.
     assert torch.allclose(
-        RemoteReward(transport(url_of(served(max_images=2)))).score(images, task).values, expected, atol=1e-6
+        RemoteReward(transport(url_of(served(max_images=2)))).score(images, batch).values, expected, atol=1e-6
     )
 
 
@@ -171,7 +171,7 @@ def test_groups_go_in_as_few_requests_as_the_server_takes(served: Callable[..., 
 )
 def test_what_passes_is_tried_again(first: Answer, misbehaving: Callable[..., Any]) -> None:
     url, asked = misbehaving(first, first, (200, SCORES, {}))
-    found = RemoteReward(transport(url)).score(*batch())
+    found = RemoteReward(transport(url)).score(*make_batch())
     assert len(asked) == 3 and asked[0] == asked[2]
     assert found.valid.tolist() == SCORES["valid"]
     assert found.values[1, 2] == pytest.approx(0.6)
@@ -185,7 +185,7 @@ def test_what_passes_is_tried_again(first: Answer, misbehaving: Callable[..., An
 def test_what_stays_wrong_is_invalid_and_never_a_number(answer: Answer, misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving(answer)
     start = time.monotonic()
-    found = RemoteReward(transport(url, deadline=0.5)).score(*batch())
+    found = RemoteReward(transport(url, deadline=0.5)).score(*make_batch())
     assert not found.valid.any() and found.values.isfinite().all()
     assert time.monotonic() - start < 30
 
@@ -200,13 +200,13 @@ def test_what_stays_wrong_is_invalid_and_never_a_number(answer: Answer, misbehav
         {"values": [["0.9"]], "valid": [[True]]},
         {"values": [[True]], "valid": [[True]]},
         {"values": [{"0": 0.9}], "valid": [[True]]},
-        b'{"values": [[0.9]], "valid": [[true]]}' + b" " * MOST,
+        b'{"values": [[0.9]], "valid": [[true]]}' + b" " * MAX_RESPONSE_BYTES,
     ],
     ids=["huge", "deep", "7", "text for a flag", "text", "flag", "object", "large"],
 )
 def test_garbage_is_no_score(answer: Any, misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving((200, answer, {}))
-    found = RemoteReward(transport(url, deadline=0.5)).score(*batch(1, 1))
+    found = RemoteReward(transport(url, deadline=0.5)).score(*make_batch(1, 1))
     assert not found.valid.any() and found.values.isfinite().all()
 
 
@@ -224,16 +224,16 @@ def test_a_failure_is_told(answer: Answer, said: str, misbehaving: Callable[...,
     url, _ = misbehaving(answer)
     reward = RemoteReward(Transport("rewards.prompt_model", url, 2.0))
     assert isinstance(reward, TellsFailure) and reward.last_failure is None
-    assert not reward.score(*batch(1, 1)).valid.any()
+    assert not reward.score(*make_batch(1, 1)).valid.any()
     assert re.search(said, reward.last_failure or "")
 
 
 def test_a_failure_is_told_until_all_is_well(misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving((200, {"values": "sk-secret"}, {}), (200, SCORES, {}))
     reward = RemoteReward(transport(url, token="sk-secret"))
-    reward.score(*batch())
+    reward.score(*make_batch())
     assert reward.last_failure is not None and "secret" not in reward.last_failure
-    reward.score(*batch())
+    reward.score(*make_batch())
     assert reward.last_failure is None
 
 
@@ -277,7 +277,7 @@ def test_any_other_4xx_is_told_at_once(status: int, misbehaving: Callable[..., A
     with pytest.raises(
         UserError, match=rf"rewards\.prompt_model: .* refused the request with status {status}: .*fault"
     ):
-        RemoteReward(transport(url)).score(*batch())
+        RemoteReward(transport(url)).score(*make_batch())
     assert len(asked) == 1
 
 
@@ -319,7 +319,7 @@ def test_a_token_is_wanted(token: str | None, served: Callable[..., RewardServer
     with pytest.raises(UserError, match="does not answer .*401"):
         RemoteReward(transport(url, token=token))
     assert httpx2.post(url + "/score", json=_payload()).status_code == 401
-    assert RemoteReward(transport(url, token="right")).score(*batch()).valid.all()
+    assert RemoteReward(transport(url, token="right")).score(*make_batch()).valid.all()
 
 
 def _payload(**changes: Any) -> dict[str, Any]:
@@ -350,12 +350,12 @@ def test_bad_requests_are_refused(
 def test_a_reward_that_fails_is_told_at_once(
     served: Callable[..., RewardServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Redness, images: Tensor, task: Task) -> Scores:
+    def fail(self: Redness, images: Tensor, batch: PromptBatch) -> Scores:
         raise RuntimeError("no such part")
 
     monkeypatch.setattr(Redness, "score", fail)
     with pytest.raises(UserError, match=r"status 422: .*the reward failed: RuntimeError: no such part"):
-        RemoteReward(transport(url_of(served()))).score(*batch())
+        RemoteReward(transport(url_of(served()))).score(*make_batch())
 
 
 def test_requests_that_are_too_large_or_not_json(served: Callable[..., RewardServer]) -> None:
@@ -389,8 +389,8 @@ def test_the_command_serves(tmp_path: Path) -> None:
             said = process.stdout.readline()
             assert said.startswith("serving python:mine.red on http://127.0.0.1:") and "a token is wanted" in said
             assert "s3" not in said
-            images, task = batch()
-            found = RemoteReward(transport(said.split()[3], token="s3")).score(images, task)
+            images, batch = make_batch()
+            found = RemoteReward(transport(said.split()[3], token="s3")).score(images, batch)
             assert torch.allclose(found.values, images[:, :, 0].mean((-2, -1)), atol=1e-6)
         finally:
             process.terminate()

@@ -11,7 +11,7 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.remote import RemoteReward, encoded
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 
@@ -20,11 +20,11 @@ def remote(running: Any, deadline: float = 10.0) -> RemoteReward:
     return RemoteReward(Transport("rewards.prompt_model", running.url, deadline, longest_wait=0.05))
 
 
-def batch(groups: int, size: int, *, masks: bool = False) -> tuple[Tensor, Task]:
+def make_batch(groups: int, size: int, *, masks: bool = False) -> tuple[Tensor, PromptBatch]:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (groups, size, 3, 6, 6), generator=draw).float() / 255
     references = torch.rand(groups, 1, 3, 5, 5, generator=draw)
-    return images, Task(
+    return images, PromptBatch(
         [f"prompt {p}" for p in range(groups)], references, torch.ones(groups, 1, 1, 5, 5) if masks else None
     )
 
@@ -40,7 +40,7 @@ def scored(question: dict[str, Any]) -> tuple[int, Any]:
 def test_a_refused_image_is_invalid_alone_and_the_others_keep_their_scores(
     status: int, masks: bool, server: Start
 ) -> None:
-    images, task = batch(3, 4, masks=masks)
+    images, batch = make_batch(3, 4, masks=masks)
     bad = encoded(images[1, 2])
 
     def reply(question: dict[str, Any], number: int) -> tuple[Any, ...]:
@@ -51,9 +51,9 @@ def test_a_refused_image_is_invalid_alone_and_the_others_keep_their_scores(
 
     running = server(reply)
     reward = remote(running)
-    found = reward.score(images, task)
+    found = reward.score(images, batch)
     assert found.valid.tolist() == [[True] * 4, [True, True, False, True], [True] * 4]
-    expected = remote(server(lambda question, number: scored(question))).score(images, task)
+    expected = remote(server(lambda question, number: scored(question))).score(images, batch)
     assert torch.equal(found.values[found.valid], expected.values[found.valid])
     assert reward.last_failure is not None and reward.last_failure.endswith(f"with status {status}: no faces")
     # All of them, a trial image, three groups, and the images of one.
@@ -64,7 +64,7 @@ def test_a_refused_image_is_invalid_alone_and_the_others_keep_their_scores(
 def test_a_server_that_refuses_every_image_ends_the_run_at_once(status: int, server: Start) -> None:
     running = server(lambda question, number: (status, {"error": "out of memory"}))
     with pytest.raises(UserError, match=rf"status {status}: out of memory; a trial image, all grey, was refused too"):
-        remote(running).score(*batch(20, 3))
+        remote(running).score(*make_batch(20, 3))
     assert len(running.asked) == 2
 
 
@@ -72,7 +72,7 @@ def test_a_server_that_is_too_small_for_the_whole_gets_parts(server: Start) -> N
     def reply(question: dict[str, Any], number: int) -> tuple[Any, ...]:
         return scored(question) if sum(map(len, question["images"])) <= 2 else (413, {"error": "too much"})
 
-    assert remote(server(reply)).score(*batch(3, 4)).valid.all()
+    assert remote(server(reply)).score(*make_batch(3, 4)).valid.all()
 
 
 def test_a_dead_server_is_asked_one_request_of_many(server: Start) -> None:
@@ -80,9 +80,9 @@ def test_a_dead_server_is_asked_one_request_of_many(server: Start) -> None:
     running = server(lambda question, number: scored(question) if number == 0 or go.wait(60) else (500, {}))
     running.about = 200, {"max_images": 3}
     reward = remote(running, deadline=0.5)
-    images, task = batch(10, 3)
-    found = reward.score(images, task)
+    images, batch = make_batch(10, 3)
+    found = reward.score(images, batch)
     assert found.valid.tolist() == [[True] * 3] + [[False] * 3] * 9 and len(running.asked) == 2
     assert "gave no answer within 0.5 s" in (reward.last_failure or "")
     go.set()
-    assert reward.score(images, task).valid.all()
+    assert reward.score(images, batch).valid.all()

@@ -23,13 +23,13 @@ from customized_grpo.cli.main import main
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import remote
 from customized_grpo.rewards import server as serve
-from customized_grpo.rewards.custom import OwnReward
+from customized_grpo.rewards.custom import CustomReward
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded
 from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.score_request import MAX_VALUES, Limits, Refused, read_request
 from customized_grpo.rewards.server import RewardServer
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 WAIT = 30.0
 """Seconds after which a test fails that waits for something."""
@@ -44,12 +44,12 @@ class Brightness:
         self.may_go = threading.Event()
         self.may_go.set()
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         self.asked.append((images.shape[0], images.shape[1]))
         assert self.may_go.wait(WAIT)
         others = [
-            torch.stack([picture.mean() for picture in (*row, *(task.masks[p] if task.masks else ()))]).mean()
-            for p, row in enumerate(task.references)
+            torch.stack([picture.mean() for picture in (*row, *(batch.masks[p] if batch.masks else ()))]).mean()
+            for p, row in enumerate(batch.references)
         ]
         return Scores(images.mean((-3, -2, -1)) + torch.stack(others)[:, None], torch.ones(images.shape[:2]) > 0)
 
@@ -60,10 +60,10 @@ class Failing:
     def __init__(self, error: Callable[[], Any]) -> None:
         self._errors, self._well = [error], Brightness()
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         if self._errors:
             self._errors.pop()()
-        return self._well.score(images, task)
+        return self._well.score(images, batch)
 
 
 def raising(error: Exception) -> Callable[[], Any]:
@@ -91,12 +91,12 @@ def client(url: str) -> RemoteReward:
     return RemoteReward(Transport("rewards.prompt_model", url, WAIT, longest_wait=0.05))
 
 
-def batch(groups: int = 2, size: int = 3, side: int = 8) -> tuple[Tensor, Task]:
+def make_batch(groups: int = 2, size: int = 3, side: int = 8) -> tuple[Tensor, PromptBatch]:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (groups, size, 3, side, side), generator=draw).float() / 255
     references = [[torch.randint(0, 256, (3, 6, 4), generator=draw).float() / 255] for _ in range(groups)]
     masks = [[torch.randint(0, 2, (1, 6, 4), generator=draw).float()] for _ in range(groups)]
-    return images, Task([f"prompt {p} 🐈" for p in range(groups)], references, masks)
+    return images, PromptBatch([f"prompt {p} 🐈" for p in range(groups)], references, masks)
 
 
 def request(**changes: Any) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def test_a_body_is_let_go_once_it_is_read() -> None:
 # The client splits by what the server says it takes.
 
 
-IMAGE_BYTES = len(encoded(batch()[0][0, 0]))
+IMAGE_BYTES = len(encoded(make_batch()[0][0, 0]))
 """Of an image of `batch`: about 300."""
 
 
@@ -233,11 +233,11 @@ IMAGE_BYTES = len(encoded(batch()[0][0, 0]))
 def test_the_client_splits_by_pixels_and_bytes(
     limits: Limits, requests: list[tuple[int, int]], start: Callable[..., str]
 ) -> None:
-    images, task = batch(groups=4)
+    images, batch = make_batch(groups=4)
     reward = Brightness()
-    found = client(start(reward, limits)).score(images, task)
+    found = client(start(reward, limits)).score(images, batch)
     assert reward.asked == requests
-    assert found.valid.all() and torch.allclose(found.values, Brightness().score(images, task).values, atol=1e-6)
+    assert found.valid.all() and torch.allclose(found.values, Brightness().score(images, batch).values, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -255,25 +255,25 @@ def test_an_image_that_the_server_never_takes_is_told_at_once(
 ) -> None:
     reward = Brightness()
     with pytest.raises(UserError, match=said):
-        client(start(reward, limits)).score(*batch())
+        client(start(reward, limits)).score(*make_batch())
     assert not reward.asked
 
 
 def test_each_picture_is_encoded_once(start: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    images, task = batch(groups=4)
+    images, batch = make_batch(groups=4)
     # As if each were read from the same file.
-    task = Task(task.prompts, [[task.references[0][0].clone()] for _ in range(4)], None)
+    batch = PromptBatch(batch.prompts, [[batch.references[0][0].clone()] for _ in range(4)], None)
     seen: list[Tensor] = []
     monkeypatch.setattr(remote, "encoded", lambda picture: (seen.append(picture), encoded(picture))[1])
     reward = Brightness()
-    client(start(reward, Limits(2, 2**16, 2**25))).score(images, task)
+    client(start(reward, Limits(2, 2**16, 2**25))).score(images, batch)
     assert len(reward.asked) == 8 and len(seen) == 4 * 3 + 1
 
 
 # Errors of the reward.
 
 
-def run_out_of_memory(images: Tensor, task: Task) -> Tensor:
+def run_out_of_memory(images: Tensor, batch: PromptBatch) -> Tensor:
     return torch.empty(2**50)
 
 
@@ -284,7 +284,7 @@ def run_out_of_memory(images: Tensor, task: Task) -> Tensor:
         raising(MemoryError()),
         raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")),
         raising(RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)")),
-        lambda: OwnReward("python:mine.f", run_out_of_memory).score(*batch()),
+        lambda: CustomReward("python:mine.f", run_out_of_memory).score(*make_batch()),
     ],
     ids=["cpu", "python", "cuda", "mps", "own reward"],
 )
@@ -292,7 +292,7 @@ def test_out_of_memory_is_tried_again(error: Callable[[], Any], start: Callable[
     url = start(Failing(error))
     answer = httpx2.post(url + "/score", json=request())
     assert answer.status_code == 503 and "out of memory" in answer.json()["error"]
-    assert client(start(Failing(error))).score(*batch()).valid.all()
+    assert client(start(Failing(error))).score(*make_batch()).valid.all()
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_slow_clients_do_not_keep_others_out(start: Callable[..., str]) -> None:
     with closing(connected(url)) as first, closing(connected(url)) as second:
         for connection in (first, second):
             connection.sendall(head(1000) + b"{")
-        assert client(url).score(*batch()).valid.all()
+        assert client(url).score(*make_batch()).valid.all()
         for connection in (first, second):
             said = connection.makefile("rb").read()
             assert said.startswith(b"HTTP/1.0 503") and b"1 of 1000 bytes came in time" in said
@@ -363,7 +363,7 @@ def test_one_connection_too_many_is_closed(start: Callable[..., str], monkeypatc
     url = start(patience=10 * WAIT)
     with closing(connected(url)), closing(connected(url)), closing(connected(url)) as third:
         assert third.recv(1) == b""
-    assert client_when_free(url).score(*batch()).valid.all()
+    assert client_when_free(url).score(*make_batch()).valid.all()
 
 
 def client_when_free(url: str) -> RemoteReward:

@@ -12,14 +12,14 @@ from customized_grpo.cli.main import main
 from customized_grpo.config.rewards import ENCODERS, READ_BY
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.factory.config import resolved
+from customized_grpo.factory.config import resolve_config
 from customized_grpo.factory.rewards import build_rewards, load_hpsv3_reward, load_rewards
 from customized_grpo.rewards import hpsv3 as hpsv3_module
 from customized_grpo.rewards.server import _reward
 from customized_grpo.runtime import device as runtime
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
-from customized_grpo.training.fingerprints import pinned
-from customized_grpo.types import Task
+from customized_grpo.training.fingerprints import resume_fingerprint
+from customized_grpo.types import PromptBatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 URL = "http://127.0.0.1:9"
@@ -43,9 +43,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_tiny_reward(kind, root / kind) for kind in ("clip", "dino")}
 
 
-def batch() -> tuple[Tensor, Task]:
+def make_batch() -> tuple[Tensor, PromptBatch]:
     images = torch.rand(1, 4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
-    return images, Task(["a cat"], [[images[0, 0]]], None)
+    return images, PromptBatch(["a cat"], [[images[0, 0]]], None)
 
 
 @pytest.mark.parametrize("rewards", PAIRS, ids=lambda pair: "-".join(map(str, pair.values())) or "toybox")
@@ -70,13 +70,13 @@ def config(policy: str = "flux1-kontext", **rewards: Any) -> Config:
 
 
 def test_a_run_may_go_on_elsewhere_but_not_in_another_precision() -> None:
-    fields = pinned(config(), {})
+    fields = resume_fingerprint(config(), {})
     assert "rewards.device" not in fields and "rewards.precision" in fields
 
 
 def test_a_server_may_come_back_elsewhere_but_its_model_may_not_be_another() -> None:
     def fields(**rewards: Any) -> dict[str, Any]:
-        return pinned(config(**rewards), {})
+        return resume_fingerprint(config(**rewards), {})
 
     served = fields(prompt="remote", prompt_model="http://a:1", deadline=60)
     assert served == fields(prompt="remote", prompt_model="http://b:2", deadline=300)
@@ -108,13 +108,13 @@ def test_the_precision_is_written_down(
             f"customized_grpo.factory.{module}.resolve_device", lambda name, prefix="policy.": CUDA if cuda else CPU
         )
     monkeypatch.setattr("customized_grpo.factory.policy.resolve_precision", lambda precision, device: "fp32")
-    found = resolved(config(**rewards))
+    found = resolve_config(config(**rewards))
     assert found.rewards.precision == expected
     assert Config.model_validate(found.model_dump(mode="json")) == found
 
 
 def test_toybox_has_no_precision_to_write_down() -> None:
-    assert resolved(config("toybox")).rewards.precision == "auto"
+    assert resolve_config(config("toybox")).rewards.precision == "auto"
 
 
 def test_rewards_run_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,11 +151,11 @@ def test_bf16_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_encoders_in_bf16_round_the_scores_of_fp32(tiny: dict[str, Path]) -> None:
     settings = {"prompt": "clip_t", "prompt_model": str(tiny["clip"]), "identity": "dino"}
     settings |= {"identity_model": str(tiny["dino"])}
-    images, task = batch()
+    images, batch = make_batch()
     for side in (0, 1):
         full, auto, half = (
             load_rewards(RewardsConfig.model_validate(settings | {"precision": precision}), CPU)[side]
-            .score(images, task)
+            .score(images, batch)
             .values
             for precision in ("fp32", "auto", "bf16")
         )
@@ -183,7 +183,7 @@ def test_hpsv3s_head_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     weights, backbone = save_tiny_hpsv3(tmp_path)
     (tmp_path / "text").write_text("Rate it: {text_prompt} <|Reward|>")
     parts = {"backbone": str(backbone), "instruction": str(tmp_path / "text")}
-    images, task = batch()
+    images, batch = make_batch()
 
     def load(precision: str) -> Any:
         settings = RewardsConfig.model_validate({"prompt": "hpsv3", "hpsv3": parts, "precision": precision})
@@ -192,9 +192,9 @@ def test_hpsv3s_head_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     half, full, auto = load("bf16"), load("fp32"), load("auto")
     assert half._model.backbone.dtype == torch.bfloat16 and half._model.rm_head[0].weight.dtype == torch.float32
     assert full._model.backbone.dtype == auto._model.backbone.dtype == torch.float32
-    scores = half.score(images, task)
+    scores = half.score(images, batch)
     assert scores.valid.all() and scores.values.dtype == torch.float32
-    assert 0 < (scores.values - full.score(images, task).values).abs().max() < 0.1
+    assert 0 < (scores.values - full.score(images, batch).values).abs().max() < 0.1
 
 
 def test_a_served_reward_computes_as_told(tiny: dict[str, Path]) -> None:

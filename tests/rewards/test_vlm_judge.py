@@ -23,12 +23,12 @@ from customized_grpo.config.rewards import VlmJudgeConfig
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
-from customized_grpo.rewards.http import Transport, Unavailable, secret
+from customized_grpo.rewards.http import Transport, Unavailable, read_token
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
 from customized_grpo.rewards.reward import TellsFailure
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
 from customized_grpo.tracking.console import Display
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 CPU = torch.device("cpu")
 Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
@@ -45,10 +45,12 @@ def judge(url: str, deadline: float = 5.0, **settings: Any) -> VlmJudge:
     return VlmJudge(transport, VlmJudgeConfig.model_validate(usual | settings))
 
 
-def batch(groups: int = 2, size: int = 3) -> tuple[Tensor, Task]:
+def make_batch(groups: int = 2, size: int = 3) -> tuple[Tensor, PromptBatch]:
     draw = torch.Generator().manual_seed(0)
     images = torch.rand(groups, size, 3, 6, 6, generator=draw)
-    return images, Task([f"prompt {p}" for p in range(groups)], torch.rand(groups, 1, 3, 5, 5, generator=draw), None)
+    return images, PromptBatch(
+        [f"prompt {p}" for p in range(groups)], torch.rand(groups, 1, 3, 5, 5, generator=draw), None
+    )
 
 
 def told(question: dict[str, Any]) -> str:
@@ -58,7 +60,7 @@ def told(question: dict[str, Any]) -> str:
 def test_a_judge_sees_a_large_reference_scaled_down(server: Start) -> None:
     here = server(lambda question, number: (200, completion('{"subject": 3, "prompt": 2}')))
     images = torch.rand(1, 1, 3, 6, 6)
-    judge(here.url).rate(images, Task(["a cat"], [[torch.full((3, 1200, 2048), 0.5)]], None))
+    judge(here.url).rate(images, PromptBatch(["a cat"], [[torch.full((3, 1200, 2048), 0.5)]], None))
     sent = [part for part in here.asked[0]["messages"][1]["content"] if part["type"] == "image_url"]
     content = base64.b64decode(sent[0]["image_url"]["url"].removeprefix("data:image/png;base64,"))
     with Image.open(io.BytesIO(content)) as picture:
@@ -74,9 +76,9 @@ def test_both_rewards_come_of_one_round_of_questions(server: Start) -> None:
 
     running = server(reply)
     both = judge(running.url)
-    images, task = batch()
-    prompt = JudgeReward(both, "prompt").score(images, task)
-    subject = JudgeReward(both, "subject").score(images, task)
+    images, batch = make_batch()
+    prompt = JudgeReward(both, "prompt").score(images, batch)
+    subject = JudgeReward(both, "subject").score(images, batch)
     assert len(running.asked) == 6
     assert prompt.values.tolist() == [[4.0] * 3, [3.0] * 3] and subject.values.tolist() == [[1.0] * 3, [2.0] * 3]
     assert prompt.valid.all() and subject.valid.all()
@@ -84,7 +86,7 @@ def test_both_rewards_come_of_one_round_of_questions(server: Start) -> None:
     assert [part["type"] for part in content] == ["text", "image_url", "text", "image_url", "text"]
     assert content[1]["image_url"]["url"].startswith("data:image/png;base64,")
     # Other images are asked about anew.
-    JudgeReward(both, "prompt").score(images.clone(), task)
+    JudgeReward(both, "prompt").score(images.clone(), batch)
     assert len(running.asked) == 12
 
 
@@ -103,14 +105,14 @@ def test_both_rewards_come_of_one_round_of_questions(server: Start) -> None:
 def test_an_answer_without_scores_is_asked_for_again_and_then_invalid(bad: Any, server: Start) -> None:
     good = completion('{"subject": 3, "prompt": 2}')
     running = server(lambda question, number: (200, bad if number < 2 else good))
-    scores = JudgeReward(judge(running.url), "subject").score(*batch(1, 1))
+    scores = JudgeReward(judge(running.url), "subject").score(*make_batch(1, 1))
     assert scores.valid.all() and scores.values.item() == 3 and len(running.asked) == 3
     assert len({question["seed"] for question in running.asked}) == 3
     stubborn = server(lambda question, number: (200, bad))
-    scores = JudgeReward(judge(stubborn.url), "subject").score(*batch(1, 1))
+    scores = JudgeReward(judge(stubborn.url), "subject").score(*make_batch(1, 1))
     assert not scores.valid.any() and len(stubborn.asked) == 3
     reward = JudgeReward(judge(stubborn.url), "subject")
-    reward.score(*batch(1, 1))
+    reward.score(*make_batch(1, 1))
     assert isinstance(reward, TellsFailure)
     told = r"^rewards\.vlm_judge\.url: judge-7b gave 3 answers without two whole numbers from 0 to 4; the last \w+ \w+"
     assert re.match(told, reward.last_failure or "")
@@ -119,7 +121,7 @@ def test_an_answer_without_scores_is_asked_for_again_and_then_invalid(bad: Any, 
 @pytest.mark.parametrize("status", [429, 500, 502])
 def test_a_busy_judge_is_asked_again(status: int, server: Start) -> None:
     running = server(lambda q, n: (status, {}) if n < 2 else (200, completion('{"subject": 3, "prompt": 2}')))
-    assert JudgeReward(judge(running.url, attempts=1), "prompt").score(*batch(1, 1)).values.item() == 2
+    assert JudgeReward(judge(running.url, attempts=1), "prompt").score(*make_batch(1, 1)).values.item() == 2
 
 
 def test_one_failing_image_is_invalid_alone(server: Start) -> None:
@@ -129,7 +131,7 @@ def test_one_failing_image_is_invalid_alone(server: Start) -> None:
         return 200, completion('{"subject": 3, "prompt": 2}')
 
     reward = JudgeReward(judge(server(reply).url, deadline=3.0), "prompt")
-    scores = reward.score(*batch())
+    scores = reward.score(*make_batch())
     assert reward.last_failure is not None and "within 3 s (status 500" in reward.last_failure
     assert scores.valid.tolist() == [[True] * 3, [False] * 3] and scores.values.isfinite().all()
 
@@ -141,7 +143,7 @@ def test_a_judge_that_hangs_is_given_up(server: Start) -> None:
         go.wait(60)
         return 200, completion('{"subject": 3, "prompt": 2}')
 
-    scores = JudgeReward(judge(server(reply).url, deadline=0.3), "prompt").score(*batch(1, 2))
+    scores = JudgeReward(judge(server(reply).url, deadline=0.3), "prompt").score(*make_batch(1, 2))
     go.set()
     assert not scores.valid.any()
 
@@ -178,7 +180,7 @@ def test_who_waits_while_it_is_given_up_hears_so(server: Start) -> None:
     running = server(lambda question, number: (200, completion("")) if go.wait(30) else (500, {}))
     asked = Transport("rewards.vlm_judge.url", running.url, 60.0)
     scoring = asked.scoring()
-    threading.Timer(0.3, scoring.give_up).start()
+    threading.Timer(0.3, scoring.cancel).start()
     with pytest.raises(Unavailable):
         asked.post("/chat/completions", {"messages": []}, scoring)
     go.set()
@@ -187,7 +189,7 @@ def test_who_waits_while_it_is_given_up_hears_so(server: Start) -> None:
 def test_a_wrong_key_is_told_at_once(server: Start) -> None:
     running = server(lambda question, number: (401, {"error": "no such key"}))
     with pytest.raises(UserError, match=r"rewards\.vlm_judge\.url: .* status 401: .*no such key"):
-        JudgeReward(judge(running.url), "prompt").score(*batch(1, 1))
+        JudgeReward(judge(running.url), "prompt").score(*make_batch(1, 1))
 
 
 @pytest.mark.parametrize("concurrency", [1, 3])
@@ -197,7 +199,7 @@ def test_questions_under_way_are_bounded(concurrency: int, server: Start) -> Non
         return 200, completion('{"subject": 3, "prompt": 2}')
 
     running = server(reply)
-    JudgeReward(judge(running.url, concurrency=concurrency), "prompt").score(*batch(3, 4))
+    JudgeReward(judge(running.url, concurrency=concurrency), "prompt").score(*make_batch(3, 4))
     assert running.most <= concurrency and (concurrency == 1 or running.most > 1)
 
 
@@ -205,7 +207,7 @@ def test_reasoning_comes_first_and_scores_close(server: Start) -> None:
     running = server(
         lambda q, n: (200, completion('Shape {as "asked"}. {"subject": 0, "prompt": 1}\n{"subject": 4, "prompt": 3}'))
     )
-    scores = JudgeReward(judge(running.url, reasoning=True), "subject").score(*batch(1, 1))
+    scores = JudgeReward(judge(running.url, reasoning=True), "subject").score(*make_batch(1, 1))
     assert scores.values.item() == 4
     assert "at most three sentences" in running.asked[0]["messages"][0]["content"]
     assert running.asked[0]["max_tokens"] > 100
@@ -217,9 +219,9 @@ def test_the_key_comes_from_the_environment_alone(server: Start, monkeypatch: py
     config = RewardsConfig.model_validate(settings)
     monkeypatch.setenv(KEY, "sk-secret")
     prompt, subject = load_rewards(config, CPU)
-    images, task = batch(1, 2)
-    assert prompt.score(images, task).values.tolist() == [[2.0, 2.0]]
-    assert subject.score(images, task).values.tolist() == [[3.0, 3.0]]
+    images, batch = make_batch(1, 2)
+    assert prompt.score(images, batch).values.tolist() == [[2.0, 2.0]]
+    assert subject.score(images, batch).values.tolist() == [[3.0, 3.0]]
     assert set(running.keys) == {"Bearer sk-secret"} and len(running.asked) == 3  # a trial question, and two images
     assert "sk-secret" not in config.model_dump_json()
     with pytest.raises(UserError, match=r"vlm_judge\.model: .* has no 'nobody'; it has judge-7b, other"):
@@ -282,7 +284,7 @@ def test_a_secret_that_no_header_holds_is_refused_by_the_name_of_its_variable(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(UserError, match=rf"^{variable}: .* other than printable ASCII") as refused:
-        secret(variable)
+        read_token(variable)
     assert "cret" not in str(refused.value)
 
 

@@ -12,7 +12,7 @@ from customized_grpo.config.run import Config
 from customized_grpo.distributed.env import local_rank, local_world
 from customized_grpo.errors import UserError
 from customized_grpo.factory.data import encode_ahead, read_dataset
-from customized_grpo.factory.policy import build_policy, resolved_policy
+from customized_grpo.factory.policy import build_policy, resolve_policy_config
 from customized_grpo.runtime.device import configure, resolve_device, resolve_precision
 
 LAUNCHED = (
@@ -88,10 +88,10 @@ def test_one_gpu_for_all_processes(launched: dict[str, str], monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     named = PolicyConfig(kind="uno", device="cuda:1")
     with pytest.raises(UserError, match=r"policy\.device: 'cuda:1' is one GPU, and each process .* use cuda"):
-        resolved_policy(named)
+        resolve_policy_config(named)
     assert resolve_device("cuda:1", "rewards.") == torch.device("cuda:1")
     machine(monkeypatch, 4, {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"})
-    assert resolved_policy(named).precision == "bf16"
+    assert resolve_policy_config(named).precision == "bf16"
 
 
 def test_where_nothing_tells_how_many_processes_there_are_each_encodes_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_freed_memory_is_kept_for_toybox_alone(tiny_weights: Path, monkeypatch: 
     monkeypatch.setattr("customized_grpo.runtime.device.ctypes.CDLL", lambda name: library)
     monkeypatch.setattr("customized_grpo.runtime.device.sys.platform", "linux")
     configure(1)
-    monkeypatch.setattr("customized_grpo.factory.policy.load_policy", lambda *arguments, **settings: None)
+    monkeypatch.setattr("customized_grpo.factory.pipelines.load_policy", lambda *arguments, **settings: None)
     build_policy(PolicyConfig(kind="uno"), 0)
     assert asked == []
     build_policy(PolicyConfig(weights=tiny_weights), 0)

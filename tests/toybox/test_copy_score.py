@@ -7,7 +7,7 @@ from customized_grpo.randomness import generator
 from customized_grpo.toybox.copy_score import CORRECT_PICTURES, copy_scores
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.language import parse
-from customized_grpo.toybox.oracle import Judge
+from customized_grpo.toybox.oracle import Oracle
 from customized_grpo.toybox.pairs import Pairs, draw_pairs
 from customized_grpo.toybox.recipes import crop_and_jitter
 from customized_grpo.toybox.world import Scenes, sample_scenes
@@ -21,11 +21,11 @@ def pairs() -> Pairs:
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge()
+def judge() -> Oracle:
+    return Oracle()
 
 
-def scores(judge: Judge, pairs: Pairs, images: Tensor) -> Tensor:
+def scores(judge: Oracle, pairs: Pairs, images: Tensor) -> Tensor:
     return judge.judge(images, pairs.captions, pairs.references).copy_score
 
 
@@ -33,24 +33,24 @@ def auc(high: Tensor, low: Tensor) -> float:
     return float((high[:, None] > low).float().mean())
 
 
-def test_an_exact_copy_scores_one(judge: Judge, pairs: Pairs) -> None:
+def test_an_exact_copy_scores_one(judge: Oracle, pairs: Pairs) -> None:
     assert torch.allclose(scores(judge, pairs, pairs.references), torch.ones(COUNT), atol=1e-5)
 
 
-def test_correct_pictures_score_zero_on_average_and_are_not_called_copies(judge: Judge, pairs: Pairs) -> None:
+def test_correct_pictures_score_zero_on_average_and_are_not_called_copies(judge: Oracle, pairs: Pairs) -> None:
     correct = scores(judge, pairs, pairs.targets)
     assert abs(float(correct.mean())) < 0.05
     assert not judge.judge(pairs.targets, pairs.captions, pairs.references).copied.any()
 
 
 @pytest.mark.parametrize("kind", ["exact", "jittered"])
-def test_the_meter_tells_copies_from_correct_pictures(judge: Judge, pairs: Pairs, kind: str) -> None:
+def test_the_meter_tells_copies_from_correct_pictures(judge: Oracle, pairs: Pairs, kind: str) -> None:
     jittered = crop_and_jitter(pairs.references, torch.Generator().manual_seed(4))
     copies = {"exact": pairs.references, "jittered": jittered}[kind]
     assert auc(scores(judge, pairs, copies), scores(judge, pairs, pairs.targets)) >= 0.95
 
 
-def test_a_score_does_not_depend_on_the_rest_of_the_batch(judge: Judge, pairs: Pairs) -> None:
+def test_a_score_does_not_depend_on_the_rest_of_the_batch(judge: Oracle, pairs: Pairs) -> None:
     alone = judge.judge(pairs.targets[7:8], pairs.captions[7:8], pairs.references[7:8]).copy_score
     assert torch.allclose(alone, scores(judge, pairs, pairs.targets)[7:8], atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_a_score_is_relative_to_the_mean_closeness_of_correct_pictures(pairs: Pa
     assert len(set(free.scene.tolist())) > 1
 
 
-def test_what_counts_as_a_copy_is_a_matter_of_the_background(judge: Judge, pairs: Pairs) -> None:
+def test_what_counts_as_a_copy_is_a_matter_of_the_background(judge: Oracle, pairs: Pairs) -> None:
     """Known and stated in the docs: a picture as asked, but on the reference's own background, mostly is one too."""
     stays = Scenes(
         pairs.reference_scenes.scene, pairs.target_scenes.accessory, pairs.target_scenes.position,

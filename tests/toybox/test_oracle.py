@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.toybox.oracle import HUE_TOLERANCE, PROMPT_ATTRIBUTES, Judge, Reading, Verdict
+from customized_grpo.toybox.oracle import HUE_TOLERANCE, PROMPT_ATTRIBUTES, Oracle, Reading, Verdict
 from customized_grpo.toybox.world import ACCESSORIES, POSITIONS, SCENES, SHAPES
 
 PROMPT = "a star on the beach wearing a red hat, on the left"
@@ -22,7 +22,7 @@ def reading(**changes: object) -> Reading:
 
 def verdict(monkeypatch: pytest.MonkeyPatch, weights: Path, seen: Reading, prompt: str = PROMPT) -> Verdict:
     """The judge's verdict when it sees `seen` in the picture and `RIGHT`, elsewhere and bare, in the reference."""
-    judge = Judge(weights)
+    judge = Oracle(weights)
     wanted = reading(scene=SCENES.index("sea"), accessory=0, position=1)
     picture, reference = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
     monkeypatch.setattr(judge, "read", lambda images: wanted if images is reference else seen)
@@ -67,7 +67,7 @@ def test_each_hue_is_kept_within_the_tolerance_round_the_circle(
 
 
 def test_a_picture_is_read_alone(tiny_weights: Path) -> None:
-    judge, images = Judge(tiny_weights), torch.rand(5, 3, 32, 32)
+    judge, images = Oracle(tiny_weights), torch.rand(5, 3, 32, 32)
 
     def flat(seen: Reading) -> Tensor:
         return torch.stack([*seen.attributes.values()], 1)

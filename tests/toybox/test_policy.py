@@ -39,7 +39,7 @@ def test_before_training_tuned_and_untuned_are_bitwise_the_same(
 ) -> None:
     policy = make_policy(adapter=adapter, precision=precision)
     tuned = velocity(policy)
-    with policy.untuned():
+    with policy.base_weights():
         assert torch.equal(velocity(policy), tuned)
     assert tuned.std() > 0.1, "the comparison says nothing of a network that answers 0"
 
@@ -51,7 +51,7 @@ def test_untuned_is_the_base_within_the_block_only(make_policy: MakePolicy, adap
     disturb(policy)
     tuned = velocity(policy)
     assert not torch.allclose(tuned, base, atol=1e-3)
-    with policy.untuned():
+    with policy.base_weights():
         assert torch.equal(velocity(policy), base)
     assert torch.equal(velocity(policy), tuned)
 
@@ -61,7 +61,7 @@ def test_untuned_ends_with_an_error_too(make_policy: MakePolicy, adapter: str) -
     policy = make_policy(adapter=adapter)
     disturb(policy)
     tuned = velocity(policy)
-    with pytest.raises(KeyError), policy.untuned():
+    with pytest.raises(KeyError), policy.base_weights():
         raise KeyError
     assert torch.equal(velocity(policy), tuned)
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from customized_grpo.errors import UserError
 from customized_grpo.toybox import pretrain
 from customized_grpo.toybox.network import Generator
-from customized_grpo.toybox.oracle import Judge, Reading
+from customized_grpo.toybox.oracle import Oracle, Reading
+from customized_grpo.toybox.pairs import draw_pairs
+from customized_grpo.toybox.quality import measure_quality
 from customized_grpo.toybox.recipes import (
     EncoderRecipe,
     GeneratorRecipe,
@@ -69,7 +71,7 @@ def test_pretraining_fills_a_folder_and_measures_it(
         monkeypatch.setattr(pretrain, name, ENCODER)
     monkeypatch.setattr(pretrain, "IDENTITY_RECIPES", dict.fromkeys(LEAKS, ENCODER))
     monkeypatch.setattr(pretrain, "GeneratorRecipe", lambda: FLOW)
-    monkeypatch.setattr(pretrain, "measure_quality", partial(pretrain.measure_quality, pairs=4))
+    monkeypatch.setattr(pretrain, "measure_quality", partial(measure_quality, pairs=4))
     pretrain.pretrain(tmp_path, 0, None, 1, display)
     assert {f"{name}.safetensors" for name in NAMES} <= {path.name for path in tmp_path.iterdir()}
     quality = json.loads((tmp_path / QUALITY).read_text())
@@ -84,15 +86,15 @@ def test_an_unknown_network_is_named(tmp_path: Path, display: Display) -> None:
 
 def test_quality_of_a_judge_that_sees_everything(tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that reads the truth off clean renders: full marks and a ceiling of 1, and each of its shares 1."""
-    drawn = pretrain.draw_pairs(4, "test", torch.Generator().manual_seed(2026))
+    drawn = draw_pairs(4, "test", torch.Generator().manual_seed(2026))
     truth = {"shape": drawn.subjects.shape, "pattern": drawn.subjects.pattern}
     truth |= {name: getattr(drawn.target_scenes, name) for name in ("scene", "accessory", "position")}
 
-    def read(self: Judge, images: Tensor) -> Reading:
+    def read(self: Oracle, images: Tensor) -> Reading:
         return Reading(truth, drawn.subjects.hues)
 
-    monkeypatch.setattr(Judge, "read", read)
-    quality = pretrain.measure_quality(tiny_weights, pairs=4)
+    monkeypatch.setattr(Oracle, "read", read)
+    quality = measure_quality(tiny_weights, pairs=4)
     assert set(quality["judge"].values()) == {1.0} and len(quality["judge"]) == 6
     assert quality["ceiling"].pop("copied") == 0 and set(quality["ceiling"].values()) == {1.0}
 

@@ -17,7 +17,7 @@ from customized_grpo.training import checkpoint
 from customized_grpo.training.checkpoint import (
     MANIFEST,
     TENSORS,
-    DamagedCheckpoint,
+    CorruptCheckpointError,
     State,
     list_checkpoints,
     load_checkpoint,
@@ -26,7 +26,7 @@ from customized_grpo.training.checkpoint import (
     read_manifest,
     save_checkpoint,
 )
-from customized_grpo.training.ema import Average
+from customized_grpo.training.ema import EMA
 
 CONFIG = {"seed": 0, "rollout.eta": 0.5}
 
@@ -38,7 +38,7 @@ class Part:
         torch.manual_seed(seed)
         self.network = nn.Linear(3, 2)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=0.1)
-        self.average = Average(self.network.named_parameters(), 0.9) if average else None
+        self.average = EMA(self.network.named_parameters(), 0.9) if average else None
         self.train(steps)
 
     def train(self, steps: int) -> None:
@@ -103,10 +103,10 @@ def test_weights_that_a_checkpoint_does_not_have(tmp_path: Path) -> None:
     before = part.weights()
     with pytest.raises(UserError, match=f"--ema: {path} holds no averaged weights"):
         load_weights(path, CONFIG, part.network.named_parameters(), average=True)
-    with pytest.raises(DamagedCheckpoint, match=r"not the tensors of this run: it has bias"):
+    with pytest.raises(CorruptCheckpointError, match=r"not the tensors of this run: it has bias"):
         load_weights(path, CONFIG, [("weight", part.network.weight)], average=False)
     (path / TENSORS).write_bytes(b"torn")
-    with pytest.raises(DamagedCheckpoint, match="not what the manifest's hash is of"):
+    with pytest.raises(CorruptCheckpointError, match="not what the manifest's hash is of"):
         load_weights(path, CONFIG, part.network.named_parameters(), average=False)
     assert torch.equal(part.weights(), before)
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_without_its_manifest_is_damaged_and_not_overlooked(tmp_pat
     path = Part(0).save(tmp_path, 2)
     (path / MANIFEST).unlink()
     assert names(tmp_path) == ["000002"]
-    with pytest.raises(DamagedCheckpoint, match=f"{path / MANIFEST}: damaged or missing"):
+    with pytest.raises(CorruptCheckpointError, match=f"{path / MANIFEST}: damaged or missing"):
         Part(1).load(path)
 
 
@@ -179,7 +179,7 @@ def test_a_checkpoint_of_another_format_is_not_passed_over_as_damaged(tmp_path: 
     (path / MANIFEST).write_text(json.dumps(manifest | {"format": checkpoint.FORMAT + 1, "new": 1}))
     with pytest.raises(UserError, match=r"of format 3, written by a later version; this one reads 2") as caught:
         Part(1).load(path)
-    assert not isinstance(caught.value, DamagedCheckpoint)
+    assert not isinstance(caught.value, CorruptCheckpointError)
 
 
 def test_a_checkpoint_that_was_moved_and_linked_to_is_kept_and_removed_as_any_other(tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_hostile_manifests_are_damage(kind: str, tmp_path: Path) -> None:
     before = part.weights()
     text = HOSTILE[kind](json.loads((path / MANIFEST).read_text()))
     (path / MANIFEST).write_bytes(text.encode("latin-1"))
-    with pytest.raises(DamagedCheckpoint, match=r"damaged") as caught:
+    with pytest.raises(CorruptCheckpointError, match=r"damaged") as caught:
         part.load(path)
     assert str(path) in str(caught.value) and len(str(caught.value)) < 500
     assert torch.equal(part.weights(), before)
@@ -380,7 +380,7 @@ def test_tensors_of_another_run_are_damage(change: dict[str, Tensor | None], sai
     save_file(tensors, path / TENSORS)
     rehash(path)
     before = part.weights()
-    with pytest.raises(DamagedCheckpoint, match=said):
+    with pytest.raises(CorruptCheckpointError, match=said):
         part.load(path)
     assert torch.equal(part.weights(), before)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from customized_grpo.config.run import Config
 from customized_grpo.toybox.policy import ToyBoxPolicy
-from customized_grpo.training.ema import Average
+from customized_grpo.training.ema import EMA
 
 
 def walk(seed: int, steps: int) -> npt.NDArray[np.float32]:
@@ -24,7 +24,7 @@ def walk(seed: int, steps: int) -> npt.NDArray[np.float32]:
 def test_it_is_the_average_of_its_definition(decay: float) -> None:
     weights = walk(0, 40)
     parameter = nn.Parameter(torch.tensor(weights[0]))
-    average, expected = Average([("w", parameter)], decay), weights[0].astype(np.float64)
+    average, expected = EMA([("w", parameter)], decay), weights[0].astype(np.float64)
     for i in range(1, 41):
         parameter.data = torch.tensor(weights[i])
         average.update(i)
@@ -36,7 +36,7 @@ def test_it_is_the_average_of_its_definition(decay: float) -> None:
 
 def test_it_is_kept_in_fp32_and_moves_where_bf16_would_not() -> None:
     parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    average = Average([("w", parameter)], 0.999)
+    average = EMA([("w", parameter)], 0.999)
     parameter.data += 1e-2
     for i in range(9000, 9010):
         average.update(i)
@@ -49,7 +49,7 @@ def test_it_is_kept_in_fp32_and_moves_where_bf16_would_not() -> None:
 def test_weights_are_put_back_to_the_bit(dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype))
     before = parameter.detach().clone()
-    average = Average([("w", parameter)], 0.9)
+    average = EMA([("w", parameter)], 0.9)
     average.tensors["w"] += 1 / 3
     with average.swapped():
         assert torch.equal(parameter, average.tensors["w"].to(dtype)) and not torch.equal(parameter, before)
@@ -67,12 +67,12 @@ def test_weights_are_put_back_to_the_bit(dtype: torch.dtype) -> None:
 def test_a_signal_between_two_steps_leaves_what_put_back_ends() -> None:
     """As `Terminated` may find the run after the body and before the context manager's own end."""
     parameter = nn.Parameter(torch.ones(3))
-    average = Average([("w", parameter)], 0.9)
+    average = EMA([("w", parameter)], 0.9)
     average.tensors["w"] += 1
     swapped = average.swapped()
     swapped.__enter__()
     assert torch.equal(parameter, torch.full((3,), 2.0))
-    average.put_back()
+    average.restore()
     assert torch.equal(parameter, torch.ones(3))
     swapped.__exit__(None, None, None)
     assert torch.equal(parameter, torch.ones(3))
@@ -81,17 +81,17 @@ def test_a_signal_between_two_steps_leaves_what_put_back_ends() -> None:
 @pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_the_untuned_generator_is_not_averaged(adapter: str, make_policy: Callable[..., ToyBoxPolicy]) -> None:
     policy = make_policy(adapter=adapter)
-    average = Average(policy.trainable_parameters(), 0.9)
+    average = EMA(policy.trainable_parameters(), 0.9)
     for tensor in average.tensors.values():
         tensor += 0.05
     condition = policy.encode(["a star on the beach"], [[torch.rand(3, 32, 32)]])
     latents, sigma = torch.randn(1, 3, 32, 32), torch.tensor([0.5])
     with torch.no_grad():
-        with policy.untuned():
+        with policy.base_weights():
             base = policy.velocity(latents, sigma, condition)
         with average.swapped():
             averaged = policy.velocity(latents, sigma, condition)
-            with policy.untuned():
+            with policy.base_weights():
                 assert torch.equal(policy.velocity(latents, sigma, condition), base)
         assert torch.equal(policy.velocity(latents, sigma, condition), base) and not torch.equal(averaged, base)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from customized_grpo.config.run import Config
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.training.dry_run import dry_run
-from customized_grpo.training.estimate import Estimate, LivePeak, Subject, estimate
+from customized_grpo.training.estimate import Estimate, LivePeak, ProfileTarget, estimate
 
 WIDTH, TOKENS, DEPTH = 8, 6, 4
 
@@ -62,7 +62,7 @@ def found(
     settings = {"prompts_per_iteration": 3, "group_size": 4, "num_steps": 6, "subset_share": 0.6, **rollout}
     config = Config.model_validate({"rollout": settings, "optimizer": {"micro_batch": 2}} | dict(changes or {}))
     policy = LinearPolicy()
-    subject = Subject(policy, policy.network, None, 100.0, checkpointed, 7.0)  # type: ignore[arg-type]
+    subject = ProfileTarget(policy, policy.network, None, 100.0, checkpointed, 7.0)  # type: ignore[arg-type]
     return estimate(config, subject, processes)
 
 
@@ -79,7 +79,7 @@ def test_all_weights_trained_are_all_weights() -> None:
     config = Config.model_validate({"policy": {"adapter": "full"}})
     policy = LinearPolicy()
     policy.network.requires_grad_(True)
-    subject = Subject(policy, policy.network, None, 0.0, 0, 0.0)  # type: ignore[arg-type]
+    subject = ProfileTarget(policy, policy.network, None, 0.0, 0, 0.0)  # type: ignore[arg-type]
     estimated = estimate(config, subject)
     assert estimated.parameters == estimated.trainable == DEPTH * WIDTH * WIDTH
     assert "(100.00%)" in estimated.rows()["trained"]

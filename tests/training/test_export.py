@@ -18,13 +18,13 @@ from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
-from customized_grpo.factory import policy as catalogue
+from customized_grpo.factory import pipelines
 from customized_grpo.factory.policy import build_policy, build_start
 from customized_grpo.generate import Options, generate
 from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.checkpoint import State, save_checkpoint
-from customized_grpo.training.ema import Average
+from customized_grpo.training.ema import EMA
 from customized_grpo.training.export import export
 from customized_grpo.training.run import evaluate_run
 
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_a_pipeline_is_exported_without_the_pipeline(
     rewards = {"prompt": "clip_t", "identity": "clip_i"}
     config = Config.model_validate({"policy": settings, "rewards": rewards, "evaluation": {"judge": "none"}})
     policy = build_policy(config.policy, 0)
-    average = Average(policy.trainable_parameters(), 0.5)
+    average = EMA(policy.trainable_parameters(), 0.5)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in policy.trainable_parameters():
@@ -124,7 +124,7 @@ def test_a_checkpoint_of_a_pipeline_is_exported_without_the_pipeline(
     with average.swapped():
         policy.save_adapter(tmp_path / "saved-ema")
     shutil.rmtree(tmp_path / "model")
-    monkeypatch.setattr(catalogue, "load_policy", lambda *arguments, **more: pytest.fail("the pipeline was loaded"))
+    monkeypatch.setattr(pipelines, "load_policy", lambda *arguments, **more: pytest.fail("the pipeline was loaded"))
     for name, ema in (("saved", False), ("saved-ema", True)):
         out = export(checkpoint, tmp_path / f"{name}-exported", ema=ema)
         # The bytes are not compared: safetensors writes the entries of a header in any order.
@@ -217,7 +217,7 @@ def test_the_trained_values_are_the_adapters_and_untuned_is_the_base(
             assert torch.equal(found, expected), name
     condition = plain.encode(["a star on the beach"], torch.rand(1, 1, 3, 32, 32))
     latents, sigma = torch.randn(1, *plain.latent_shape), torch.tensor([0.5])
-    with torch.no_grad(), policy.untuned():
+    with torch.no_grad(), policy.base_weights():
         assert torch.equal(policy.velocity(latents, sigma, condition), plain.velocity(latents, sigma, condition))
     with torch.no_grad():
         assert not torch.equal(policy.velocity(latents, sigma, condition), plain.velocity(latents, sigma, condition))

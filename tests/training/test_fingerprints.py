@@ -12,12 +12,12 @@ import pytest
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
-from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import UserError
 from customized_grpo.testing.tiny_pipelines import save_tiny
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
 from customized_grpo.training.fingerprints import fingerprint, fingerprints
-from customized_grpo.training.loop import Session
+from customized_grpo.training.loop import TrainingLoop
 
 
 def pipeline(folder: Path, weights: bytes = b"weights") -> Path:
@@ -148,11 +148,11 @@ def test_a_run_goes_on_with_the_same_weights_from_another_path(
 def test_machines_with_other_data_or_weights_are_told_apart(
     make_config: Callable[..., Config], toybox_data: Path
 ) -> None:
-    class Second(Ranks):
-        def of_first(self, text: str) -> str:
+    class Second(DistributedGroup):
+        def broadcast_text(self, text: str) -> str:
             return json.dumps(json.loads(text) | {"policy.weights.sha256": "0" * 64})
 
     dataset = SubjectDataset.open(toybox_data / "train")
     session: Any = SimpleNamespace(ranks=Second(), config=make_config(), trainer=SimpleNamespace(dataset=dataset))
     with pytest.raises(UserError, match=r"other data or weights .*\(policy\.weights\.sha256: 0{64} -> "):
-        Session.pin(session)
+        TrainingLoop.pin(session)

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import load_image, save_image
-from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import locked
 from customized_grpo.tracking.console import Display
 from customized_grpo.training import checkpoint
 from customized_grpo.training.checkpoint import list_checkpoints
-from customized_grpo.training.loop import Session
+from customized_grpo.training.loop import TrainingLoop
 from customized_grpo.training.run import train
 from customized_grpo.training.trainer import Trainer, TrainingError
 
@@ -307,13 +307,13 @@ def test_what_ends_a_run_in_its_updates_costs_one_iteration(
     """In the fourth iteration: in its second update, or when its weights are there but not its line in the log."""
     raised, error, text = ENDS[end]
 
-    def fail(self: Session, name: str, row: Any) -> None:
+    def fail(self: TrainingLoop, name: str, row: Any) -> None:
         if row["iteration"] == 4:
             raise raised
 
     with monkeypatch.context() as patch:
         if where == "_log":
-            patch.setattr(Session, "_log", fail)
+            patch.setattr(TrainingLoop, "_log", fail)
         else:
             failing(where, 3, raised, patch)
         with pytest.raises(error, match=text):
@@ -328,7 +328,7 @@ def test_a_process_that_waits_for_a_lost_one_is_saved_by_a_thread(
 ) -> None:
     """It is ended by force then: the main thread may be in a call that never ends."""
     acts: list[Callable[[], None]] = []
-    monkeypatch.setattr(Ranks, "before_force", lambda ranks, act: acts.append(act))
+    monkeypatch.setattr(DistributedGroup, "before_force", lambda ranks, act: acts.append(act))
     score = Trainer.score
 
     def stuck(self: Trainer[Any], *arguments: Any) -> Any:

@@ -81,14 +81,14 @@ def test_a_shared_prefix_gives_the_images_of_samples_walked_alone(
     difference = ((found * 255).round() - (expected * 255).round()).abs()
     assert difference.max() <= 1 and difference.count_nonzero() <= 1e-4 * difference.numel()
     groups, size, steps = len(PROMPTS), config.group_size, config.num_steps
-    assert rollout.forwards == groups * start + groups * size * (steps - start)
+    assert rollout.num_forward_evals == groups * start + groups * size * (steps - start)
 
 
 def test_separate_noises_share_nothing(policy: ToyBoxPolicy, condition: Context) -> None:
     config = settings(**WINDOW | {"initial_noise": "separate"})
     rollout, plan = rolled(policy, condition, config)
     assert torch.allclose(rollout.images.flatten(0, 1), one_by_one(policy, condition, config, plan), atol=1e-5)
-    assert rollout.forwards == len(PROMPTS) * config.group_size * config.num_steps
+    assert rollout.num_forward_evals == len(PROMPTS) * config.group_size * config.num_steps
 
 
 def test_the_generator_is_asked_only_for_the_forwards_counted(
@@ -97,7 +97,7 @@ def test_the_generator_is_asked_only_for_the_forwards_counted(
     asked, velocity = [], policy.velocity
     monkeypatch.setattr(policy, "velocity", lambda x, *rest: (asked.append(len(x)), velocity(x, *rest))[1])
     rollout, _ = rolled(policy, condition, settings(**WINDOW))
-    assert sum(asked) == rollout.forwards == 3 * 2 + 12 * 4
+    assert sum(asked) == rollout.num_forward_evals == 3 * 2 + 12 * 4
 
 
 def test_a_group_starts_together_or_apart(policy: ToyBoxPolicy, condition: Context) -> None:
@@ -203,7 +203,7 @@ def test_a_window_slides_on_every_period_and_comes_round() -> None:
 def test_a_fixed_window_stays() -> None:
     config = TEN.model_copy(update={"steps": "window", "window_size": 3, "window_start": 4})
     assert {plan.trained for plan in plans(config, 12)} == {(4, 5, 6)}
-    assert plans(config, 1)[0].shared_steps == 4
+    assert plans(config, 1)[0].num_prefix_steps == 4
 
 
 @pytest.mark.parametrize("steps", ["subset", "window"])

@@ -21,7 +21,7 @@ from customized_grpo.tracking.console import Display
 from customized_grpo.training.run import evaluate_run
 from customized_grpo.training.run_dir import load_run_config
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
@@ -116,7 +116,7 @@ class Away:
     def __init__(self, failing: int) -> None:
         self.failing = failing
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         valid = torch.ones(images.shape[:2], dtype=torch.bool)
         valid[:, : self.failing] = False
         return Scores(images.mean((2, 3, 4)), valid)

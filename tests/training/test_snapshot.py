@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from customized_grpo.training.checkpoint import State
-from customized_grpo.training.ema import Average
+from customized_grpo.training.ema import EMA
 from customized_grpo.training.snapshot import Snapshot
 
 
 def trained() -> State:
     parameters = [("a", nn.Parameter(torch.ones(2, 3))), ("b", nn.Parameter(torch.ones(4)))]
-    return State(parameters, torch.optim.AdamW([p for _, p in parameters], lr=0.1), Average(parameters, 0.9))
+    return State(parameters, torch.optim.AdamW([p for _, p in parameters], lr=0.1), EMA(parameters, 0.9))
 
 
 def step(state: State) -> None:

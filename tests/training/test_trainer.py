@@ -131,14 +131,14 @@ def test_every_update_has_as_much_of_every_group(make_trainer: MakeTrainer) -> N
     """So processes, which have whole groups, have equal work in every update."""
     trainer = make_trainer({})
     for prompts, size, updates in ((4, 12, 3), (3, 8, 3), (1, 5, 2)):
-        dealt = trainer._dealt(prompts, size)
+        dealt = trainer._minibatch_order(prompts, size)
         assert sorted(dealt.tolist()) == list(range(prompts * size))
         for part in dealt.tensor_split(updates):
             counts = torch.bincount(part // size, minlength=prompts)
             assert counts.max() - counts.min() <= (size % updates > 0)
-    before = trainer._dealt(4, 12)
+    before = trainer._minibatch_order(4, 12)
     trainer.iteration += 1
-    assert not torch.equal(before, trainer._dealt(4, 12))
+    assert not torch.equal(before, trainer._minibatch_order(4, 12))
 
 
 def trained_rows(trainer: Trainer[Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -404,5 +404,5 @@ def test_metrics_of_an_iteration(make_trainer: MakeTrainer, reward_of: RewardOf)
 
 def test_prompts_take_turns(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
-    asked = [prompt for iteration in range(6) for prompt in trainer.task(trainer.samples(iteration)).prompts]
+    asked = [prompt for iteration in range(6) for prompt in trainer.batch(trainer.samples(iteration)).prompts]
     assert sorted(asked) == sorted(sample.prompt for sample in trainer.dataset)

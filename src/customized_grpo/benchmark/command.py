@@ -17,14 +17,14 @@ from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.config.training import RanksConfig
 from customized_grpo.data import load_image, save_image
-from customized_grpo.distributed.group import Ranks, started
-from customized_grpo.distributed.termination import Termination
-from customized_grpo.errors import UserError, told_changes
+from customized_grpo.distributed.group import DistributedGroup, init_distributed
+from customized_grpo.distributed.termination import SignalHandler
+from customized_grpo.errors import UserError, describe_changes
 from customized_grpo.evaluation import evaluator as evaluation
 from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.metrics import Group, Measure, load_measures, toybox_measure
-from customized_grpo.factory.data import check_prompts, encode_rows, raise_listed
-from customized_grpo.factory.policy import build_policy, check_shard, resolved_policy
+from customized_grpo.factory.data import check_prompts, encode_rows, raise_problems
+from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config
 from customized_grpo.factory.rewards import build_judge, build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
 from customized_grpo.policies.policy import Policy, in_step
@@ -32,7 +32,7 @@ from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import bootstrap_interval
-from customized_grpo.tracking.console import Display, Stages
+from customized_grpo.tracking.console import Display, StageProgress
 from customized_grpo.training.run_dir import adapter_folder, load_run_config
 
 PURPOSE = "benchmark"
@@ -56,16 +56,16 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
         raise UserError("ema: only of a run; name it with --adapter RUN")
     run = None if config.adapter is None else load_run_config(config.adapter)
     configure(run.threads if run else None)
-    with started(Termination(), (run.ranks if run else RanksConfig()).silence) as ranks:
-        display = display if ranks.first else Display.silent()
-        with ranks.together(), display.stages() as stages:
+    with init_distributed(SignalHandler(), (run.ranks if run else RanksConfig()).silence) as ranks:
+        display = display if ranks.is_main_process else Display.silent()
+        with ranks.synchronized(), display.stages() as stages:
             work = _prepared(config, run, ranks, stages)
             # Before anyone draws: all see the same pictures missing.
             left = [number for number, path in enumerate(work.paths) if not path.is_file()]
         with display.stages() as stages:
             _draw(config, work, left, ranks, stages)
-        with ranks.together(), display.stages() as stages:
-            return _measure_and_tell(config, work, display, stages) if ranks.first else None
+        with ranks.synchronized(), display.stages() as stages:
+            return _measure_and_tell(config, work, display, stages) if ranks.is_main_process else None
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,18 @@ class _Work:
     measures: Sequence[Measure]
 
 
-def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages: Stages) -> _Work:
+def _prepared(config: BenchmarkConfig, run: Config | None, ranks: DistributedGroup, stages: StageProgress) -> _Work:
     """All that can be wrong is found here."""
     assert config.data is not None
     items = read_items(config.benchmark or "dreambench", config.data)
     policy = _policy_config(config, run)
     if run is None:
-        check_shard(policy, ranks.world)
+        check_shard(policy, ranks.world_size)
     if config.images is not None:
         paths = pictures_made_elsewhere(config.images, items)
     else:
         paths = [config.output / PICTURES / f"{item.id}.png" for item in items]
-    if not ranks.first:
+    if not ranks.is_main_process:
         return _Work(items, paths, policy, {}, None, [])
     settings = _settings(config, policy, items)
     _check_output(config.output, settings)
@@ -100,7 +100,7 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: Ranks, stages:
     return _Work(items, paths, policy, settings, pictures, _measures(config, policy, run, pictures))
 
 
-def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, stages: Stages) -> Path:
+def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, stages: StageProgress) -> Path:
     records = _measured(config, work, stages)
     means, subjects = summary(records), len({item.subject for item in work.items})
     results = {
@@ -135,7 +135,7 @@ def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float |
 class _Pictures:
     """The subjects' pictures, checked and their layouts known; loaded again when they are compared with."""
 
-    def __init__(self, folder: Path, items: Sequence[Item], stages: Stages) -> None:
+    def __init__(self, folder: Path, items: Sequence[Item], stages: StageProgress) -> None:
         """Raises `UserError` listing the pictures of the benchmark in `folder` that cannot be read."""
         subject_of = {path: item.subject for item in items for path in item.pictures}
         layouts: dict[str, list[Tensor]] = {}
@@ -146,7 +146,7 @@ class _Pictures:
             except UserError as error:
                 problems.append(str(error))
             stages.update("reading the subjects' pictures", done, len(subject_of))
-        raise_listed(folder, "pictures", problems)
+        raise_problems(folder, "pictures", problems)
         self.layouts = {subject: torch.cat(each) for subject, each in layouts.items()}
         self._last: dict[Path, Tensor] = {}
 
@@ -162,7 +162,7 @@ def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
         raise UserError(
             "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
         )
-    policy = resolved_policy(run.policy if run else config.policy)
+    policy = resolve_policy_config(run.policy if run else config.policy)
     if policy.kind == "toybox":
         if config.guidance is not None:
             raise UserError("guidance: ToyBox has none; leave it out")
@@ -218,7 +218,7 @@ def _check_output(output: Path, settings: Mapping[str, Any]) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path}: damaged ({error}); delete {output}, or use another --output") from error
-        if changed := told_changes(before, settings, {*before, *settings}):
+        if changed := describe_changes(before, settings, {*before, *settings}):
             raise UserError(f"output: {output} was begun with other settings ({changed}); use another --output")
     elif output.exists() and any(output.iterdir()):
         raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
@@ -233,7 +233,7 @@ def _measures(
     config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures
 ) -> Sequence[Measure]:
     if _is_toybox(config, policy):
-        if given := [name for name in sorted(MEASURED) if config.is_given(name)]:
+        if given := [name for name in sorted(MEASURED) if config.differs_from_default(name)]:
             raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
         leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
         scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
@@ -243,22 +243,24 @@ def _measures(
     return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 
-def _draw(config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: Ranks, stages: Stages) -> None:
+def _draw(
+    config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: DistributedGroup, stages: StageProgress
+) -> None:
     """Draw the pictures with the numbers `left`, of which each process has its share; nothing is written before all
     have loaded what they need."""
-    mine = left[ranks.rank :: ranks.world]
+    mine = left[ranks.rank :: ranks.world_size]
     policy = None
-    with ranks.together():
+    with ranks.synchronized():
         if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
             policy = _load_policy(config, work)
             asked = [work.items[number] for number in left]
-            share = range(len(left))[ranks.rank :: ranks.world]
+            share = range(len(left))[ranks.rank :: ranks.world_size]
             encode_rows(policy, asked, lambda index: _references(policy, asked[index]), stages, share)
-    with ranks.together(), writing(config.output):
-        if ranks.first:
+    with ranks.synchronized(), writing(config.output):
+        if ranks.is_main_process:
             config.output.mkdir(parents=True, exist_ok=True)
             write_whole(config.output / SETTINGS, json.dumps(work.settings, indent=1))
-    with ranks.together():
+    with ranks.synchronized():
         if policy is not None:
             with in_step(policy, ranks):
                 _draw_each(config, work, policy, mine, stages)
@@ -279,7 +281,9 @@ def _references(policy: Policy[Any], item: Item) -> list[Tensor]:
     return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
 
 
-def _draw_each(config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: Sequence[int], stages: Stages) -> None:
+def _draw_each(
+    config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: Sequence[int], stages: StageProgress
+) -> None:
     """Draw the pictures with the numbers `mine`, a micro-batch at a time, each whole or not at all."""
     sigmas = policy.sigmas(config.num_steps, config.shift)
     for start in range(0, len(mine), config.micro_batch):
@@ -307,7 +311,7 @@ def _drawn(
 
 
 @torch.no_grad()
-def _measured(config: BenchmarkConfig, work: _Work, stages: Stages) -> list[dict[str, Any]]:
+def _measured(config: BenchmarkConfig, work: _Work, stages: StageProgress) -> list[dict[str, Any]]:
     """A record of each item, in their order."""
     items, pictures, measures = work.items, work.pictures, work.measures
     assert pictures is not None

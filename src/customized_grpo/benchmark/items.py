@@ -10,7 +10,7 @@ from customized_grpo.data import SubjectDataset
 from customized_grpo.data.entries import Entry, Problem
 from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.sources import READERS, recognise
-from customized_grpo.errors import UserError, shortened
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.io.files import listed
 
 UNFIT = re.compile(r"[^\w.-]+")
@@ -51,7 +51,7 @@ def read_items(benchmark: str, folder: Path) -> list[Item]:
     missing = [f"{path.relative_to(folder.resolve())}: no such file" for path in files if not path.is_file()]
     missing = [f"{each.place}: {each.text}" for each in problems] + missing
     if missing or not entries:
-        raise UserError(f"data: {folder} is not whole:\n  " + shortened(missing or ["it has no prompt"]))
+        raise UserError(f"data: {folder} is not whole:\n  " + truncated(missing or ["it has no prompt"]))
     # A folder names all pictures of a subject, the first of which is drawn from; a list names what is drawn from.
     one = layout == "dreambench"
     return _items([(_subject(entry, folder), entry.prompt, entry.references, None) for entry in entries], one=one)
@@ -78,7 +78,7 @@ def pictures_made_elsewhere(folder: Path, items: Sequence[Item]) -> list[Path]:
     if missing:
         missing += [f"{path.name}: {text}" for path in files if (text := remedy(path.suffix))]
         raise UserError(
-            f"images: {folder} lacks {paths.count(None)} of {len(items)} pictures:\n  " + shortened(missing)
+            f"images: {folder} lacks {paths.count(None)} of {len(items)} pictures:\n  " + truncated(missing)
         )
     return [path for path in paths if path is not None]
 

@@ -10,7 +10,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 
 from customized_grpo.benchmark.items import Item
-from customized_grpo.benchmark.published import OURS, PROMPTS, PUBLISHED, REAL_IMAGES, SUBJECTS
+from customized_grpo.benchmark.published import METHOD, PROMPTS, PUBLISHED, REAL_IMAGES, SUBJECTS
 from customized_grpo.data import load_image
 from customized_grpo.data.images import to_pil
 from customized_grpo.report import style
@@ -106,7 +106,7 @@ def _text(name: str, value: float) -> str:
 def _published(name: str, metrics: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
     known = dict(zip(PUBLISHED_PLANE, PUBLISHED[name], strict=True))
     cells = [_text(metric, known[metric]) if metric in known else "\u2013" for metric, _, _ in metrics]
-    return {"name": name, "cells": cells, "ours": name == OURS}
+    return {"name": name, "cells": cells, "ours": name == METHOD}
 
 
 def _subject_rows(
@@ -161,7 +161,7 @@ def _plane(summary: Mapping[str, Interval], axes: tuple[str, str], others: Mappi
             panel.plot([left, right], [y, y], color=colour, alpha=0.35, linewidth=1.1)
             panel.plot([x, x], [low, high], color=colour, alpha=0.35, linewidth=1.1)
             size = 8.0 if name == THIS else 5.5
-            face = colour if name in (THIS, OURS) else style.PAPER
+            face = colour if name in (THIS, METHOD) else style.PAPER
             panel.plot(x, y, "o", markersize=size, color=colour, markerfacecolor=face, markeredgewidth=1.4, zorder=4)
         if others:
             panel.axvline(REAL_IMAGES, color=style.AXIS, linewidth=1, dashes=(4, 3), zorder=1)

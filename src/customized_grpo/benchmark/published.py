@@ -13,7 +13,7 @@ PUBLISHED = {
     "ELITE": (0.647, 3.12),
 }
 """(identity, prompt) by name."""
-OURS = "Customized-GRPO"
+METHOD = "Customized-GRPO"
 REAL_IMAGES = 0.774
 """Identity of a subject's real pictures to each other."""
 SUBJECTS, PROMPTS = 30, 750

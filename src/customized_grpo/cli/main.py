@@ -13,7 +13,7 @@ from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.cli.parser import BadArguments, build_parser
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.config.files import check_file
-from customized_grpo.config.messages import explain, values_of, worded
+from customized_grpo.config.messages import format_parser_error, format_validation_error, values_of
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.config.section import Section
 from customized_grpo.distributed.launch import is_launched, launch
@@ -29,7 +29,7 @@ SETTINGS: dict[str, type[Section]] = {
     "train": Config, "diagnose": Config, "compare": CompareConfig, "evaluate": BenchmarkConfig,
 }  # fmt: skip
 """Whose fields a command takes as options, and in the file of --config."""
-GOES_ON = {
+RESUME_HINTS = {
     "train": "; `train --resume` goes on from the last checkpoint",
     "evaluate": "; of a benchmark, the same command goes on with the pictures that are left",
     "compare": "; the same command goes on: finished runs are kept, the others go on from their last checkpoint",
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run(options)
     except BadArguments as error:
         words, command = parser.command_of(arguments)
-        told = explain(str(error), arguments, SETTINGS.get(arguments[0], Section), command.options())
+        told = format_parser_error(str(error), arguments, SETTINGS.get(arguments[0], Section), command.options())
         _fail(f"{told}\nSee {' '.join([parser.prog, *words])} --help for all options.")
     except UserError as error:
         _fail(str(error))
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             FAILURE,
         )
     except KeyboardInterrupt:
-        _fail(f"interrupted{GOES_ON.get(arguments[0], '')}", INTERRUPTED)
+        _fail(f"interrupted{RESUME_HINTS.get(arguments[0], '')}", INTERRUPTED)
 
 
 def _run(options: Namespace) -> None:
@@ -130,7 +130,7 @@ def _settings(model: type[SectionT], options: Namespace, *flags: str) -> Section
     try:
         return model.model_validate(settings)
     except ValidationError as error:
-        raise UserError(worded(error)) from error
+        raise UserError(format_validation_error(error)) from error
 
 
 def _compare(options: Namespace) -> None:
@@ -170,7 +170,7 @@ def _evaluate(options: Namespace) -> None:
         from customized_grpo.training.run import evaluate_run
 
         path = evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema)
-        _tell("report" if path and path.is_file() else "evaluation", path)
+        _print_path("report" if path and path.is_file() else "evaluation", path)
         return
     if config.benchmark is None and config.images is None:
         raise UserError(
@@ -181,10 +181,10 @@ def _evaluate(options: Namespace) -> None:
         raise UserError("--pairs: only with --run; a benchmark is taken whole")
     from customized_grpo.benchmark.command import run_benchmark
 
-    _tell("benchmark", run_benchmark(config, Display()))
+    _print_path("benchmark", run_benchmark(config, Display()))
 
 
-def _tell(what: str, path: Path | None) -> None:
+def _print_path(what: str, path: Path | None) -> None:
     """What was written; of several processes only the first writes."""
     if path is not None:
         print(f"{what}: {path}")
@@ -228,7 +228,7 @@ def _train(options: Namespace) -> None:
     from customized_grpo.training.run import train
 
     how = {name: options[name] for name in ("resume", "resume_from", "overwrite")}
-    _tell("report", train(config, Display(), **how))
+    _print_path("report", train(config, Display(), **how))
 
 
 def _prepare(options: Namespace) -> None:

@@ -10,9 +10,9 @@ from customized_grpo.compare.figures import write_figures
 from customized_grpo.compare.grid import RECORD, cells_of, check_grid, label, run_grid
 from customized_grpo.compare.page import write_page
 from customized_grpo.compare.results import Cell, presets_in, read_csv, read_results, write_csv
+from customized_grpo.config.presets import BASE
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import check_folder
-from customized_grpo.report.style import BASE
 from customized_grpo.tracking.console import Display
 
 CSV = "comparison.csv"

@@ -5,13 +5,12 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from customized_grpo.compare.presets import CALIBRATED, HINGE, PRESETS
 from customized_grpo.config.advantages import AdvantagesConfig
-from customized_grpo.config.messages import worded
+from customized_grpo.config.messages import format_validation_error
+from customized_grpo.config.presets import BASE, CALIBRATED, HINGE, PRESETS
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.config.section import Section
 from customized_grpo.errors import UserError
-from customized_grpo.report.style import BASE
 
 OF_THE_GRID = {
     "seed", "output", "advantages.normalise", "advantages.shape", "advantages.thresholds", "advantages.weights",
@@ -104,7 +103,7 @@ def run_settings(
         return Config.model_validate(tree | {"seed": seed, "advantages": advantages}).model_dump(mode="json")
     except ValidationError as error:
         where = f"settings '{setting}', preset '{preset}'" if setting else f"preset '{preset}'"
-        raise UserError(f"{where}: {worded(error)}") from error
+        raise UserError(f"{where}: {format_validation_error(error)}") from error
 
 
 def _merged(tree: dict[str, Any], changes: Any) -> dict[str, Any]:

@@ -21,12 +21,13 @@ from customized_grpo.compare.results import (
     settings_in,
     summarise,
 )
+from customized_grpo.config.presets import BASE, BASELINE, METHOD
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import style
-from customized_grpo.report.style import BASE, IDENTITY, INK, MUTED, OURS, PROMPT, REFERENCE
+from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT
 from customized_grpo.statistics import t_interval
 
-CURVES = (REFERENCE, "naive-1:1.5", OURS)
+CURVES = (BASELINE, "naive-1:1.5", METHOD)
 PAPER_SIGNALS = (0.502, 0.268, 0.230)
 """Conflict, both positive, both negative: the distribution of reward signals that the paper reports."""
 SIGNAL_NAMES = ("conflict", "both positive", "both negative")
@@ -223,7 +224,7 @@ def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | No
         style.title(axes, title)
         _settings_axis(axes, settings)
         style.end_labels(axes, ends)
-    ours = [row for row in rows if row.preset == OURS and "joint_success" in row.differences]
+    ours = [row for row in rows if row.preset == METHOD and "joint_success" in row.differences]
     gains: dict[float, Interval] = {settings.index(row.setting): row.differences["joint_success"] for row in ours}
     grid[2].axhline(0, color=MUTED, linewidth=1)
     grid[2].plot(list(gains), [mean for mean, _, _ in gains.values()], "o", markersize=7, color=INK)

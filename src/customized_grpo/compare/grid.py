@@ -18,11 +18,11 @@ from typing import IO, Any
 import yaml
 
 from customized_grpo.compare.config import CompareConfig, run_settings
-from customized_grpo.compare.presets import CALIBRATED
 from customized_grpo.compare.results import Cell
+from customized_grpo.config.presets import CALIBRATED
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
-from customized_grpo.factory.config import resolved
+from customized_grpo.factory.config import resolve_config
 from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
 from customized_grpo.tracking.console import Display, RunState
 from customized_grpo.training.run_dir import load_run_config
@@ -265,7 +265,7 @@ def _check_record(config: CompareConfig) -> None:
 
 
 def _check_run(cell: Cell, wanted: dict[str, Any]) -> None:
-    here = flatten(resolved(Config.model_validate(wanted)).model_dump(mode="json"))
+    here = flatten(resolve_config(Config.model_validate(wanted)).model_dump(mode="json"))
     if cell.preset == CALIBRATED:
         del here["advantages.table"]
     there = flatten(load_run_config(cell.folder).model_dump(mode="json"))

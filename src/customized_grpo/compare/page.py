@@ -19,11 +19,11 @@ from customized_grpo.compare.results import (
     settings_in,
     summarise,
 )
+from customized_grpo.config.presets import BASE, BASELINE, METHOD
 from customized_grpo.report.formats import duration, percent, points, reward
 from customized_grpo.report.inline import inline_svg
 from customized_grpo.report.page import SECRET, render_page
 from customized_grpo.report.records import data_uri
-from customized_grpo.report.style import BASE, OURS, REFERENCE
 
 COLUMNS = (
     ("joint_success", "Joint success", "joint"),
@@ -39,7 +39,7 @@ COLUMNS = (
 FIGURES = {
     "settings": (
         "Where it helps",
-        f"The same presets under every setting, and the paired gain of {OURS} over {REFERENCE} in joint success.",
+        f"The same presets under every setting, and the paired gain of {METHOD} over {BASELINE} in joint success.",
     ),
     "joint": (
         "Joint success",
@@ -99,8 +99,8 @@ def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, 
         "asked": len(cells),
         "facts": facts(results),
         "headlines": headlines(results, rows),
-        "reference": REFERENCE,
-        "ours": OURS,
+        "reference": BASELINE,
+        "ours": METHOD,
         "columns": columns,
         "groups": grouped(rows, [table_row(row, columns) for row in rows]),
         "differences": grouped(
@@ -136,9 +136,9 @@ def headlines(results: Sequence[Result], rows: Sequence[Row]) -> list[dict[str, 
     """By setting: the paired difference in joint success of `customized` to the reference, where there is one."""
     found = []
     for row in rows:
-        if row.preset != OURS or "joint_success" not in row.differences:
+        if row.preset != METHOD or "joint_success" not in row.differences:
             continue
-        both = [select(results, row.setting, preset) for preset in (REFERENCE, OURS)]
+        both = [select(results, row.setting, preset) for preset in (BASELINE, METHOD)]
         before, after = (np.mean([side[seed].values["joint_success"] for seed in row.shared]) for side in both)
         difference = row.differences["joint_success"]
         found.append(

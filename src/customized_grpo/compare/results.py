@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from customized_grpo.config.presets import BASE, BASELINE
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import replacing
 from customized_grpo.io.jsonl import read_lines
 from customized_grpo.report.records import Columns, to_columns
-from customized_grpo.report.style import BASE, REFERENCE
 from customized_grpo.statistics import t_interval
 
 Interval = tuple[float, float, float]
@@ -141,7 +141,7 @@ def select(results: Sequence[Result], setting: str, preset: str) -> dict[int, Re
     return {r.seed: r for r in sorted(results, key=lambda r: r.seed) if (r.setting, r.preset) == (setting, preset)}
 
 
-def summarise(results: Sequence[Result], reference: str = REFERENCE, order: Sequence[str] | None = None) -> list[Row]:
+def summarise(results: Sequence[Result], reference: str = BASELINE, order: Sequence[str] | None = None) -> list[Row]:
     """A row per setting and preset that has results; presets as in `presets_in`.
 
     A seed is one observation: means and 95 % Student's t intervals are over seeds, those of the differences over

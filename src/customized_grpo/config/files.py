@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from customized_grpo.config.messages import field_names, section_at, unknown, worded
+from customized_grpo.config.messages import field_names, format_validation_error, section_at, unknown
 from customized_grpo.errors import UserError
 
 MERGE = "tag:yaml.org,2002:merge"
@@ -24,7 +24,7 @@ def check_file(path: Path, model: type[BaseModel]) -> None:
         if not isinstance(root, yaml.MappingNode):
             found = "none" if root is None else "something else"
             raise UserError(f"{path}: expected settings, as `iterations: 50`, found {found}")
-        for mark, problem in (*_twice(root, ""), *_misplaced(root, model, "")):
+        for mark, problem in (*_duplicate_keys(root, ""), *_unknown_keys(root, model, "")):
             raise UserError(f"{path}:{mark.line + 1}: {problem}")
         model.model_validate(yaml.safe_load(text))
     except UnicodeDecodeError as error:
@@ -32,11 +32,11 @@ def check_file(path: Path, model: type[BaseModel]) -> None:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     except ValidationError as error:
-        if told := worded(error, fields_of=model):
+        if told := format_validation_error(error, fields_of=model):
             raise UserError(f"{path}: {told}") from error
 
 
-def _twice(node: yaml.Node, prefix: str) -> Iterator[Problem]:
+def _duplicate_keys(node: yaml.Node, prefix: str) -> Iterator[Problem]:
     """Keys that stand in a mapping twice; YAML would take the last, silently."""
     lines: dict[str, int] = {}
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -44,10 +44,10 @@ def _twice(node: yaml.Node, prefix: str) -> Iterator[Problem]:
         if name in lines:
             yield key.start_mark, f"{name} stands in line {lines[name]} already; remove one of the two"
         lines[name] = key.start_mark.line + 1
-        yield from _twice(value, f"{name}.")
+        yield from _duplicate_keys(value, f"{name}.")
 
 
-def _misplaced(node: yaml.MappingNode, model: type[BaseModel], prefix: str) -> Iterator[Problem]:
+def _unknown_keys(node: yaml.MappingNode, model: type[BaseModel], prefix: str) -> Iterator[Problem]:
     """Names that are no field's, and sections that are none."""
     names = field_names(model)
     for key, value in node.value:
@@ -63,4 +63,4 @@ def _misplaced(node: yaml.MappingNode, model: type[BaseModel], prefix: str) -> I
             fields = ", ".join(section.model_fields)
             yield key.start_mark, f"{name}: expected its fields below it, of {fields}; or remove the line"
         elif section is not None:
-            yield from _misplaced(value, model, f"{name}.")
+            yield from _unknown_keys(value, model, f"{name}.")

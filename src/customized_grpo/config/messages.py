@@ -16,7 +16,7 @@ from customized_grpo.config.run import Config
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
-def explain(
+def format_parser_error(
     message: str, arguments: Sequence[str], model: type[BaseModel] = Config, options: Sequence[str] = ()
 ) -> str:
     """An error of the argument parser in one line; `arguments` are what it was given, and it has the fields of `model`
@@ -42,7 +42,7 @@ def explain(
     return text
 
 
-def worded(error: ValidationError, fields_of: type[BaseModel] | None = None) -> str:
+def format_validation_error(error: ValidationError, fields_of: type[BaseModel] | None = None) -> str:
     """All that pydantic found wrong, in our words: field, what is wrong, what was found. With `fields_of`, the model
     that was validated: what is wrong with single fields alone."""
     return "; ".join(
@@ -114,7 +114,7 @@ def _of_field(place: str, arguments: Sequence[str], model: type[BaseModel]) -> s
     except yaml.YAMLError:
         return None
     except ValidationError as error:
-        return worded(error, fields_of=model) if values else None
+        return format_validation_error(error, fields_of=model) if values else None
     return None
 
 

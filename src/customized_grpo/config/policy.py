@@ -72,7 +72,11 @@ class PolicyConfig(Section):
 
     @model_validator(mode="after")
     def _for_this_kind(self) -> "PolicyConfig":
-        given = [name for name in (NOT_FOR_TOYBOX if self.kind == "toybox" else ONLY_FOR_TOYBOX) if self.is_given(name)]
+        given = [
+            name
+            for name in (NOT_FOR_TOYBOX if self.kind == "toybox" else ONLY_FOR_TOYBOX)
+            if self.differs_from_default(name)
+        ]
         if given:
             raise ValueError(f"{', '.join(given)}: not for kind='{self.kind}'; leave it out")
         if self.kind == "toybox" and self.device not in ("auto", "cpu"):

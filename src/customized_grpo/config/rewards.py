@@ -76,7 +76,7 @@ class VlmJudgeConfig(Section):
     @model_validator(mode="after")
     def _sent(self) -> "VlmJudgeConfig":
         for name, fields in {"temperature": ("temperature",), "max_tokens": ("max_tokens", "max_tokens_field")}.items():
-            if name in self.omit and any(self.is_given(field) for field in fields):
+            if name in self.omit and any(self.differs_from_default(field) for field in fields):
                 raise ValueError(f"omit: {name} is left out of every question, and set all the same; choose one")
         return self
 
@@ -184,12 +184,12 @@ class RewardsConfig(Section):
     @model_validator(mode="after")
     def _for_these_rewards(self) -> "RewardsConfig":
         for name, readers in READ_BY.items():
-            if self.is_given(name) and not self.reads(name):
+            if self.differs_from_default(name) and not self.reads(name):
                 raise ValueError(
                     f"{name}: only for {', '.join(readers)} (found prompt={self.prompt}, identity={self.identity}); "
                     "leave it out"
                 )
-        if self.is_given("background") and self.identity_reference != "segmented":
+        if self.differs_from_default("background") and self.identity_reference != "segmented":
             raise ValueError("background: only behind segmented references; set identity_reference to segmented")
         return self
 

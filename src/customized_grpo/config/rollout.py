@@ -54,7 +54,7 @@ class RolloutConfig(Section):
                 f"of num_steps={self.num_steps} steps, 0 to {self.num_steps - 2} are trainable"
                 " (the last is deterministic). Make the window smaller or start it earlier"
             )
-        if self.window_start is not None and self.is_given("window_period"):
+        if self.window_start is not None and self.differs_from_default("window_period"):
             raise ValueError("window_period: a window with a window_start stays there; leave one of them out")
         if self.sde == "cps" and self.eta > 1:
             raise ValueError(f"eta={self.eta} is too large for sde='cps': it must be in (0, 1]")

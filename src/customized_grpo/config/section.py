@@ -20,7 +20,7 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     READ_WITH: ClassVar[ReadWith] = {}
 
-    def is_given(self, name: str) -> bool:
+    def differs_from_default(self, name: str) -> bool:
         """Whether a field is not as it is when it is left out."""
         return bool(getattr(self, name) != type(self).model_fields[name].default)
 
@@ -31,7 +31,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _at_home(cls, value: Any) -> Any:
+    def _expand_user(cls, value: Any) -> Any:
         """~/models is the user's."""
         if isinstance(value, Path):
             return value.expanduser()
@@ -40,7 +40,7 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _all_is_read(self) -> "Section":
         for name in self.unread(dict(self)):
-            if self.is_given(name):
+            if self.differs_from_default(name):
                 other, values = self.READ_WITH[name]
                 raise ValueError(
                     f"{name}: only for {other}={' or '.join(map(str, values))} (found {getattr(self, other)}); "

@@ -59,7 +59,7 @@ class EmaConfig(Section):
 
     @model_validator(mode="after")
     def _with_an_average(self) -> "EmaConfig":
-        if self.decay is None and self.is_given("evaluate"):
+        if self.decay is None and self.differs_from_default("evaluate"):
             raise ValueError("evaluate: there is no average without a decay; set decay, or leave it out")
         return self
 

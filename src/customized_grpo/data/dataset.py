@@ -30,7 +30,7 @@ from customized_grpo.data.images import (
     load_mask,
 )
 from customized_grpo.data.masks import misfit
-from customized_grpo.errors import UserError, shortened
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.io.files import file_sha256, write_whole
 from customized_grpo.randomness import generator
 
@@ -127,7 +127,7 @@ class SubjectDataset:
         if without:
             raise UserError(
                 f"{self.folder / METADATA}: {len(without)} of {len(samples)} samples of one batch have no "
-                f"masks: {shortened([repr(name) for name in without], ', ')}; give masks to every sample or to none"
+                f"masks: {truncated([repr(name) for name in without], ', ')}; give masks to every sample or to none"
             )
         return Originals(load_mask, [sample.masks for sample in samples], self._max_pixels)
 
@@ -192,7 +192,7 @@ def batch_indices(num_samples: int, per_iteration: int, seed: int, iteration: in
     return order[start : start + per_iteration]
 
 
-def _filled(value: str) -> str:
+def _not_blank(value: str) -> str:
     if not value.strip():
         raise ValueError("is empty")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
@@ -212,7 +212,7 @@ def _file_name_part(value: str) -> str:
     return value
 
 
-_Text = Annotated[str, AfterValidator(_filled)]
+_Text = Annotated[str, AfterValidator(_not_blank)]
 _Name = Annotated[_Text, AfterValidator(_one_line)]
 
 
@@ -270,7 +270,7 @@ def _parse_lines(metadata: Path, lines: Sequence[tuple[int, bytes]]) -> list[tup
 def _parse_sample(root: Path, line: bytes) -> Sample:
     """One line's sample. Raises UserError that says all that is wrong with it, without the place."""
     try:
-        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_without_twins)
+        value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_reject_duplicate_keys)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
@@ -299,7 +299,7 @@ def _parse_sample(root: Path, line: bytes) -> Sample:
     )
 
 
-def _without_twins(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """The object of `pairs`. Raises UserError for a field given twice, of which JSON would take the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
@@ -381,7 +381,7 @@ def _raise_listed(problems: Sequence[str], headline: str) -> None:
     if len(problems) == 1:
         raise UserError(problems[0])
     if problems:
-        raise UserError(f"{headline}:\n  " + shortened(problems))
+        raise UserError(f"{headline}:\n  " + truncated(problems))
 
 
 def _worded(error: dict[str, Any]) -> str:

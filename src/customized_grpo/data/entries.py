@@ -28,7 +28,7 @@ class Problem:
     count: int = 1
 
 
-Found = Entry | Problem
+EntryOrProblem = Entry | Problem
 
 
 def inside(root: Path, path: Path) -> Path:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from customized_grpo.data.entries import Entry, Found, Problem, inside
+from customized_grpo.data.entries import Entry, EntryOrProblem, Problem, inside
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.files import is_left_behind, writing
 
@@ -87,7 +87,7 @@ def open_tables(source: Path, split: str | None = None) -> list[Table]:
     return chosen
 
 
-def read_hugging_face(source: Path, tables: Sequence[Table], named: Named = Named()) -> Generator[Found]:
+def read_hugging_face(source: Path, tables: Sequence[Table], named: Named = Named()) -> Generator[EntryOrProblem]:
     """An entry or a problem for each row of `tables`, rows counted from 0 in their split.
 
     A picture that lies in a table is a file only until the next entry is asked for. Raises `UserError` for columns
@@ -153,7 +153,9 @@ def _rows(table: Table, columns: Sequence[str]) -> Iterator[dict[str, Any] | str
             yield row
 
 
-def _entry(source: Path, scratch: Path, table: Table, place: str, roles: dict[str, str], row: dict[str, Any]) -> Found:
+def _entry(
+    source: Path, scratch: Path, table: Table, place: str, roles: dict[str, str], row: dict[str, Any]
+) -> EntryOrProblem:
     prompt, subject = row[roles["prompt"]], row.get(roles.get("subject", ""))
     if not isinstance(prompt, str) or not prompt.strip():
         return Problem(place, f"{roles['prompt']} is {reprlib.repr(prompt)}, expected text")

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from customized_grpo.data.dataset import METADATA, Sample, write_metadata
-from customized_grpo.data.entries import Entry, Found, Problem
+from customized_grpo.data.entries import Entry, EntryOrProblem, Problem
 from customized_grpo.data.hugging_face import Named, open_tables, read_hugging_face
 from customized_grpo.data.images import MAX_PIXELS, load_image, resize, save_image, to_pil, within
 from customized_grpo.data.masks import load_mask_of
 from customized_grpo.data.sources import HUGGING_FACE, READERS, recognise
-from customized_grpo.errors import UserError, shortened
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.io.files import StorageError, check_folder, writing
 
 LARGEST = 150_000_000
@@ -112,7 +112,7 @@ def _check(source: Path, output: Path | None, options: Options) -> None:
         raise UserError(f"{source} is no folder")
 
 
-def _reading(name: str, source: Path, options: Options) -> tuple[int, Generator[Found]]:
+def _reading(name: str, source: Path, options: Options) -> tuple[int, Generator[EntryOrProblem]]:
     """How many entries and problems there are, and these."""
     if name == HUGGING_FACE:
         tables = open_tables(source, options.split)
@@ -159,7 +159,7 @@ class _Pictures:
         cut = [mask for _, mask in pairs if mask is not None]
         if cut and len(cut) < len(pairs) and not self._makes_masks:
             bare = [path.name for path, (_, mask) in zip(entry.references, pairs, strict=False) if mask is None]
-            text = f"{len(bare)} of {len(pairs)} pictures have no mask: {shortened(bare, ', ', most=5)}"
+            text = f"{len(bare)} of {len(pairs)} pictures have no mask: {truncated(bare, ', ', most=5)}"
             return Problem(entry.place, f"{text}; draw them, or make them with --segment")
         return Sample(identifier, entry.prompt, tuple(image for image, _ in pairs), tuple(cut), subject)
 
@@ -217,7 +217,7 @@ def _segmenter() -> Segment:
 def _listed(source: Path, problems: Sequence[Problem], bad: int, entries: int, max_bad: int) -> str:
     if not problems:
         return f"{source} holds no entry: nothing to write to {METADATA}"
-    listed = shortened([f"{problem.place}: {problem.text}" for problem in problems], most=LISTED)
+    listed = truncated([f"{problem.place}: {problem.text}" for problem in problems], most=LISTED)
     head = f"{source}: {bad} of {entries} entries cannot be used"
     limit = f", more than --max_bad={max_bad} allows:" if bad > max_bad else ", and there is no other:"
     return f"{head}{limit}\n  {listed}"

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from customized_grpo.data.entries import Entry, Found, Problem, inside
+from customized_grpo.data.entries import Entry, EntryOrProblem, Problem, inside
 from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.hugging_face import is_saved, parquet_files
-from customized_grpo.errors import UserError, shortened
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.io.files import listed
 from customized_grpo.io.text import read_text_lines
 
@@ -23,10 +23,10 @@ PLACE = "{}"
 """Where a template of prompts.txt has the subject's name."""
 LISTED = 30
 
-Reader = Callable[[Path], Iterator[Found]]
+Reader = Callable[[Path], Iterator[EntryOrProblem]]
 
 
-def read_folders(source: Path) -> Iterator[Found]:
+def read_folders(source: Path) -> Iterator[EntryOrProblem]:
     """A folder per subject with its pictures and a prompts.txt, one prompt a line; `{}` stands for the folder's name.
 
     Masks, where there are any, are named after their pictures: toy.jpg and toy_mask.png.
@@ -50,7 +50,7 @@ def read_folders(source: Path) -> Iterator[Found]:
         yield from _of_subject(source, folder, [line.replace(PLACE, name) for line in lines if line])
 
 
-def read_dreambench(source: Path) -> Iterator[Found]:
+def read_dreambench(source: Path) -> Iterator[EntryOrProblem]:
     """DreamBench's folder: one of pictures for each subject, and prompts_and_classes.txt with the subjects' classes and
     25 templates for objects and for living things."""
     try:
@@ -83,7 +83,7 @@ def read_dreambench(source: Path) -> Iterator[Found]:
         yield from _of_subject(source, folder, prompts)
 
 
-def read_manifest(source: Path) -> Iterator[Found]:
+def read_manifest(source: Path) -> Iterator[EntryOrProblem]:
     """JSON lists of `{"prompt", "image_path" or "image_paths"}`, as UNO and DreamBench's lists are; a picture to be
     drawn (`image_tgt_path`) is not needed."""
     for path, number, record in _records(source):
@@ -92,7 +92,7 @@ def read_manifest(source: Path) -> Iterator[Found]:
         yield _entry(path.parent, source, place, record.get("prompt"), paths)
 
 
-def read_syncd(source: Path) -> Iterator[Found]:
+def read_syncd(source: Path) -> Iterator[EntryOrProblem]:
     """SynCD: lists of `{"filenames", "prompts"}` beside their pictures, with masks/ of the same names; or of `{"id",
     "ref_img", "img", "text", "category_description"}`. The reference of a prompt is another picture of its subject."""
     for path, number, record in _records(source):
@@ -140,7 +140,7 @@ def recognise(source: Path) -> str:
     )
 
 
-def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[Found]:
+def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[EntryOrProblem]:
     files = listed(folder)
     named = {path.stem: path for path in files if is_picture(path)}
     pictures = [path for path in files if is_picture(path) and not path.stem.endswith(MASK)]
@@ -149,7 +149,7 @@ def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[
         if text := remedy(path.suffix):
             unread.setdefault(text, []).append(path.name)
     for text, names in unread.items():
-        yield Problem(folder.name, f"{shortened(names, ', ', most=5)}: {text}", count=0)
+        yield Problem(folder.name, f"{truncated(names, ', ', most=5)}: {text}", count=0)
     if not pictures or not prompts:
         yield Problem(folder.name, "no pictures" if prompts else f"{PROMPTS} is empty")
         return
@@ -166,7 +166,7 @@ def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[
 
 def _entry(
     base: Path, root: Path, place: str, prompt: Any, names: Any, mask: str | None = None, subject: Any = None
-) -> Found:
+) -> EntryOrProblem:
     names = [names] if isinstance(names, str) else names
     if not isinstance(prompt, str) or not prompt.strip():
         return Problem(place, f"the prompt is {prompt!r:.80}, expected text")

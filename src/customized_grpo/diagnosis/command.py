@@ -18,8 +18,8 @@ from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
 from customized_grpo.errors import UserError
-from customized_grpo.factory.config import resolved
-from customized_grpo.factory.data import encode_ahead, open_dataset, tell_long_prompts
+from customized_grpo.factory.config import resolve_config
+from customized_grpo.factory.data import encode_ahead, load_dataset, warn_truncated_prompts
 from customized_grpo.factory.policy import build_policy, build_start
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import UNFINISHED, check_folder, write_whole, writing
@@ -60,14 +60,14 @@ def diagnose(
     else:
         policy = build_policy(config.policy, config.seed)
         policy.load_adapter(run)
-    dataset = open_dataset(config.data.path, config, policy)
+    dataset = load_dataset(config.data.path, config, policy)
     if prompts > len(dataset):
         raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
     rewards = build_rewards(config)
     # Both measurements take the first samples of the order in which training would.
     drawn = max(prompts, batches * config.rollout.prompts_per_iteration)
     used = {dataset: [dataset[index] for index in sorted(set(batch_indices(len(dataset), drawn, config.seed, 0)))]}
-    tell_long_prompts(config, policy, rewards, used, display)
+    warn_truncated_prompts(config, policy, rewards, used, display)
     with display.stages() as stages:
         encode_ahead(policy, used, stages)
         sensitivity = measure(
@@ -176,7 +176,7 @@ def _check(config: Config | None, run: Path | None, output: Path, counts: Mappin
         raise UserError("diagnose measures a finished run (--run) or a configuration (--config): give one of the two")
     _check_output(output)
     config = config or load_run_config(run or Path())
-    return resolved(config)
+    return resolve_config(config)
 
 
 def _settings(config: Config, run: Path | None) -> Record:

@@ -90,7 +90,7 @@ def measure_conflict(
             policy, trainer.condition(samples), len(samples), plan, config.rollout,
             seed=config.seed, iteration=FRESH_NOISE + batch,
         )  # fmt: skip
-        scores, valid = trainer.score(rollout.images, trainer.task(samples))
+        scores, valid = trainer.score(rollout.images, trainer.batch(samples))
         trainer.check_valid(valid)
         valid = valid.all(-1, keepdim=True).expand_as(valid)
         advantages = NORMALISERS[config.advantages.normalise](scores, valid).flatten(0, 1).T

@@ -113,14 +113,14 @@ def measure(
     ticks = Ticks(on_progress, steps * len(firsts))
     for number, first in enumerate(firsts):
         samples = trainer.samples(number)[: prompts - first]
-        condition, task = trainer.condition(samples), trainer.task(samples)
+        condition, batch = trainer.condition(samples), trainer.batch(samples)
         branches = []
         for i in range(steps):
             rollout = sample_groups(
                 policy, condition, len(samples), Plan(trainer.sigmas, (i,), (i,)), settings,
                 seed=config.seed, iteration=FRESH_NOISE + number,
             )  # fmt: skip
-            scores, valid = trainer.score(rollout.images, task)
+            scores, valid = trainer.score(rollout.images, batch)
             trainer.check_valid(valid)
             branches.append(group_variances(scores, valid))
             ticks.tick()

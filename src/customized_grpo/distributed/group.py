@@ -17,8 +17,8 @@ from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from customized_grpo.distributed.env import world_size
-from customized_grpo.distributed.heartbeat import Watch
-from customized_grpo.distributed.termination import Terminated, Termination
+from customized_grpo.distributed.heartbeat import HeartbeatMonitor
+from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import TrainingError, UserError, first_line
 
 BUCKET = 1 << 26
@@ -28,13 +28,13 @@ TEXT = 2000
 _FINE, _USER_ERROR, _TRAINING_ERROR, _TERMINATED = range(4)
 
 
-class Ranks:
+class DistributedGroup:
     """The processes of a run; as it stands, the only one."""
 
-    def __init__(self, rank: int = 0, world: int = 1, watch: "Watch | None" = None) -> None:
-        self.rank, self.world, self._watch = rank, world, watch
+    def __init__(self, rank: int = 0, world: int = 1, watch: "HeartbeatMonitor | None" = None) -> None:
+        self.rank, self.world_size, self._watch = rank, world, watch
         self._buffer: Tensor | None = None
-        self.ending = False
+        self.aborting = False
         """Whether all processes have agreed to end."""
 
     def before_force(self, act: Callable[[], None]) -> None:
@@ -43,24 +43,24 @@ class Ranks:
             self._watch.last_act = act
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes files and shows what happens."""
         return self.rank == 0
 
-    def share(self, count: int, rank: int | None = None) -> range:
+    def local_range(self, count: int, rank: int | None = None) -> range:
         """Which of `count` things in order are those of `rank` (of this one if None): a run of neighbours."""
         rank = self.rank if rank is None else rank
-        return range(rank * count // self.world, (rank + 1) * count // self.world)
+        return range(rank * count // self.world_size, (rank + 1) * count // self.world_size)
 
     def reserve(self, tensors: Sequence[Tensor]) -> None:
         """Allocate what `sum_` of such `tensors` needs, before training: a process that then ran out of memory would
         leave the others waiting for its part of the sum."""
-        if self.world > 1:
+        if self.world_size > 1:
             self._buffer = tensors[0].new_empty(max(_size(bucket) for bucket in _buckets(tensors)))
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each of `tensors`, of one type and device, by its sum over the processes."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         for bucket in _buckets(tensors):
             if self._buffer is None or len(self._buffer) < _size(bucket):
@@ -72,9 +72,9 @@ class Ranks:
             for tensor, summed in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(summed.view_as(tensor))
 
-    def rows(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         """The rows [n, ...] of all processes [N, ...] in the order of ranks, on the CPU; n may differ, the rest not."""
-        if self.world == 1:
+        if self.world_size == 1:
             return tensor
         kind = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
         own = tensor.detach().cpu().to(kind)
@@ -84,46 +84,46 @@ class Ranks:
         parts = self._gathered(padded)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(tensor.dtype)
 
-    def of_first(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Return the `text` that the first process has."""
-        own = torch.tensor([*text.encode()] if self.first else [], dtype=torch.uint8)
-        return bytes(self.rows(own).tolist()).decode()
+        own = torch.tensor([*text.encode()] if self.is_main_process else [], dtype=torch.uint8)
+        return bytes(self.gather(own).tolist()).decode()
 
-    def table(self, row: Tensor) -> Tensor:
+    def all_gather(self, row: Tensor) -> Tensor:
         """The `row` [n] of each process, [N, n], on the CPU."""
-        return torch.stack([row] if self.world == 1 else self._gathered(row.cpu()))
+        return torch.stack([row] if self.world_size == 1 else self._gathered(row.cpu()))
 
-    def unlike(self, value: Tensor) -> list[int]:
+    def mismatched_ranks(self, value: Tensor) -> list[int]:
         """The ranks whose `value` [n] is not that of rank 0."""
-        values = self.table(value)
+        values = self.all_gather(value)
         return [rank for rank, each in enumerate(values) if not torch.equal(each, values[0])]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def synchronized(self) -> Iterator[None]:
         """What is within succeeds in every process, or fails in every one.
 
         An error in one is raised in the first, under the other's name; the rest end quietly. A SIGTERM that any of them
         heard is `Terminated` in all.
         """
-        if self.world == 1:
+        if self.world_size == 1:
             yield
             return
         failure: BaseException | None = None
         try:
             yield
         except (UserError, TrainingError, Terminated, OSError) as error:
-            if self.ending:
+            if self.aborting:
                 raise
             failure = error
             if isinstance(error, OSError):
                 failure = UserError(f"{error.filename or 'input'}: {error.strerror or error}")
         codes = {UserError: _USER_ERROR, TrainingError: _TRAINING_ERROR, Terminated: _TERMINATED}
         code = next((code for kind, code in codes.items() if isinstance(failure, kind)), _FINE)
-        if code == _FINE and self._watch is not None and self._watch.termination.due:
+        if code == _FINE and self._watch is not None and self._watch.termination.pending:
             code = _TERMINATED
         statuses = self._gathered(_encoded(code, str(failure or "")))
         failed = [(rank, *_decoded(status)) for rank, status in enumerate(statuses) if status[0] != _FINE]
-        self.ending = bool(failed)
+        self.aborting = bool(failed)
         errors = [each for each in failed if each[1] != _TERMINATED]
         if errors:
             self._raise(*errors[0], failure)
@@ -131,12 +131,12 @@ class Ranks:
             raise Terminated
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
+    def interruptible(self) -> Iterator[None]:
         """Within `together`: what is within talks to no other process, so that SIGTERM need not wait for its end."""
         if self._watch is None:
             yield
             return
-        with self._watch.termination.at_once():
+        with self._watch.termination.immediate():
             yield
 
     @contextmanager
@@ -150,15 +150,15 @@ class Ranks:
             raise TrainingError(self._watch.who_is_gone(error)) from error
 
     def _raise(self, rank: int, code: int, text: str, own: BaseException | None) -> NoReturn:
-        if not self.first:
+        if not self.is_main_process:
             raise SystemExit(1)
         if rank == 0 and own is not None:
             raise own
         kind = UserError if code == _USER_ERROR else TrainingError
-        raise kind(f"process {rank} of {self.world}: {text}")
+        raise kind(f"process {rank} of {self.world_size}: {text}")
 
     def _gathered(self, tensor: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(tensor) for _ in range(self.world)]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         with self._talking():
             dist.all_gather(parts, tensor.contiguous())
         return parts
@@ -175,7 +175,7 @@ class Ranks:
 
 
 @contextmanager
-def started(termination: Termination, silence: float) -> Iterator[Ranks]:
+def init_distributed(termination: SignalHandler, silence: float) -> Iterator[DistributedGroup]:
     """The processes of this run, connected; the only one where none were launched together.
 
     Raises `UserError` where they cannot be connected. `silence`: seconds after which a process without a sign of life
@@ -183,18 +183,18 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
     """
     world = world_size()
     if world == 1:
-        yield Ranks()
+        yield DistributedGroup()
         return
     if "RANK" not in os.environ:
         raise UserError(f"WORLD_SIZE is {world}, but RANK is not set; start processes by torchrun, or unset it")
     rank = int(os.environ["RANK"])
     termination.defer()  # first: a process that left alone, while it connects, would leave the others waiting
-    watch: Watch | None = None
-    ranks: Ranks | None = None
+    watch: HeartbeatMonitor | None = None
+    ranks: DistributedGroup | None = None
     try:
         try:
             store = next(rendezvous("env://", timeout=timedelta(seconds=300)))[0]
-            watch = Watch(store.clone(), rank, world, termination, silence)
+            watch = HeartbeatMonitor(store.clone(), rank, world, termination, silence)
             watch.start()  # first: what connects them waits for all, however long that takes
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             # Scoring by a slow server is no failure: who is gone is known from the signs of life.
@@ -206,11 +206,11 @@ def started(termination: Termination, silence: float) -> Iterator[Ranks]:
                 f"process {rank} of {world} could not reach the others at {os.environ.get('MASTER_ADDR')}:"
                 f"{os.environ.get('MASTER_PORT')} ({first_line(error)}); check the address, the port and firewalls"
             ) from error
-        ranks = Ranks(rank, world, watch)
+        ranks = DistributedGroup(rank, world, watch)
         yield ranks
-        ranks.ending = True
+        ranks.aborting = True
     finally:
-        if ranks is not None and ranks.ending:
+        if ranks is not None and ranks.aborting:
             # The first may have a checkpoint to write. Whoever launched the processes ends all when one ends.
             with suppress(RuntimeError):
                 dist.barrier()

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from customized_grpo.distributed.termination import Termination
+from customized_grpo.distributed.termination import SignalHandler
 from customized_grpo.errors import first_line
 
-BEAT = 1.0
+HEARTBEAT_INTERVAL = 1.0
 """Seconds between two signs of life."""
 GRACE = 5.0
 """Seconds that a process has to stop by itself once another is known to be gone."""
@@ -20,7 +20,7 @@ STORE = 0
 """The process that holds the store, unless what launched them does."""
 
 
-class Watch:
+class HeartbeatMonitor:
     """Signs of life of every process, and what one says to all: that it was told to end.
 
     A process that is silent for `silence` seconds is gone. Whoever waits for it then stops, by itself or by force: some
@@ -28,7 +28,7 @@ class Watch:
     another only looks at the clock.
     """
 
-    def __init__(self, store: Any, rank: int, world: int, termination: Termination, silence: float) -> None:
+    def __init__(self, store: Any, rank: int, world: int, termination: SignalHandler, silence: float) -> None:
         self.termination = termination
         self._store, self._rank, self._world, self._silence = store, rank, world, silence
         self.last_act: Callable[[], None] = lambda: None
@@ -67,15 +67,15 @@ class Watch:
         """Give no more signs, and wait for none. A thread that talks while the interpreter ends would abort it."""
         self._done.set()
         for thread in self._threads:
-            thread.join(2 * BEAT)
+            thread.join(2 * HEARTBEAT_INTERVAL)
 
     def _talk(self) -> None:
         beats, last = 0, dict.fromkeys(self._heard, b"")
-        while not self._done.wait(BEAT):
+        while not self._done.wait(HEARTBEAT_INTERVAL):
             beats += 1
             try:
                 self._store.set(f"beat/{self._rank}", str(beats))
-                if self.termination.asked:
+                if self.termination.requested:
                     self._store.set("terminate", "1")
                 elif self._store.check(["terminate"]):
                     os.kill(os.getpid(), signal.SIGTERM)  # heard in the main thread, whatever that waits for
@@ -89,9 +89,9 @@ class Watch:
 
     def _look(self) -> None:
         looked = time.monotonic()
-        while not self._done.wait(BEAT):
+        while not self._done.wait(HEARTBEAT_INTERVAL):
             now = time.monotonic()
-            if (asleep := now - looked - BEAT) > BEAT:
+            if (asleep := now - looked - HEARTBEAT_INTERVAL) > HEARTBEAT_INTERVAL:
                 # This process was stopped for a while, as all of them may have been: nothing was to be heard.
                 self._talked = min(now, self._talked + asleep)
                 for rank, heard in self._heard.items():

@@ -11,20 +11,20 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor
 
-from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.distributed.termination import Terminated
 from customized_grpo.errors import TrainingError, UserError
 
 _WORKING, _DONE, _FAILED = range(3)
 
 
-class Phase:
+class LockstepForward:
     """The processes meet before every `velocity` of any of them, and at the end of their shares.
 
     What computes a gradient runs its backward pass before the next meeting.
     """
 
-    def __init__(self, ranks: Ranks, idle: Callable[[], Tensor]) -> None:
+    def __init__(self, ranks: DistributedGroup, idle: Callable[[], Tensor]) -> None:
         """`idle` runs the transformer once, on next to nothing."""
         self._ranks, self._idle = ranks, idle
         self._abandoned = False
@@ -43,7 +43,7 @@ class Phase:
                 velocity = velocity + 0 * idle.sum()
         return velocity
 
-    def finish(self) -> None:
+    def drain(self) -> None:
         """Run idly along with the others until all have done their shares."""
         while True:
             most, grad = self._meet(_DONE, 0)
@@ -54,7 +54,7 @@ class Phase:
                 if idle.requires_grad:
                     (0 * idle.sum()).backward()
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Tell the others, at their next meeting, that this process has failed."""
         if not self._abandoned:
             with suppress(Terminated):
@@ -63,23 +63,24 @@ class Phase:
     def _meet(self, state: int, runs: int) -> tuple[int, bool]:
         """The most runs that a process is about to make, and whether with gradients."""
         own = torch.tensor([state, runs, torch.is_grad_enabled()])
-        states, each, grads = self._ranks.table(own).unbind(1)
+        states, each, grads = self._ranks.all_gather(own).unbind(1)
         if bool((states == _FAILED).any()):
-            # `Ranks.together`, around the phase, raises what the other has met instead.
+            # `DistributedGroup.synchronized`, around the phase, raises what the other has met instead.
             self._abandoned = True
             raise Terminated
         return int(each.max()), bool(grads[states == _WORKING].any())
 
 
 @contextmanager
-def phase(ranks: Ranks, idle: Callable[[], Tensor]) -> Iterator[Phase]:
-    """All processes enter it within `Ranks.together`, whatever their share, and leave it when all have done theirs, or
+def phase(ranks: DistributedGroup, idle: Callable[[], Tensor]) -> Iterator[LockstepForward]:
+    """All processes enter it within `DistributedGroup.synchronized`, whatever their share, and leave it when all have
+    done theirs, or
     one has failed."""
-    current = Phase(ranks, idle)
+    current = LockstepForward(ranks, idle)
     with ranks.blaming():
         try:
             yield current
         except (UserError, TrainingError, OSError, Terminated):  # all that `together` tells the others of
-            current.abandon()
+            current.abort()
             raise
-        current.finish()
+        current.drain()

@@ -15,7 +15,7 @@ class Terminated(BaseException):
     """A signal asks the run to end. No error: nothing is to catch it but the run."""
 
 
-class Termination:
+class SignalHandler:
     """Raises `Terminated` where a signal finds the run; in a critical section, at its end."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Termination:
         self._deferred = False
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether a signal came, to this process or to another of the run."""
         return self._number is not None
 
@@ -34,9 +34,9 @@ class Termination:
         return self._whole > 0
 
     @property
-    def due(self) -> bool:
+    def pending(self) -> bool:
         """Whether a signal came, and no critical section runs."""
-        return self.asked and not self.busy
+        return self.requested and not self.busy
 
     @property
     def name(self) -> str:
@@ -67,7 +67,7 @@ class Termination:
                 signal.signal(number, handler)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediate(self) -> Iterator[None]:
         """Within, this process waits for no other: `Terminated` is raised where a signal finds it, deferred or not."""
         before, self._deferred = self._deferred, False
         try:
@@ -77,7 +77,7 @@ class Termination:
             self._deferred = before
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def critical_section(self) -> Iterator[None]:
         """Run a critical section: it is done or not done, never half. A signal that comes in it counts at its end."""
         self._whole += 1
         try:
@@ -93,11 +93,11 @@ class Termination:
 
     def poll(self) -> None:
         """Raise `Terminated` if a signal came and no critical section runs."""
-        if self.due:
+        if self.pending:
             raise Terminated
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.requested:
             return  # once is enough: a second one must not tear the checkpoint that the first one asked for
         self._number = number
         self.check()

@@ -8,12 +8,12 @@ from typing import Any
 from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset, save_image
 from customized_grpo.data.images import within
-from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.evaluation.evaluator import Evaluation, chance_levels, evaluate
 from customized_grpo.io.files import write_whole, writing
 from customized_grpo.policies.policy import Policy
 from customized_grpo.rewards.reward import Reward
-from customized_grpo.toybox.oracle import Judge
+from customized_grpo.toybox.oracle import Oracle
 
 REPORTED_IMAGES = 24
 OnProgress = Callable[[float], None]
@@ -24,15 +24,15 @@ def write_evaluation(
     policy: Policy[Any],
     dataset: SubjectDataset,
     rewards: Sequence[Reward],
-    judge: Judge | None,
+    judge: Oracle | None,
     folder: Path,
     pairs: int,
-    ranks: Ranks,
+    ranks: DistributedGroup,
     on_progress: OnProgress = lambda share: None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluate the untuned ("base") and the tuned generator of a finished run on equal pairs and noise; return both
     results, which the first of the `ranks` writes."""
-    with policy.untuned():
+    with policy.base_weights():
         base = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
     tuned = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
     results = {}
@@ -47,7 +47,7 @@ def write_evaluation(
             "records": evaluation.records(),
             "summary": evaluation.summary(),
         }
-    if not ranks.first:
+    if not ranks.is_main_process:
         return results
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,9 +66,9 @@ def evaluate_pairs(
     policy: Policy[Any],
     dataset: SubjectDataset,
     rewards: Sequence[Reward],
-    judge: Judge | None,
+    judge: Oracle | None,
     pairs: int,
-    ranks: Ranks,
+    ranks: DistributedGroup,
     on_progress: OnProgress,
 ) -> Evaluation:
     """`evaluation.evaluate` with the settings of a run."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.data import Sample, SubjectDataset, resize_square
-from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import telling_where
 from customized_grpo.policies.policy import ConditionT, Policy, in_step
 from customized_grpo.policies.sampling import sample_ode
@@ -18,8 +18,8 @@ from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.runtime.memory import DRAWING, SCORING, explain_out_of_memory
 from customized_grpo.statistics import mean_interval
 from customized_grpo.toybox.drawing import SIZE
-from customized_grpo.toybox.oracle import Judge
-from customized_grpo.types import References, Task
+from customized_grpo.toybox.oracle import Oracle
+from customized_grpo.types import PromptBatch, References
 
 JUDGE_METRICS = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
 CHANCE_METRICS = JUDGE_METRICS[:3]
@@ -65,53 +65,53 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Sequence[Reward], judge: Judge | None, *, pairs: int,
+    policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Sequence[Reward], judge: Oracle | None, *, pairs: int,
     num_steps: int, shift: float | None, seed: int, micro_batch: int, masks: bool = False,
-    ranks: Ranks | None = None, on_progress: Callable[[float], None] = lambda share: None,
+    ranks: DistributedGroup | None = None, on_progress: Callable[[float], None] = lambda share: None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise.
 
     `masks`: the rewards want the references' masks. `ranks` share the pairs out, and each gets the whole evaluation.
     Raises `NotFinite` where a picture is not finite.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or DistributedGroup()
     samples = list(dataset)[:pairs]
-    mine = ranks.share(len(samples))
+    mine = ranks.local_range(len(samples))
     own = samples[mine.start : mine.stop]
-    with ranks.together():
+    with ranks.synchronized():
         images, metrics = torch.zeros(0, 3, *policy.size), None
         with in_step(policy, ranks), explain_out_of_memory("drawing images to evaluate", DRAWING):
-            task = Task.of(dataset, own, masks=masks)
+            batch = PromptBatch.of(dataset, own, masks=masks)
             if own:
                 prepared = dataset.references(own, policy.prepare_reference)
                 noise = batched_normal(seed, 0, mine, [0] * len(own), PURPOSE, policy.latent_shape).to(policy.device)
-                condition = policy.encode(task.prompts, prepared)
+                condition = policy.encode(batch.prompts, prepared)
                 sigmas = policy.sigmas(num_steps, shift)
                 with telling_where("evaluation"):
                     images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
-            with ranks.alone(), explain_out_of_memory("scoring images to evaluate", SCORING):
-                metrics = measure(images, task, rewards, judge)
+            with ranks.interruptible(), explain_out_of_memory("scoring images to evaluate", SCORING):
+                metrics = measure(images, batch, rewards, judge)
     names = (*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS) if judge else REWARD_METRICS
-    table = ranks.rows(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))
+    table = ranks.gather(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))
     return Evaluation(
-        samples, dataset.originals(samples), ranks.rows(images), dict(zip(names, table.unbind(1), strict=True))
+        samples, dataset.originals(samples), ranks.gather(images), dict(zip(names, table.unbind(1), strict=True))
     )
 
 
-def measure(images: Tensor, task: Task, rewards: Sequence[Reward], judge: Judge | None) -> dict[str, Tensor]:
+def measure(images: Tensor, batch: PromptBatch, rewards: Sequence[Reward], judge: Oracle | None) -> dict[str, Tensor]:
     """Each metric [N] of `images` [N, 3, H, W], one for each prompt of the task."""
     groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of both is asked once
-    metrics = {name: _known(reward.score(groups, task)) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
+    metrics = {name: _known(reward.score(groups, batch)) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
     if judge is not None:
-        verdict = judge.judge(images, task.prompts, first_references(task.references))
+        verdict = judge.judge(images, batch.prompts, first_references(batch.references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
     return metrics
 
 
-def scores(images: Tensor, task: Task, reward: Reward) -> Tensor:
+def scores(images: Tensor, batch: PromptBatch, reward: Reward) -> Tensor:
     """The reward [N] of `images` [N, 3, H, W], one for each prompt of the task; NaN where there is none."""
-    return _known(reward.score(images.unsqueeze(1), task))
+    return _known(reward.score(images.unsqueeze(1), batch))
 
 
 def _known(found: Scores) -> Tensor:
@@ -119,7 +119,7 @@ def _known(found: Scores) -> Tensor:
     return torch.where(found.valid, found.values, torch.nan).squeeze(1).float().cpu()
 
 
-def chance_levels(evaluation: Evaluation, judge: Judge) -> dict[str, float]:
+def chance_levels(evaluation: Evaluation, judge: Oracle) -> dict[str, float]:
     """What the judge says when every picture is held against another pair's prompt and reference, both different.
 
     Empty where the data has no such other pair.

@@ -16,9 +16,9 @@ from customized_grpo.evaluation import evaluator as evaluation
 from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.runtime.device import resolve_device
-from customized_grpo.runtime.libraries import quiet
-from customized_grpo.toybox.oracle import Judge
-from customized_grpo.types import Task
+from customized_grpo.runtime.libraries import silence_libraries
+from customized_grpo.toybox.oracle import Oracle
+from customized_grpo.types import PromptBatch
 
 COPY = "copy"
 
@@ -46,15 +46,15 @@ def load_measures(config: MetricsConfig, layouts: Mapping[str, Tensor], *, hpsv3
     Raises `UserError` where a model cannot be had.
     """
     # transformers takes seconds to import.
-    quiet()
+    silence_libraries()
     from customized_grpo.factory.rewards import load_hpsv3_reward
     from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
-    from customized_grpo.rewards.pretrained import Checkpoint
+    from customized_grpo.rewards.pretrained import PretrainedEncoder
 
     device = resolve_device(config.device, "metrics.")
 
-    def checkpoint(field: str, kind: str) -> Checkpoint:
-        return Checkpoint(
+    def checkpoint(field: str, kind: str) -> PretrainedEncoder:
+        return PretrainedEncoder(
             f"metrics.{field}", kind, getattr(config, field), None, device, micro_batch=config.micro_batch, bf16=False
         )
 
@@ -100,7 +100,7 @@ def prompt_measure(name: str, reward: Reward, *, first_character: bool = False) 
 
     def measure(group: Group) -> Mapping[str, Tensor]:
         asked = [prompt[:1] for prompt in group.prompts] if first_character else group.prompts
-        return {name: evaluation.scores(group.images, Task(asked, [[] for _ in asked], None), reward)}
+        return {name: evaluation.scores(group.images, PromptBatch(asked, [[] for _ in asked], None), reward)}
 
     return measure
 
@@ -122,11 +122,11 @@ def copy_measure(layouts: Mapping[str, Tensor]) -> Measure:
     return measure
 
 
-def toybox_measure(rewards: Sequence[Reward], judge: Judge) -> Measure:
+def toybox_measure(rewards: Sequence[Reward], judge: Oracle) -> Measure:
     """ToyBox's own: the rewards (prompt, identity), what the judge says, and its copy-paste meter."""
 
     def measure(group: Group) -> Mapping[str, Tensor]:
-        task = Task(group.prompts, [group.references] * len(group.prompts), None)
-        return evaluation.measure(group.images, task, rewards, judge)
+        batch = PromptBatch(group.prompts, [group.references] * len(group.prompts), None)
+        return evaluation.measure(group.images, batch, rewards, judge)
 
     return measure

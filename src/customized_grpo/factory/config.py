@@ -2,11 +2,11 @@
 
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.factory.policy import check_shard, resolved_policy
+from customized_grpo.factory.policy import check_shard, resolve_policy_config
 from customized_grpo.factory.rewards import reward_device
 
 
-def resolved(config: Config) -> Config:
+def resolve_config(config: Config) -> Config:
     """`config` with the precisions written down that this machine runs it in: they decide the result.
 
     That of the rewards stays "auto" where this stands for two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
@@ -15,7 +15,7 @@ def resolved(config: Config) -> Config:
     if rewards.reads("precision") and rewards.precision == "auto":
         two = rewards.prompt == "hpsv3" and reward_device(config).type == "cuda"
         rewards = rewards.model_copy(update={"precision": "auto" if two else "fp32"})
-    return config.model_copy(update={"policy": resolved_policy(config.policy), "rewards": rewards})
+    return config.model_copy(update={"policy": resolve_policy_config(config.policy), "rewards": rewards})
 
 
 def check_shares(config: Config, world: int) -> None:

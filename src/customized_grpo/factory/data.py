@@ -9,28 +9,29 @@ from torch import Tensor
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed.env import local_rank, local_world
-from customized_grpo.errors import UserError, shortened
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.policies.policy import EncodesAhead, Policy, ReadsPrompts, RowAsked
 from customized_grpo.rewards.reward import Reward
-from customized_grpo.tracking.console import Display, Stages
+from customized_grpo.tracking.console import Display, StageProgress
 
 
 def read_dataset(path: Path, config: Config) -> SubjectDataset:
     """Open the dataset in the folder `path`, with the masks that the rewards want.
 
-    Its pictures are decoded and checked by one process of a machine for all; within `Ranks.together`, all hear what is
+    Its pictures are decoded and checked by one process of a machine for all; within `DistributedGroup.synchronized`,
+    all hear what is
     wrong. Raises `UserError` listing that.
     """
     dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels, decode=local_rank() == 0)
     if config.rewards.identity_reference == "segmented":
         remedy = "but rewards.identity_reference is 'segmented'; add masks or set it to 'whole'"
-        raise_listed(
+        raise_problems(
             path, "samples", [f"sample '{each.id}': has no mask, {remedy}" for each in dataset if not each.masks]
         )
     return dataset
 
 
-class Asked(Protocol):
+class PromptLike(Protocol):
     """What a policy is asked for: a prompt and its references, under a name."""
 
     @property
@@ -41,7 +42,7 @@ class Asked(Protocol):
     def references(self) -> Sequence[Path]: ...
 
 
-def check_prompts(source: Path, samples: Iterable[Asked], policy: Policy[Any]) -> None:
+def check_prompts(source: Path, samples: Iterable[PromptLike], policy: Policy[Any]) -> None:
     """Refuse, before any work, samples of `source` that the policy cannot take. Raises `UserError` listing them."""
     problems = []
     for sample in samples:
@@ -49,10 +50,10 @@ def check_prompts(source: Path, samples: Iterable[Asked], policy: Policy[Any]) -
             policy.check(sample.prompt, len(sample.references))
         except UserError as error:
             problems.append(f"sample '{sample.id}': {error}")
-    raise_listed(source, "samples", problems)
+    raise_problems(source, "samples", problems)
 
 
-def tell_long_prompts(
+def warn_truncated_prompts(
     config: Config,
     policy: Policy[Any],
     rewards: Sequence[Reward],
@@ -71,26 +72,26 @@ def tell_long_prompts(
             lengths = reader.prompt_lengths(prompts) if isinstance(reader, ReadsPrompts) else None
             if lengths is None:
                 continue
-            long = [s.id for s, tokens in zip(samples, lengths.tokens, strict=True) if tokens > lengths.read]
+            long = [s.id for s, tokens in zip(samples, lengths.num_tokens, strict=True) if tokens > lengths.max_tokens]
             if long:
                 are = "is" if len(long) == 1 else "are"
                 display.warn(
                     f"{field}: {len(long)} of {len(prompts)} prompts used of {dataset.folder} {are} longer than the "
-                    f"{lengths.read} tokens that {name} reads; what comes after is not read (first: sample '{long[0]}')"
+                    f"{lengths.max_tokens} tokens that {name} reads; the rest is not read (first: '{long[0]}')"
                 )
 
 
-def open_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:
+def load_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:
     """The dataset in the folder `path`, wholly checked."""
     dataset = read_dataset(path, config)
     check_prompts(path, dataset, policy)
     return dataset
 
 
-def raise_listed(source: Path, what: str, problems: Sequence[str]) -> None:
+def raise_problems(source: Path, what: str, problems: Sequence[str]) -> None:
     """Raise `UserError` where there are problems with the things in `source`: the first ten, and how many more."""
     if problems:
-        raise UserError(f"{source}: {len(problems)} unusable {what}:\n  {shortened(problems, most=10)}")
+        raise UserError(f"{source}: {len(problems)} unusable {what}:\n  {truncated(problems, most=10)}")
 
 
 def read_samples(
@@ -111,7 +112,7 @@ def read_samples(
     return used
 
 
-def encode_ahead(policy: Policy[Any], used: Mapping[SubjectDataset, Sequence[Sample]], stages: Stages) -> None:
+def encode_ahead(policy: Policy[Any], used: Mapping[SubjectDataset, Sequence[Sample]], stages: StageProgress) -> None:
     """Have a policy with large encoders encode all that it will be asked for: the samples of each dataset that are
     used. Raises `UserError`, before any is encoded, where there is no room for them."""
     rows = [(dataset, sample) for dataset, samples in used.items() for sample in samples]
@@ -127,7 +128,7 @@ def encode_rows(
     policy: Policy[Any],
     rows: Sequence[RowAsked],
     references: Callable[[int], Sequence[Tensor]],
-    stages: Stages,
+    stages: StageProgress,
     mine: Sequence[int] | None = None,
 ) -> None:
     """`encode_ahead` for `rows`, whose prepared `references` are had by index. This process encodes those with the

@@ -10,14 +10,14 @@ from customized_grpo.config.rewards import RewardsConfig
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import policy_device
-from customized_grpo.rewards.custom import PREFIX, OwnReward
-from customized_grpo.rewards.http import Transport, secret
+from customized_grpo.rewards.custom import PREFIX, CustomReward
+from customized_grpo.rewards.http import Transport, read_token
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
 from customized_grpo.runtime.device import check_precision, resolve_device
-from customized_grpo.runtime.libraries import quiet
-from customized_grpo.toybox.oracle import Judge
+from customized_grpo.runtime.libraries import silence_libraries
+from customized_grpo.toybox.oracle import Oracle
 
 TOYBOX = "toybox"
 PICKSCORES_BACKBONE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -36,12 +36,12 @@ def load_rewards(
 
 def load_pretrained(name: str, field: str, model: str | None, config: RewardsConfig, device: torch.device) -> Reward:
     """A pretrained reward by its name, one of ENCODERS."""
-    quiet()
-    from customized_grpo.rewards.pretrained import Checkpoint
+    silence_libraries()
+    from customized_grpo.rewards.pretrained import PretrainedEncoder
 
     backbone = {"hpsv2": config.hpsv2.backbone, "pickscore": PICKSCORES_BACKBONE}.get(name)
     bf16 = config.precision == "bf16"
-    return Checkpoint(field, name, model, backbone, device, micro_batch=config.micro_batch, bf16=bf16).reward(
+    return PretrainedEncoder(field, name, model, backbone, device, micro_batch=config.micro_batch, bf16=bf16).reward(
         segmented=config.identity_reference == "segmented",
         background=config.background,
         several=config.several_references,
@@ -64,9 +64,9 @@ def _load(
             return PromptReward(toybox_weights)
         return IdentityReward(config.identity_reference, toybox_weights, config.identity_leak)
     if kind.startswith(PREFIX):
-        return OwnReward.load(f"rewards.{side}", kind)
+        return CustomReward.load(f"rewards.{side}", kind)
     if kind == "remote":
-        return RemoteReward(Transport(f"rewards.{side}_model", model or "", config.deadline, token=secret(TOKEN)))
+        return RemoteReward(Transport(f"rewards.{side}_model", model or "", config.deadline, token=read_token(TOKEN)))
     if kind == "vlm_judge":
         assert judge is not None
         return JudgeReward(judge, "prompt" if side == "prompt" else "subject")
@@ -77,7 +77,7 @@ def _load(
 
 def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.device) -> Reward:
     """HPSv3, as `config.hpsv3` says."""
-    quiet()
+    silence_libraries()
     from customized_grpo.rewards.hpsv3 import load_hpsv3
 
     settings = config.hpsv3
@@ -90,10 +90,10 @@ def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.
 
 def _judge(config: RewardsConfig) -> VlmJudge:
     settings = config.vlm_judge
-    transport = Transport("rewards.vlm_judge.url", settings.url or "", config.deadline, token=secret(KEY))
+    transport = Transport("rewards.vlm_judge.url", settings.url or "", config.deadline, token=read_token(KEY))
     known = _models(transport.get("/models", optional=True))
     if known and settings.model not in known:
-        listed = transport.without_token(", ".join(sorted(known)[:8]))
+        listed = transport.redact(", ".join(sorted(known)[:8]))
         raise UserError(f"rewards.vlm_judge.model: {settings.url} has no '{settings.model}'; it has {listed}")
     judge = VlmJudge(transport, settings)
     judge.check()
@@ -118,10 +118,10 @@ def reward_device(config: Config) -> torch.device:
     return policy_device(config.policy) if name == "auto" else resolve_device(name, "rewards.")
 
 
-def build_judge(config: Config) -> Judge | None:
+def build_judge(config: Config) -> Oracle | None:
     """The judge, None where the configuration wants none."""
     if config.evaluation.judge == "none":
         return None
-    judge = Judge(config.policy.weights)
+    judge = Oracle(config.policy.weights)
     _ = judge.ceiling  # shown when training ends: better missed now
     return judge

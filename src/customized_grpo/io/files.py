@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from customized_grpo.errors import UserError, first_line, shortened
+from customized_grpo.errors import UserError, first_line, truncated
 
 LEFT_BEHIND = frozenset(
     {
@@ -121,7 +121,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     if bad:
         raise UserError(
             f"{path}: {len(bad)} of its {len(tensors)} tensors hold numbers that are not finite "
-            f"({shortened(bad, ', ', 3)}): the run that wrote it diverged, or the file is damaged; take an earlier one"
+            f"({truncated(bad, ', ', 3)}): the run that wrote it diverged, or the file is damaged; take an earlier one"
         )
 
 

@@ -49,7 +49,7 @@ def check_shards(folder: Path, field: str) -> None:
 
 
 @contextmanager
-def without_pickles() -> Iterator[None]:
+def forbid_pickles() -> Iterator[None]:
     """Within, `torch.load` raises ValueError: whatever makes a library turn to it (an index on the hub, a name in a
     configuration), no pickle is read."""
 
@@ -64,7 +64,7 @@ def without_pickles() -> Iterator[None]:
         torch.load = load
 
 
-def locate_file(name: str, field: str) -> Path:
+def resolve_file(name: str, field: str) -> Path:
     """The safetensors file `name`, or `owner/name/file.safetensors` of the hub, downloaded where need be. Raises
     `UserError`, naming the configuration `field`, where there is none."""
     path = Path(name)

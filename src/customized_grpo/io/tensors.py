@@ -19,7 +19,7 @@ def read_tensors(path: Path, field: str) -> dict[str, Tensor]:
         raise UserError(f"{field}: {path} is damaged, or no safetensors file ({error})") from error
 
 
-def misfit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+def mismatch(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """The first thing wrong with `state` where the names and shapes of `expected` are wanted; "" where nothing is."""
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:

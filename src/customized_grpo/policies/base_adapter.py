@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.io.hub import download_beside, locate_file
+from customized_grpo.io.hub import download_beside, resolve_file
 from customized_grpo.policies.lora_files import (
     DIFFUSERS_FILE,
     PEFT_FILE,
@@ -17,7 +17,7 @@ from customized_grpo.policies.lora_layers import merge_factors, place_factors
 from customized_grpo.policies.pipelines import uno
 
 
-def locate_adapter(name: str, field: str) -> Path:
+def resolve_adapter(name: str, field: str) -> Path:
     """Return the LoRA file `name`: a file, the one in a folder, or `owner/name/file.safetensors` of the hub.
 
     PEFT's settings beside a file on the hub are downloaded, too. Raises `UserError`, naming the configuration `field`,
@@ -28,7 +28,7 @@ def locate_adapter(name: str, field: str) -> Path:
             return adapter_file(Path(name), (DIFFUSERS_FILE, PEFT_FILE))
     except UserError as error:
         raise UserError(f"{field}: {error}") from error
-    path = locate_file(name, field)
+    path = resolve_file(name, field)
     if path.name == PEFT_FILE and not Path(name).is_file():
         download_beside(name, PEFT_SETTINGS, field)
     return path

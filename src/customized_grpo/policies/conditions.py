@@ -18,7 +18,7 @@ from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, m
 from customized_grpo.policies.pipelines.resolution import sizes_of
 
 if TYPE_CHECKING:
-    from customized_grpo.policies.pipelines.spec import Family
+    from customized_grpo.policies.pipelines.spec import PipelineSpec
 
 Sizes = tuple[tuple[int, int], ...]
 """(height, width) of references, in pixels."""
@@ -37,7 +37,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Row:
+class EncodedPrompt:
     """One prompt with its references, encoded: tensors by name, without a batch axis, and the references' sizes."""
 
     tensors: Mapping[str, Tensor]
@@ -45,27 +45,27 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of equal shapes, stacked: `tensors` [b, ...] by name. `places` [b]: where they stand among the samples."""
+class UniformBatch:
+    """Rows of equal shapes, stacked: `tensors` [b, ...] by name. `indices` [b]: where they stand among the samples."""
 
     tensors: Mapping[str, Tensor]
     sizes: Sizes
-    places: Tensor
+    indices: Tensor
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
 
 
 @dataclass(frozen=True)
-class Conditions:
+class EncodedBatch:
     """`rows`, one per prompt, on the CPU, and for each of B samples the `index` [B] of its row: taking copies none."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[EncodedPrompt, ...]
     index: Tensor
 
-    def take(self, index: Tensor) -> "Conditions":
+    def take(self, index: Tensor) -> "EncodedBatch":
         """See `policies.Condition.take`."""
-        return Conditions(self.rows, self.index[index])
+        return EncodedBatch(self.rows, self.index[index])
 
     def groups(self) -> list[list[int]]:
         """The places of samples of equal shapes, a list for each."""
@@ -76,7 +76,7 @@ class Conditions:
             places.setdefault((row.sizes, shapes), []).append(place)
         return list(places.values())
 
-    def batches(self, device: torch.device) -> Iterator[Batch]:
+    def batches(self, device: torch.device) -> Iterator[UniformBatch]:
         """The samples in batches of equal shapes, on `device`.
 
         References of other sizes and prompts of other lengths make other token sequences; they go through the
@@ -96,7 +96,7 @@ class Conditions:
             # Stacked even where all rows are one: matrix products of expanded tensors take another path, and round
             # otherwise.
             tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            yield Batch(tensors, self.rows[sources[batch[0]]].sizes, torch.tensor(batch))
+            yield UniformBatch(tensors, self.rows[sources[batch[0]]].sizes, torch.tensor(batch))
 
 
 class ConditionCache:
@@ -144,7 +144,7 @@ class ConditionCache:
             mark_used(path)
         return paths.keys() - there.keys()
 
-    def read(self, prompt: str, references: Sequence[Tensor]) -> Row | None:
+    def read(self, prompt: str, references: Sequence[Tensor]) -> EncodedPrompt | None:
         """The row, or None where a part is not there yet. Tensors that other rows have, too, are the same objects.
         Raises `UserError` for a damaged file."""
         paths = self.paths(prompt, references)
@@ -153,7 +153,7 @@ class ConditionCache:
         tensors: dict[str, Tensor] = {}
         for path in paths.values():
             tensors |= self._read_part(path)
-        return Row(tensors, sizes_of(references))
+        return EncodedPrompt(tensors, sizes_of(references))
 
     def _read_part(self, path: Path) -> dict[str, Tensor]:
         try:
@@ -217,14 +217,16 @@ def check_room(folder: Path, needed: int, there: int, free: int, limit: float | 
         )
 
 
-def bytes_of_rows(family: "Family", network: Any, dtype: torch.dtype, rows: Sequence[Planned], *, guided: bool) -> int:
+def bytes_of_rows(
+    family: "PipelineSpec", network: Any, dtype: torch.dtype, rows: Sequence[Planned], *, guided: bool
+) -> int:
     """About how many bytes `rows` take, what they share counted once; `network` is the transformer's configuration.
 
     Exact but for text of a varying length, which is taken to be of a common one.
     """
     parts: dict[object, int] = {}
     for sizes in {row.sizes for row in rows}:
-        example = family.example(network, sizes, guided=guided)
+        example = family.dummy_inputs(network, sizes, guided=guided)
         counts = {name: tensor.numel() * dtype.itemsize for name, tensor in example.items()}
         for row in (row for row in rows if row.sizes == sizes):
             values: dict[str, object] = {PROMPT: row.prompt, REFERENCES: row.pictures}

@@ -12,19 +12,26 @@ from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import image_size, resize
-from customized_grpo.distributed.group import Ranks
-from customized_grpo.distributed.lockstep import Phase, phase
+from customized_grpo.distributed.group import DistributedGroup
+from customized_grpo.distributed.lockstep import LockstepForward, phase
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.files import writing
-from customized_grpo.policies.conditions import Batch, ConditionCache, Conditions, Planned, Row, bytes_of_rows
+from customized_grpo.policies.conditions import (
+    ConditionCache,
+    EncodedBatch,
+    EncodedPrompt,
+    Planned,
+    UniformBatch,
+    bytes_of_rows,
+)
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
 from customized_grpo.policies.lora_files import NAME
 from customized_grpo.policies.pipelines.resolution import token_count
-from customized_grpo.policies.pipelines.spec import Family
+from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.placement import shard
 from customized_grpo.policies.policy import RowAsked
 from customized_grpo.runtime.device import CPU
-from customized_grpo.types import Lengths, References
+from customized_grpo.types import PromptLengths, References
 
 MOST_GRAPHS = 64
 """Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled anew
@@ -32,7 +39,7 @@ with gradients and without, with the adapter and without, for one sample and for
 uncompiled."""
 
 
-def plan_row(family: Family, row: RowAsked, side: int | None) -> Planned:
+def plan_row(family: PipelineSpec, row: RowAsked, side: int | None) -> Planned:
     """What is encoded of `row`, by the headers of its pictures."""
     pictures = tuple(row.references)
     sizes = tuple(family.reference_size(*image_size(path), len(pictures), side) for path in pictures)
@@ -60,7 +67,7 @@ class Settings:
 class DiffusersPolicy:
     """A `policies.Policy`; latents are packed tokens [N, C]."""
 
-    def __init__(self, family: Family, pipe: Any, cache: ConditionCache, settings: Settings) -> None:
+    def __init__(self, family: PipelineSpec, pipe: Any, cache: ConditionCache, settings: Settings) -> None:
         """`pipe` on the CPU. Raises `UserError` for guidance or an attention backend that it cannot take."""
         family.check_guidance(pipe, settings.guidance)
         self._family, self._pipe, self._cache, self._settings = family, pipe, cache, settings
@@ -79,7 +86,7 @@ class DiffusersPolicy:
         if settings.compile:
             self._transformer.compile_repeated_blocks(dynamic=True, recompile_limit=MOST_GRAPHS)
         self._placed = False
-        self._phase: Phase | None = None
+        self._phase: LockstepForward | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -99,7 +106,7 @@ class DiffusersPolicy:
     @property
     def guided(self) -> bool:
         """Whether guidance takes a second pass, with a negative prompt, at every step."""
-        return self._family.is_guided(self._pipe, self._guidance)
+        return self._family.uses_cfg(self._pipe, self._guidance)
 
     def check(self, prompt: str, num_references: int) -> None:
         """See `Policy.check`."""
@@ -107,7 +114,7 @@ class DiffusersPolicy:
         if num_references > most:
             raise UserError(f'this generator takes at most {most} references, not {num_references}; see "references"')
 
-    def prompt_lengths(self, prompts: Sequence[str]) -> Lengths | None:
+    def prompt_lengths(self, prompts: Sequence[str]) -> PromptLengths | None:
         """See `policies.ReadsPrompts`."""
         return self._family.prompt_lengths(self._pipe, prompts)
 
@@ -119,10 +126,10 @@ class DiffusersPolicy:
         return resize(picture, size, "lanczos")
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str], references: References) -> Conditions:
+    def encode(self, prompts: Sequence[str], references: References) -> EncodedBatch:
         """See `Policy.encode`; what was encoded before comes from the cache."""
         rows = [self._row(prompt, list(pictures)) for prompt, pictures in zip(prompts, references, strict=True)]
-        return Conditions(tuple(rows), torch.arange(len(rows)))
+        return EncodedBatch(tuple(rows), torch.arange(len(rows)))
 
     def reserve(
         self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
@@ -163,7 +170,7 @@ class DiffusersPolicy:
             return self._family.sigmas(self._pipe, num_steps, self.size)
         return shift_sigmas(num_steps, shift)
 
-    def velocity(self, latents: Tensor, sigma: Tensor, condition: Conditions) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: EncodedBatch) -> Tensor:
         """See `Policy.velocity`."""
         self._place()
         if self._phase is not None:
@@ -171,18 +178,18 @@ class DiffusersPolicy:
         assert not self._settings.shard, "the processes run a sharded transformer within `in_step`"
         return self._velocity(latents, sigma, condition)
 
-    def _velocity(self, latents: Tensor, sigma: Tensor, condition: Conditions) -> Tensor:
+    def _velocity(self, latents: Tensor, sigma: Tensor, condition: EncodedBatch) -> Tensor:
         parts, places = [], []
         for batch in condition.batches(self.device):
-            rows = batch.places.to(latents.device)
-            at = sigma[batch.places.to(sigma.device)]
+            rows = batch.indices.to(latents.device)
+            at = sigma[batch.indices.to(sigma.device)]
             part = self._family.velocity(self._transformer, latents[rows], at, batch, self.size, self._guidance)
             parts.append(part.float())
             places.append(rows)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
     @contextmanager
-    def in_step(self, ranks: Ranks) -> Iterator[None]:
+    def in_step(self, ranks: DistributedGroup) -> Iterator[None]:
         """See `policies.RunsInStep`."""
         if not self._settings.shard:
             yield
@@ -197,14 +204,14 @@ class DiffusersPolicy:
         """A velocity of which nothing is wanted: of one image token, at one small reference."""
         self._place()
         sizes = ((32, 32),)
-        example = self._family.example(self._transformer.config, sizes, guided=self.guided)
+        example = self._family.dummy_inputs(self._transformer.config, sizes, guided=self.guided)
         tensors = {
             name: torch.ones(1, *tensor.shape, dtype=self._pipe.vae.dtype, device=self.device)
             for name, tensor in example.items()
         }
         latents = torch.ones(1, 1, self.latent_shape[-1], device=self.device)
         half = torch.full((1,), 0.5, device=self.device)
-        batch = Batch(tensors, sizes, torch.zeros(1, dtype=torch.long))
+        batch = UniformBatch(tensors, sizes, torch.zeros(1, dtype=torch.long))
         velocity = self._family.velocity(self._transformer, latents, half, batch, (16, 16), self._guidance)
         return velocity.float()
 
@@ -220,7 +227,7 @@ class DiffusersPolicy:
         return self._trainable
 
     @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def base_weights(self) -> Iterator[None]:
         """See `Policy.untuned`."""
         self._transformer.disable_adapters()
         try:
@@ -237,7 +244,7 @@ class DiffusersPolicy:
         """See `Policy.load_adapter`: a LoRA in any layout that is read (docs/adapters.md)."""
         load_lora(self._transformer, place)
 
-    def _row(self, prompt: str, references: Sequence[Tensor]) -> Row:
+    def _row(self, prompt: str, references: Sequence[Tensor]) -> EncodedPrompt:
         row = self._cache.read(prompt, references)
         if row is None:
             self._encode(prompt, references)

@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
-from customized_grpo.io.hub import DAMAGED, check_shards, from_hub, without_pickles
-from customized_grpo.policies.pipelines.spec import Family
+from customized_grpo.io.hub import DAMAGED, check_shards, forbid_pickles, from_hub
+from customized_grpo.policies.pipelines.spec import PipelineSpec
 
 INDEX = "model_index.json"
 
 
-def locate(model: str, family: Family, *, weights: bool = True) -> Path:
+def resolve_model(model: str, family: PipelineSpec, *, weights: bool = True) -> Path:
     """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be, with its
     `weights` or only its configurations.
 
@@ -47,7 +47,7 @@ def locate(model: str, family: Family, *, weights: bool = True) -> Path:
     return folder
 
 
-def check_model(model: str, family: Family) -> dict[str, Any]:
+def check_model(model: str, family: PipelineSpec) -> dict[str, Any]:
     """Read what `model`, a folder or a hub id, is a pipeline of; of a hub id no other file is downloaded.
 
     Raises `UserError` where there is none, or where it is another family's.
@@ -59,10 +59,10 @@ def check_model(model: str, family: Family) -> dict[str, Any]:
         raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
     else:
         index = read_index(_fetch(model, lambda: Path(hf_hub_download(model, INDEX)).parent))
-    if index.get("_class_name") not in family.saved_as:
+    if index.get("_class_name") not in family.pipeline_names:
         raise UserError(
             f"policy.model: {model} holds a {index.get('_class_name')}, but policy.kind takes a "
-            f"{' or '.join(family.saved_as)}; name another model or kind"
+            f"{' or '.join(family.pipeline_names)}; name another model or kind"
         )
     kind = index.get("transformer", [None, None])[1]
     if kind != family.transformer.__name__:
@@ -73,13 +73,13 @@ def check_model(model: str, family: Family) -> dict[str, Any]:
     return index
 
 
-def load_pipeline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
+def load_pipeline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
     """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
     check_shards(folder, "policy.model")
     try:
-        with without_pickles():
+        with forbid_pickles():
             pipe = family.pipeline.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, **family.components(str(folder))
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, **family.load_components(str(folder))
             )
     except (*DAMAGED, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"policy.model: {folder} could not be loaded: {first_line(error)}") from error

@@ -78,14 +78,14 @@ def load_lora(transformer: Any, place: Path) -> None:
     found = place_factors(lora, transformer)
     own: dict[str, Any] = {name: layer for name, layer in transformer.named_modules() if isinstance(layer, LoraLayer)}
     config = transformer.peft_config[NAME]
-    if wrong := _misfit(found, own.keys(), config.r, config.lora_alpha):
+    if wrong := _mismatch(found, own.keys(), config.r, config.lora_alpha):
         raise UserError(f"{lora.path}: this adapter does not fit the policy of the configuration: {wrong}")
     for name, layer in own.items():
         layer.lora_A[NAME].weight.copy_(found[name].down)
         layer.lora_B[NAME].weight.copy_(found[name].up)
 
 
-def _misfit(found: Mapping[str, Factors], layers: Iterable[str], rank: int, alpha: int) -> str:
+def _mismatch(found: Mapping[str, Factors], layers: Iterable[str], rank: int, alpha: int) -> str:
     """Why factors for other layers, or of another rank or scale, cannot be trained on, and what to set."""
     wanted = set(layers)
     missing, unknown = sorted(wanted - found.keys()), sorted(found.keys() - wanted)

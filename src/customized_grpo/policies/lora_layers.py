@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from customized_grpo.errors import UserError, shortened
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.policies.lora_files import Factors, LoraFile
 
 _QKV, _ADDED_QKV = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
@@ -69,7 +69,7 @@ def place_factors(lora: LoraFile, transformer: Any) -> dict[str, Factors]:
     if unknown:
         raise UserError(
             f"{lora.path} does not fit the transformer (it has no layer for {len(unknown)} of {len(lora.layers)}: "
-            f"{shortened(unknown, ', ', 3)}); name one that was made for this model{_hint(unknown[0])}"
+            f"{truncated(unknown, ', ', 3)}); name one that was made for this model{_hint(unknown[0])}"
         )
     for name, factors in lora.layers.items():
         targets = places[name.replace(".", "_")]
@@ -109,7 +109,7 @@ def merge_factors(transformer: Any, factors: Mapping[str, Factors], path: Path) 
         weight.copy_(merged)
     if lost:
         raise UserError(
-            f"{path}: merging changes nothing in {len(lost)} of {len(factors)} layers ({shortened(lost, ', ', 3)}): "
+            f"{path}: merging changes nothing in {len(lost)} of {len(factors)} layers ({truncated(lost, ', ', 3)}): "
             f"the update is lost in rounding to {str(weight.dtype).removeprefix('torch.')}; use "
             "policy.precision=fp32, or begin from it unmerged with policy.init_from"
         )

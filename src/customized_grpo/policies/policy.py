@@ -8,8 +8,8 @@ from typing import Protocol, Self, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from customized_grpo.distributed.group import Ranks
-from customized_grpo.types import Lengths, References
+from customized_grpo.distributed.group import DistributedGroup
+from customized_grpo.types import PromptLengths, References
 
 ConditionT = TypeVar("ConditionT", bound="Condition")
 
@@ -73,7 +73,7 @@ class Policy(Protocol[ConditionT]):
         """Name and value of each trained tensor, in a fixed order."""
         ...
 
-    def untuned(self) -> AbstractContextManager[None]:
+    def base_weights(self) -> AbstractContextManager[None]:
         """Within it the generator is the base: without what was trained, and without `policy.init_from`."""
         ...
 
@@ -126,7 +126,7 @@ class EncodesAhead(Protocol):
 class RunsInStep(Protocol):
     """A policy that may be spread over processes, which then can only run it together."""
 
-    def in_step(self, ranks: Ranks) -> AbstractContextManager[None]:
+    def in_step(self, ranks: DistributedGroup) -> AbstractContextManager[None]:
         """Within it each process calls `velocity` as often as its share of the work asks, be it never.
 
         All enter it, and leave it together. A gradient is computed before the next call of `velocity`.
@@ -134,8 +134,8 @@ class RunsInStep(Protocol):
         ...
 
 
-def in_step(policy: Policy[ConditionT], ranks: Ranks) -> AbstractContextManager[None]:
-    """`RunsInStep.in_step`, of a policy that has it. It stands within `Ranks.together`, around all that can fail."""
+def in_step(policy: Policy[ConditionT], ranks: DistributedGroup) -> AbstractContextManager[None]:
+    """Enter `RunsInStep.in_step` of a policy that has it, within `DistributedGroup.synchronized`."""
     return policy.in_step(ranks) if isinstance(policy, RunsInStep) else nullcontext()
 
 
@@ -143,6 +143,6 @@ def in_step(policy: Policy[ConditionT], ranks: Ranks) -> AbstractContextManager[
 class ReadsPrompts(Protocol):
     """A policy or a reward whose encoder may not read the whole of a prompt."""
 
-    def prompt_lengths(self, prompts: Sequence[str]) -> Lengths | None:
+    def prompt_lengths(self, prompts: Sequence[str]) -> PromptLengths | None:
         """The lengths of `prompts`; None where all is read, however long."""
         ...

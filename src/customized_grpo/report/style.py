@@ -15,14 +15,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
+from customized_grpo.config.presets import BASE, BASELINE, METHOD
 from customized_grpo.io.files import replacing
 from customized_grpo.report.records import Interval
-
-BASE = "base"
-"""The untuned generator: evaluated by every run, trained by none."""
-REFERENCE = "naive-1:1"
-"""What the others are compared with."""
-OURS = "customized"
 
 PAPER, INK, MUTED, RULE, AXIS = "#fcfbf8", "#1d1e22", "#63656d", "#e3e0d8", "#a9a79f"
 PROMPT, IDENTITY, CONFLICT, BAD = "#1a6cb0", "#bb4d12", "#8a62b0", "#c9c7c0"
@@ -112,18 +107,18 @@ def grid(axes: Axes, *, share: bool = True, across: bool = False) -> None:
 def curve(preset: str, hue: str) -> dict[str, Any]:
     """Line of a preset: the method in `hue`, the reference solid, others dashed."""
     dark, pale = (MUTED, AXIS) if hue == INK else (INK, MUTED)
-    if preset == OURS:
+    if preset == METHOD:
         return {"color": hue, "linewidth": 2.3, "zorder": 4}
-    if preset == REFERENCE:
+    if preset == BASELINE:
         return {"color": dark, "linewidth": 1.6, "zorder": 3}
     return {"color": pale, "linewidth": 1.6, "zorder": 2, "dashes": (4, 2.2)}
 
 
-def emphasis(name: str, strong: str = OURS) -> str:
+def emphasis(name: str, strong: str = METHOD) -> str:
     return INK if name.startswith(strong) else MUTED
 
 
-def weight(name: str, strong: str = OURS) -> str:
+def weight(name: str, strong: str = METHOD) -> str:
     return "bold" if name == strong else "normal"
 
 
@@ -138,7 +133,7 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         axes.annotate(name, (1, height), (4, 0), annotation_clip=False, **place, **options)
 
 
-def place_labels(axes: Axes, spots: Mapping[str, tuple[Interval, Interval]], strong: str = OURS) -> None:
+def place_labels(axes: Axes, spots: Mapping[str, tuple[Interval, Interval]], strong: str = METHOD) -> None:
     """Write each name near its point (across, up), off names, points, intervals and border if possible.
 
     Call once the layout is settled. A name that had to move away is tied to its point by a thin line; that of `strong`
@@ -153,7 +148,7 @@ def place_labels(axes: Axes, spots: Mapping[str, tuple[Interval, Interval]], str
             (left, low), (right, high) = axes.transData.transform([(left, low), (right, high)])
             taken += [(Bbox.from_extents(left, y - 4, right, y + 4), 3.0)]
             taken += [(Bbox.from_extents(x - 3, low, x + 3, high), 3.0)]
-    for name in sorted(spots, key=lambda name: (name not in (strong, REFERENCE, BASE), name)):
+    for name in sorted(spots, key=lambda name: (name not in (strong, BASELINE, BASE), name)):
         text = axes.text(
             0, 0, name, fontsize=9, color=emphasis(name, strong), fontweight=weight(name, strong), zorder=6
         )

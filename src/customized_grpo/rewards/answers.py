@@ -38,9 +38,9 @@ class Failure(Exception):
         self.kind, self.words, self.status, self.after = kind, words, status, after
 
 
-def content_of(answer: Answer, without_token: Callable[[str], str]) -> Any:
+def content_of(answer: Answer, redact: Callable[[str], str]) -> Any:
     """The JSON of an answer. Raises `Failure` where it is none, and where status or content say that it is an error,
-    with words that `without_token` has gone over."""
+    with words that `redact` has gone over."""
     try:
         content = json.loads(answer.body)
     except (ValueError, RecursionError):
@@ -55,7 +55,7 @@ def content_of(answer: Answer, without_token: Callable[[str], str]) -> Any:
         status = _code(error)
         kind = f"status {answer.status} with an error" + (f" of code {status}" if status else "")
     said = answer.headers.get("location") if 300 <= status < 400 else None
-    words = " ".join(without_token(said or _words(content if error is None else error)).split())
+    words = " ".join(redact(said or _words(content if error is None else error)).split())
     after = _retry_after(answer.headers)
     asks = f"asks to wait {after:g} s" if after else ""
     raise Failure(kind, "; ".join(filter(None, [words[:WORDS], asks])), status, after)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.rewards.reward import Scores
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 PREFIX = "python:"
-Function = Callable[[Tensor, Task], Tensor | Scores]
+Function = Callable[[Tensor, PromptBatch], Tensor | Scores]
 
 
-class OwnReward:
+class CustomReward:
     """Calls `function(images [P, G, 3, H, W], task)`, which answers values [P, G], higher is better, or `Scores`.
 
     A value that is not finite is invalid: its sample leaves the group.
@@ -26,7 +26,7 @@ class OwnReward:
         self._name, self._function = name, function
 
     @classmethod
-    def load(cls, field: str, name: str) -> "OwnReward":
+    def load(cls, field: str, name: str) -> "CustomReward":
         """The function that `name`, `python:module.function`, means. Raises `UserError` where there is none."""
         module_name, _, function_name = name.removeprefix(PREFIX).rpartition(".")
         if not module_name:
@@ -47,11 +47,11 @@ class OwnReward:
         return cls(name, function)
 
     @torch.no_grad()
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`. Raises `UserError` where the function raises, or answers anything but a number for each
         image."""
         try:
-            found = self._function(images, task)
+            found = self._function(images, batch)
         except Exception as error:  # it is the user's: anything may come out of it
             raise UserError(
                 f"{self._name} raised {type(error).__name__}: {first_line(error)}; mend the function, or have it "

@@ -19,11 +19,11 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil, Qw
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
-from customized_grpo.io.hub import from_hub, locate_file
-from customized_grpo.io.tensors import misfit, read_tensors
+from customized_grpo.io.hub import from_hub, resolve_file
+from customized_grpo.io.tensors import mismatch, read_tensors
 from customized_grpo.rewards.reward import Scores
 from customized_grpo.runtime.qwen_vl import ImageTextProcessor
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 WEIGHTS = "MizzenAI/HPSv3/HPSv3.safetensors"
 REWARD_TOKEN = "<|Reward|>"
@@ -77,11 +77,11 @@ class HPSv3Reward:
         self._token: int = processor.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 
     @torch.no_grad()
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`. The images of a group are of one size, so its texts are of one length: none is padded."""
         groups = [
             torch.cat([self._scores(part, prompt) for part in group.split(self._micro_batch)])
-            for group, prompt in zip(images, task.prompts, strict=True)
+            for group, prompt in zip(images, batch.prompts, strict=True)
         ]
         values = torch.stack(groups).float()
         return Scores(torch.where(values.isfinite(), values, 0.0), values.isfinite())
@@ -110,7 +110,7 @@ def load_hpsv3(
     Raises `UserError` where a part cannot be had, or its tensors are not those of HPSv3.
     """
     text = read_instruction(instruction)
-    path = locate_file(weights or WEIGHTS, "rewards.prompt_model")
+    path = resolve_file(weights or WEIGHTS, "rewards.prompt_model")
     if not Path(backbone).exists():
         check_hub()
     try:
@@ -189,7 +189,7 @@ def _published_instruction() -> str:
 
 
 def _check_names(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor], vocabulary: int) -> None:
-    wrong = misfit(state, expected)
+    wrong = mismatch(state, expected)
     if wrong:
         raise UserError(
             f"rewards.prompt_model: {path} does not hold HPSv3 on this backbone ({wrong}); name HPSv3.safetensors, "

@@ -28,11 +28,11 @@ PASSING = (408, 425, 429)
 OF_THE_REQUEST = (400, 413, 415, 422, 451)
 """Statuses that may be the fault of this one request: its picture, its size, or what a policy says of it."""
 NOT_THERE = (404, 405, 501)
-MOST = 2**24
+MAX_RESPONSE_BYTES = 2**24
 """Bytes of an answer; scores take a few for an image."""
-LEAST = 0.05
+MIN_TIMEOUT = 0.05
 """Seconds of the shortest wait."""
-PAUSE = 0.2
+POLL_INTERVAL = 0.2
 """Seconds after which a waiting question looks whether it was given up."""
 
 
@@ -90,7 +90,7 @@ class Scoring:
             self.stopped.set()
         return self.stopped.is_set()
 
-    def give_up(self) -> None:
+    def cancel(self) -> None:
         """Have whoever waits for an answer, in whatever thread, soon get `Unavailable`."""
         self.stopped.set()
 
@@ -180,7 +180,7 @@ class Transport:
 
     def _once(self, method: str, path: str, body: bytes | None, end: float, is_over: Callable[[], bool]) -> Any:
         """Raises `Failure` where there is no answer, or one that holds an error."""
-        return content_of(self._send(method, path, body, end, is_over), self.without_token)
+        return content_of(self._send(method, path, body, end, is_over), self.redact)
 
     def _refusal(self, path: str, error: Failure) -> Refused | UserError:
         told = f"{self.field_name}: {self.url}{path} refused the request with {_joined(error.kind, error.words)}"
@@ -197,7 +197,7 @@ class Transport:
         threading.Thread(target=self._receive, args=(method, path, body, end, found), daemon=True).start()
         while time.monotonic() < end and not is_over():
             with suppress(TimeoutError):
-                return found.result(timeout=min(PAUSE, _left(end)))
+                return found.result(timeout=min(POLL_INTERVAL, _left(end)))
         raise Failure(f"no whole answer in time{self.route.words()}")
 
     def _receive(self, method: str, path: str, body: bytes | None, end: float, found: "Future[Answer]") -> None:
@@ -206,8 +206,8 @@ class Transport:
             with self.client.stream(method, self.url.rstrip("/") + path, content=body, timeout=_left(end)) as answer:
                 for part in answer.iter_bytes():
                     received += part
-                    if len(received) > MOST or time.monotonic() > end:
-                        raise Failure(f"an answer that takes too long, or more than {MOST} bytes")
+                    if len(received) > MAX_RESPONSE_BYTES or time.monotonic() > end:
+                        raise Failure(f"an answer that takes too long, or more than {MAX_RESPONSE_BYTES} bytes")
                 found.set_result(Answer(answer.status_code, bytes(received), dict(answer.headers)))
         except Failure as error:
             found.set_exception(error)
@@ -217,24 +217,24 @@ class Transport:
             proxied = self.route.variable is not None  # garbage from a SOCKS proxy comes as many kinds of error
             found.set_exception(Failure(self._told(error)) if proxied else error)
 
-    def without_token(self, text: str) -> str:
+    def redact(self, text: str) -> str:
         """`text` as it may be shown: a server may repeat what it was sent, and messages end up in logs. To be shortened
         afterwards, or a part of the token stays."""
         return text.replace(self.token, "(not shown)") if self.token else text
 
     def _told(self, error: Exception) -> str:
-        lines = self.without_token(str(error)).splitlines()
+        lines = self.redact(str(error)).splitlines()
         return (lines[0][:200] if lines else type(error).__name__) + self.route.words()
 
     def _wait(self, state: RetryCallState, end: float) -> float:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, Failure) and error.after is not None:
-            return max(error.after, LEAST)
+            return max(error.after, MIN_TIMEOUT)
         wait = wait_random_exponential(multiplier=0.2, max=self.longest_wait)(state)
-        return max(min(wait, _left(end) / 2), LEAST)
+        return max(min(wait, _left(end) / 2), MIN_TIMEOUT)
 
 
-def secret(variable: str) -> str | None:
+def read_token(variable: str) -> str | None:
     """A token from the environment: nowhere else is one looked for, and none is ever written down. Space around it, in
     which files of secrets often end, is left out. Raises `UserError` where it cannot stand in a header."""
     found = os.environ.get(variable, "").strip()
@@ -257,4 +257,4 @@ def _joined(kind: str, words: str) -> str:
 
 def _left(end: float) -> float:
     """Seconds until `end`; a little where it has passed, since 0 would be no time-out."""
-    return max(LEAST, end - time.monotonic())
+    return max(MIN_TIMEOUT, end - time.monotonic())

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from customized_grpo.errors import UserError
-from customized_grpo.io.tensors import misfit, read_tensors
+from customized_grpo.io.tensors import mismatch, read_tensors
 
 TOWERS = {"visual.": "vision_model.", "": "text_model."}
 OUTER = {
@@ -51,7 +51,7 @@ def load_open_clip(path: Path, config: CLIPConfig, field: str) -> CLIPModel:
     # Position indices are made, weights only outlined.
     with init_empty_weights(include_buffers=False):
         model: Any = CLIPModel(config)
-    wrong = misfit(state, model.state_dict())
+    wrong = mismatch(state, model.state_dict())
     if wrong:
         raise UserError(
             f"{field}: {path} does not hold a CLIP of the backbone's architecture in open_clip's names ({wrong}); name "

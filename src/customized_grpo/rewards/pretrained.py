@@ -14,12 +14,12 @@ from transformers.utils.hub import cached_file
 from customized_grpo.config.rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
-from customized_grpo.io.hub import check_shards, from_hub, locate_file, without_pickles
+from customized_grpo.io.hub import check_shards, forbid_pickles, from_hub, resolve_file
 from customized_grpo.rewards.open_clip import load_open_clip
 from customized_grpo.rewards.preprocessing import Letterbox, Preprocessing
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder, PromptSimilarity, pooled
-from customized_grpo.types import Lengths
+from customized_grpo.types import PromptLengths
 
 MODELS = {
     "dino": "facebook/dinov2-base",
@@ -41,7 +41,7 @@ TYPES = {
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 
 
-class Checkpoint:
+class PretrainedEncoder:
     """A pretrained encoder, from a folder or the hub."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Checkpoint:
             reads = ", ".join(TYPES[kind])
             raise UserError(f"{field}: {self._name} is of type {config.model_type}, but {kind} reads {reads}")
         if file:
-            model = load_open_clip(locate_file(self._name, field), config, field)
+            model = load_open_clip(resolve_file(self._name, field), config, field)
         else:
             model = self._load(AutoModel, self._name)
         self._dtype = torch.bfloat16 if bf16 else torch.float32
@@ -126,8 +126,8 @@ class Checkpoint:
             names = {"input_ids"} if self._kind == "siglip" else {"input_ids", "attention_mask"}
             return pooled(self._model.get_text_features(**{name: tokens[name] for name in names}))
 
-        def measure(prompts: Sequence[str]) -> Lengths:
-            return Lengths([len(each) for each in tokenizer(list(prompts), verbose=False)["input_ids"]], most)
+        def measure(prompts: Sequence[str]) -> PromptLengths:
+            return PromptLengths([len(each) for each in tokenizer(list(prompts), verbose=False)["input_ids"]], most)
 
         return PromptSimilarity(self.encoder(half=half), read, measure)
 
@@ -143,7 +143,7 @@ class Checkpoint:
         _check_way(name)
         more = {"use_safetensors": True} if loader is AutoModel else {}
         try:
-            with from_hub(), without_pickles():
+            with from_hub(), forbid_pickles():
                 return loader.from_pretrained(name, trust_remote_code=False, **more)
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
             raise UserError(

@@ -27,7 +27,7 @@ from customized_grpo.errors import UserError, first_line
 from customized_grpo.rewards.http import Refused, Scoring, Transport, Unavailable
 from customized_grpo.rewards.reward import Scores
 from customized_grpo.rewards.splitting import UNLIMITED, Part, RequestSize, split
-from customized_grpo.types import References, Task
+from customized_grpo.types import PromptBatch, References
 
 TOKEN = "CUSTOMIZED_GRPO_REWARD_TOKEN"
 """Environment variable of the token, on both sides."""
@@ -52,15 +52,17 @@ class RemoteReward:
         self._probed = False
         self.last_failure: str | None = None
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`: what the server could not score in time is invalid."""
         self.last_failure, self._probed = None, False
-        batch = _EncodedBatch.of(images, task)
-        shared, each = batch.sizes()
+        encoded_batch = _EncodedBatch.of(images, batch)
+        shared, each = encoded_batch.sizes()
         for group, sizes in zip(shared, each, strict=True):
             self._check(group, sizes)
         return Scores(
-            *self._ask_each(batch, split(shared, each, self._limit), images.shape[:2], self._transport.scoring())
+            *self._ask_each(
+                encoded_batch, split(shared, each, self._limit), images.shape[:2], self._transport.scoring()
+            )
         )
 
     def _check(self, group: RequestSize, images: Sequence[RequestSize]) -> None:
@@ -102,7 +104,7 @@ class RemoteReward:
                 return self._ask_each(batch, groups if len(rows) > 1 else single, shape, scoring)
             self.last_failure = str(error)
         except (Unavailable, ValueError) as error:
-            told = self._transport.without_token(str(error))
+            told = self._transport.redact(str(error))
             self.last_failure = told if isinstance(error, Unavailable) else f"{self._transport.field_name}: {told}"
         return missing
 
@@ -114,7 +116,7 @@ class RemoteReward:
         self._probed = True
         image = batch.images[0][0]
         grey = encoded(torch.full_like(image, 0.5))
-        masks = None if batch.task.masks is None else [[encoded(torch.ones_like(image[:1]))]]
+        masks = None if batch.batch.masks is None else [[encoded(torch.ones_like(image[:1]))]]
         payload = {"prompts": ["a grey picture"], "images": [[grey]], "references": [[grey]], "masks": masks}
         try:
             self._transport.post("/score", payload, scoring)
@@ -149,7 +151,7 @@ class _EncodedBatch:
 
     images: Tensor
     """[P, G, 3, H, W]"""
-    task: Task
+    batch: PromptBatch
     image_rows: _Rows
     """[P][G]"""
     reference_rows: _Rows
@@ -158,12 +160,12 @@ class _EncodedBatch:
     """[P][K]"""
 
     @classmethod
-    def of(cls, images: Tensor, task: Task) -> "_EncodedBatch":
+    def of(cls, images: Tensor, batch: PromptBatch) -> "_EncodedBatch":
         with ThreadPoolExecutor(ENCODING_THREADS) as pool:
             found = pool.map(_Picture.of, images.flatten(0, 1))
             shared = _SharedPictures(pool)
-            references, masks = shared.rows(task.references), None if task.masks is None else shared.rows(task.masks)
-            return cls(images, task, [[next(found) for _ in group] for group in images], references, masks)
+            references, masks = shared.rows(batch.references), None if batch.masks is None else shared.rows(batch.masks)
+            return cls(images, batch, [[next(found) for _ in group] for group in images], references, masks)
 
     def payload(self, part: Part) -> dict[str, Any]:
         """What is posted to /score for `part`."""
@@ -173,7 +175,7 @@ class _EncodedBatch:
             return [[picture.text for picture in pictures[p][columns]] for p in rows]
 
         return {
-            "prompts": [self.task.prompts[p] for p in rows],
+            "prompts": [self.batch.prompts[p] for p in rows],
             "images": texts(self.image_rows, slice(columns.start, columns.stop)),
             "references": texts(self.reference_rows),
             "masks": None if self.mask_rows is None else texts(self.mask_rows),
@@ -181,7 +183,7 @@ class _EncodedBatch:
 
     def sizes(self) -> tuple[list[RequestSize], list[list[RequestSize]]]:
         """Sizes in a request of what each group shares [P], and of its images [P][G]."""
-        prompts = self.task.prompts
+        prompts = self.batch.prompts
         masks = self.mask_rows if self.mask_rows is not None else [[] for _ in prompts]
         shared = []
         for prompt, *rows in zip(prompts, self.reference_rows, masks, strict=True):
@@ -257,7 +259,7 @@ def _limits(transport: Transport) -> RequestSize:
         found = [health.get(f"max_{name}", UNLIMITED) for name in ("images", "pixels", "bytes")]
         if all(limit is UNLIMITED or (type(limit) is int and limit >= 1) for limit in found):
             return RequestSize(*found)
-    told = transport.without_token(repr(health))
+    told = transport.redact(repr(health))
     raise UserError(
         f"{transport.field_name}: {transport.url} is no reward server (its /health answered {told:.100}); "
         "start one with: customized-grpo serve-reward NAME"

@@ -5,7 +5,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Scores:
 class Reward(Protocol):
     """Scores images; deterministic. What the group shares (its prompt, its reference) is computed once per group."""
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """Scores of `images` [P, G, 3, H, W] in [0, 1], higher is better."""
         ...
 

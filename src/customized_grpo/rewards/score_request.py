@@ -19,7 +19,7 @@ from torch import Tensor
 
 from customized_grpo.data.images import BROKEN, MAX_PIXELS
 from customized_grpo.errors import first_line
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 HEADER = struct.Struct(">8s4x4sII")
 """How a PNG begins: signature, length of its first chunk, name of that chunk, width and height."""
@@ -59,7 +59,7 @@ class Limits:
     """Bytes of the body."""
 
 
-def read_request(body: bytearray, limits: Limits) -> tuple[Tensor, Task]:
+def read_request(body: bytearray, limits: Limits) -> tuple[Tensor, PromptBatch]:
     """Return the images [P, G, 3, H, W] in [0, 1] and the task of a request, whose `body` is emptied.
 
     Raises `Refused` for a body that is no request for scores, or holds more than `limits`.
@@ -72,14 +72,14 @@ def read_request(body: bytearray, limits: Limits) -> tuple[Tensor, Task]:
         with ThreadPoolExecutor(DECODING_THREADS) as pool:
             # Each goes to its place at once: stacked afterwards, the images would be in memory twice.
             list(pool.map(lambda pair: pair[0].copy_(_decoded(pair[1], "RGB")).div_(255), places))
-            task = Task(
+            batch = PromptBatch(
                 prompts,
                 _decoded_rows(references, "RGB", pool),
                 None if masks is None else _decoded_rows(masks, "L", pool),
             )
     except (*BROKEN, RecursionError, Image.DecompressionBombError) as error:
         raise Refused(HTTPStatus.BAD_REQUEST, f"not a request for scores: {first_line(error)[:200]}") from error
-    return decoded, task
+    return decoded, batch
 
 
 def _parsed(body: bytearray) -> tuple[list[str], _Rows, _Rows, _Rows | None]:

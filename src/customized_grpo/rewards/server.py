@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from customized_grpo.config.messages import worded
+from customized_grpo.config.messages import format_validation_error
 from customized_grpo.config.rewards import ENCODERS, IDENTITY_ENCODERS, RewardsConfig
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.factory.rewards import load_hpsv3_reward, load_pretrained
-from customized_grpo.rewards.custom import PREFIX, OwnReward
-from customized_grpo.rewards.http import secret
+from customized_grpo.rewards.custom import PREFIX, CustomReward
+from customized_grpo.rewards.http import read_token
 from customized_grpo.rewards.remote import TOKEN
 from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.score_request import Limits, Refused, read_request
@@ -91,8 +91,8 @@ class RewardServer(ThreadingHTTPServer):
     def score(self, body: bytearray) -> dict[str, Any]:
         """The answer to a request's body, which is emptied. Raises `Refused` for one that cannot be scored."""
         try:
-            images, task = read_request(body, self.limits)
-            return _answer(self.reward.score(images, task))
+            images, batch = read_request(body, self.limits)
+            return _answer(self.reward.score(images, batch))
         except Refused:
             raise
         except Exception as error:  # of a user's function or a model's library: anything may come out of it
@@ -253,7 +253,7 @@ def serve(
     for option, value in vars(limits).items():
         if value < 1:
             raise UserError(f"--{option}: {value} takes no request; give 1 or more")
-    token = secret(TOKEN)
+    token = read_token(TOKEN)
     _check_address(address, token)
     reward = _reward(name, model, settings)
     try:
@@ -289,7 +289,7 @@ def _reward(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward
     if name.startswith(PREFIX):
         if model is not None:
             raise UserError(f"--model: {name} takes none; leave it out")
-        reward = OwnReward.load("serve-reward", name)
+        reward = CustomReward.load("serve-reward", name)
         _config(name, None, settings)
         return reward
     if name not in (*ENCODERS, "hpsv3"):
@@ -312,4 +312,4 @@ def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward
     try:
         return RewardsConfig.model_validate({side: name, f"{side}_model": model, **settings})
     except ValidationError as error:
-        raise UserError(f"--{worded(error).replace(f'{side}_model', 'model')}") from error
+        raise UserError(f"--{format_validation_error(error).replace(f'{side}_model', 'model')}") from error

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from customized_grpo.rewards.preprocessing import composited
 from customized_grpo.rewards.reward import Scores
-from customized_grpo.types import Lengths, Task
+from customized_grpo.types import PromptBatch, PromptLengths
 
 Encode = Callable[[Tensor], Tensor]
 """Preprocessed pictures [b, 3, h, w] to features [b, E]."""
@@ -59,27 +59,27 @@ class IdentitySimilarity:
         self._encoder, self._segmented, self._background, self._several = encoder, segmented, background, several
         self._kept: dict[Hashable, Tensor] = {}
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`."""
         features = self._encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        values = torch.stack([self._to(group, self._targets(task, p)) for p, group in enumerate(features)])
+        values = torch.stack([self._to(group, self._targets(batch, p)) for p, group in enumerate(features)])
         return Scores(values, values.isfinite())
 
-    def _targets(self, task: Task, prompt: int) -> Tensor:
+    def _targets(self, batch: PromptBatch, prompt: int) -> Tensor:
         """Features [K, E] of the prompt's references; of named ones they are kept, and no picture is read again."""
-        if task.names is None:
-            return self._encoded(task, prompt)
-        name = task.names[prompt]
+        if batch.names is None:
+            return self._encoded(batch, prompt)
+        name = batch.names[prompt]
         if name not in self._kept:
-            self._kept[name] = self._encoded(task, prompt)
+            self._kept[name] = self._encoded(batch, prompt)
         return self._kept[name]
 
-    def _encoded(self, task: Task, prompt: int) -> Tensor:
-        references = list(task.references[prompt])
+    def _encoded(self, batch: PromptBatch, prompt: int) -> Tensor:
+        references = list(batch.references[prompt])
         if self._segmented:
-            if task.masks is None:
+            if batch.masks is None:
                 raise ValueError("the task has no masks to segment by")
-            pairs = zip(references, task.masks[prompt], strict=True)
+            pairs = zip(references, batch.masks[prompt], strict=True)
             references = [composited(reference, mask, self._background) for reference, mask in pairs]
         return torch.stack([self._encoder.reference(reference) for reference in references])
 
@@ -95,20 +95,20 @@ class PromptSimilarity:
         self,
         encoder: PictureEncoder,
         read: Callable[[Sequence[str]], Tensor],
-        measure: Callable[[Sequence[str]], Lengths],
+        measure: Callable[[Sequence[str]], PromptLengths],
     ) -> None:
         """`read`: prompts to features [P, E]; `measure`: prompts to their lengths."""
         self._encoder, self._read, self._measure = encoder, read, measure
 
-    def prompt_lengths(self, prompts: Sequence[str]) -> Lengths:
+    def prompt_lengths(self, prompts: Sequence[str]) -> PromptLengths:
         """See `policies.ReadsPrompts`."""
         return self._measure(prompts)
 
     @torch.no_grad()
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`."""
         features = self._encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        words = F.normalize(self._read(task.prompts).float(), dim=-1)
+        words = F.normalize(self._read(batch.prompts).float(), dim=-1)
         values = torch.einsum("pge,pe->pg", features, words)
         return Scores(values, values.isfinite())
 

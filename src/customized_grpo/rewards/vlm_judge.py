@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from customized_grpo.config.rewards import VlmJudgeConfig
-from customized_grpo.errors import UserError, shortened
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.rewards.chat import BEST, QUESTIONS, QUOTED, Unreadable, messages, parse
 from customized_grpo.rewards.http import Refused, Scoring, Transport, Unavailable
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
 from customized_grpo.rewards.reward import Scores
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 KEY = "OPENAI_API_KEY"
 """Environment variable of the server's key; local servers want none."""
@@ -39,7 +39,7 @@ class Asked:
     """The last images that were rated, and their ratings: two rewards share one round of questions."""
 
     images: "weakref.ref[Tensor]"
-    task: Task
+    batch: PromptBatch
     ratings: Tensor
 
 
@@ -71,32 +71,33 @@ class VlmJudge:
         if self._ask(image, references, TRIAL_PROMPT, rating) is NOTHING:
             raise UserError(f"{'; '.join(rating.failures)}. This was a trial question, before any work; {ADJUST}")
 
-    def rate(self, images: Tensor, task: Task) -> Tensor:
+    def rate(self, images: Tensor, batch: PromptBatch) -> Tensor:
         """Ratings [P, G, 2] (prompt, subject) of `images` [P, G, 3, H, W], 0 to 4; NaN where there is none.
 
         Raises `UserError` where the server answers nobody, or refuses the trial picture beside one of these.
         """
         last = self._last
-        if last is not None and last.images() is images and last.task is task:
+        if last is not None and last.images() is images and last.batch is batch:
             return last.ratings
         places = [(p, g) for p in range(images.shape[0]) for g in range(images.shape[1])]
-        references = [[encoded(picture, REFERENCE_SIDE) for picture in row] for row in task.references]
+        references = [[encoded(picture, REFERENCE_SIDE) for picture in row] for row in batch.references]
         rating = Rating(self._transport.scoring(), probed=False)
         pool = ThreadPoolExecutor(self._settings.concurrency)
         try:
             found = list(
                 pool.map(
-                    lambda place: self._ask(images[place], references[place[0]], task.prompts[place[0]], rating), places
+                    lambda place: self._ask(images[place], references[place[0]], batch.prompts[place[0]], rating),
+                    places,
                 )
             )
         except BaseException:  # a signal's as well: nothing waits for answers that nobody wants any more
-            rating.scoring.give_up()
+            rating.scoring.cancel()
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        self.last_failure = shortened(list(rating.failures), "; ", TOLD) or None
+        self.last_failure = truncated(list(rating.failures), "; ", TOLD) or None
         ratings = torch.tensor(found).unflatten(0, images.shape[:2])
-        self._last = Asked(weakref.ref(images), task, ratings)
+        self._last = Asked(weakref.ref(images), batch, ratings)
         return ratings
 
     def _ask(self, image: Tensor, references: list[str], prompt: str, rating: Rating) -> tuple[float, float]:
@@ -155,8 +156,8 @@ class VlmJudge:
         return self._settings.max_tokens or (TOKENS_REASONED if self._settings.reasoning else TOKENS)
 
     def _told(self, last: Unreadable, attempts: int) -> str:
-        words = " ".join(self._transport.without_token(last.words).split())[:QUOTED]
-        problem = self._transport.without_token(last.problem)
+        words = " ".join(self._transport.redact(last.words).split())[:QUOTED]
+        problem = self._transport.redact(last.problem)
         remedy = ""
         if last.cut:
             remedy = (
@@ -181,9 +182,9 @@ class JudgeReward:
         """See `TellsFailure`."""
         return self._judge.last_failure
 
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`."""
-        values = self._judge.rate(images, task)[..., self._column]
+        values = self._judge.rate(images, batch)[..., self._column]
         return Scores(values.nan_to_num(0.0), values.isfinite())
 
 

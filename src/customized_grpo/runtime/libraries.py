@@ -1,7 +1,7 @@
 """The libraries of large models, kept from talking into the display."""
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """No bars and no notes; errors stay. Call it before the models' own modules are imported: some talk then."""
     # They take seconds to import, and ToyBox needs neither.
     import diffusers.utils.logging

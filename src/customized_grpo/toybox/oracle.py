@@ -55,7 +55,7 @@ class Verdict:
         return self.copy_score > COPIED
 
 
-class Judge:
+class Oracle:
     """The shipped judge, or the one in the folder `weights`."""
 
     def __init__(self, weights: Path | None = None) -> None:

@@ -15,7 +15,7 @@ from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import resize_square
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import save_tensors, writing
-from customized_grpo.io.tensors import misfit
+from customized_grpo.io.tensors import mismatch
 from customized_grpo.policies.lora_files import METADATA, adapter_file, header_settings, read_tensors, saved_name
 from customized_grpo.runtime.device import resolve_precision
 from customized_grpo.toybox.drawing import SIZE
@@ -108,7 +108,7 @@ class ToyBoxPolicy:
         return self._context, self._tuned
 
     @contextmanager
-    def untuned(self) -> Iterator[None]:
+    def base_weights(self) -> Iterator[None]:
         """See `Policy.untuned`."""
         if isinstance(self._tuned, PeftModel):
             with self._tuned.disable_adapter():
@@ -129,7 +129,7 @@ class ToyBoxPolicy:
         path = adapter_file(place, [ADAPTER_FILE])
         own = {saved_name(name): parameter for name, parameter in self.trainable_parameters()}
         state, header = read_tensors(path)
-        wrong = misfit(state, own)
+        wrong = mismatch(state, own)
         alpha = header_settings(path, header).get("lora_alpha")
         if not wrong and self._lora and alpha not in (None, self._lora[1]):
             wrong = f"its alpha is {alpha}, expected {self._lora[1]}"

@@ -24,7 +24,7 @@ from customized_grpo.toybox.recipes import (
     train_prompt_encoder,
 )
 from customized_grpo.toybox.weights import IDENTITY_ENCODERS, QUALITY, load_network, save_network
-from customized_grpo.tracking.console import Display, Stages
+from customized_grpo.tracking.console import Display, StageProgress
 
 CLEAN_GENERATOR = "clean_generator"
 STAGES = {
@@ -63,7 +63,7 @@ def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int |
         display.table(title.replace("_", " "), {name: f"{value:.3f}" for name, value in rows.items()})
 
 
-def _train(name: str, output: Path, seed: int, stages: Stages) -> nn.Module:
+def _train(name: str, output: Path, seed: int, stages: StageProgress) -> nn.Module:
     recipe = GeneratorRecipe()
     makers: dict[str, Callable[[], nn.Module]] = {
         CLEAN_GENERATOR: lambda: train_clean_generator(recipe, seed, stages.update),

@@ -11,7 +11,7 @@ from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.language import caption, tokenize
-from customized_grpo.toybox.oracle import HUE_TOLERANCE, Judge
+from customized_grpo.toybox.oracle import HUE_TOLERANCE, Oracle
 from customized_grpo.toybox.pairs import Pairs, draw_pairs
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.recipes import crop_and_jitter
@@ -33,7 +33,7 @@ def measure_quality(folder: Path, pairs: int = MEASURED_PAIRS) -> dict[str, dict
     """
     draw = torch.Generator().manual_seed(2026)
     test = draw_pairs(pairs, "test", draw)
-    judge = Judge(folder)
+    judge = Oracle(folder)
     seen = judge.read(test.targets)
     truth = {"shape": test.subjects.shape, "pattern": test.subjects.pattern}
     truth |= {name: getattr(test.target_scenes, name) for name in ("scene", "accessory", "position")}
@@ -57,11 +57,11 @@ def _draw(folder: Path, pairs: Pairs, draw: torch.Generator) -> Tensor:
     policy = ToyBoxPolicy.load(folder)
     noise = torch.randn(len(pairs.captions), *policy.latent_shape, generator=draw)
     condition = policy.encode(pairs.captions, [[reference] for reference in pairs.references])
-    with policy.untuned():
+    with policy.base_weights():
         return sample_ode(policy, condition, noise, shift_sigmas(NUM_STEPS, SHIFT), micro_batch=50)
 
 
-def _verdict(judge: Judge, images: Tensor, pairs: Pairs) -> dict[str, float]:
+def _verdict(judge: Oracle, images: Tensor, pairs: Pairs) -> dict[str, float]:
     verdict = judge.judge(images, pairs.captions, pairs.references)
     return {name: _share(getattr(verdict, name)) for name in VERDICTS}
 
@@ -104,7 +104,7 @@ def _measure_encoders(folder: Path, pairs: Pairs, draw: torch.Generator) -> dict
     }
 
 
-def _measure_copy_meter(judge: Judge, pairs: Pairs, draw: torch.Generator) -> dict[str, float]:
+def _measure_copy_meter(judge: Oracle, pairs: Pairs, draw: torch.Generator) -> dict[str, float]:
     """AUC of the copy score at telling copies of the reference from correct renders of the prompt; and which share of
     pictures that are no copies, but stand on the reference's background, it calls copies.
 

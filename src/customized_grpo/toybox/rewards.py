@@ -14,7 +14,7 @@ from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.language import tokenize
 from customized_grpo.toybox.weights import load_network
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 CHUNK = 64
 """Images encoded at once; bounds memory."""
@@ -30,10 +30,10 @@ class PromptReward:
         self._encoder = load_network(PromptEncoder(), "prompt_encoder", weights)
 
     @torch.no_grad()
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`."""
         return _cosines(
-            _in_chunks(self._encoder.image, images.flatten(0, 1)), self._encoder.text(tokenize(task.prompts))
+            _in_chunks(self._encoder.image, images.flatten(0, 1)), self._encoder.text(tokenize(batch.prompts))
         )
 
 
@@ -47,16 +47,16 @@ class IdentityReward:
         self._segmented = reference == "segmented"
 
     @torch.no_grad()
-    def score(self, images: Tensor, task: Task) -> Scores:
+    def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`. Raises `UserError` when it is to segment and the data has no masks."""
-        references = torch.stack([resize_square(row[0], SIZE) for row in task.references])
+        references = torch.stack([resize_square(row[0], SIZE) for row in batch.references])
         if self._segmented:
-            if task.masks is None:
+            if batch.masks is None:
                 raise UserError(
                     "rewards.identity_reference is 'segmented', but the data has no masks; "
                     'add "masks" to its metadata.jsonl or set rewards.identity_reference=whole'
                 )
-            masks = torch.stack([resize_square(row[0], SIZE) for row in task.masks])
+            masks = torch.stack([resize_square(row[0], SIZE) for row in batch.masks])
             references = torch.lerp(torch.full_like(references, BACKDROP), references, masks)
         return _cosines(_in_chunks(self._encoder, images.flatten(0, 1)), self._encoder(references))
 

@@ -29,7 +29,7 @@ NAMES = {
 }
 
 
-class Training:
+class TrainingProgress:
     """What is shown while a run trains."""
 
     def __init__(self, console: Console, progress: Progress, task: TaskID) -> None:
@@ -93,18 +93,18 @@ class Display:
         self.console.print(f"WARNING: {text}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
-    def training(self, iterations: int, done: int) -> Iterator[Training]:
+    def training(self, iterations: int, done: int) -> Iterator[TrainingProgress]:
         """Show a run of `iterations`, of which `done` are behind it."""
         progress = self._bar(TextColumn("{task.fields[phase]:<13}"), TextColumn("{task.fields[figures]}"))
         with progress:
             task = progress.add_task("training", total=iterations, completed=done, phase="", figures="")
-            yield Training(self.console, progress, task)
+            yield TrainingProgress(self.console, progress, task)
 
     @contextmanager
-    def stages(self) -> Iterator["Stages"]:
+    def stages(self) -> Iterator["StageProgress"]:
         """Show a sequence of named stages, each with its own bar."""
         with self._bar(TextColumn("{task.fields[figures]}")) as progress:
-            yield Stages(self.console, progress)
+            yield StageProgress(self.console, progress)
 
     @contextmanager
     def grid(self, states: Sequence[RunState]) -> Iterator[Callable[[], None]]:
@@ -167,7 +167,7 @@ class Display:
         )  # fmt: skip
 
 
-class Stages:
+class StageProgress:
     """A bar for each stage on a terminal, a line every tenth of a stage elsewhere."""
 
     def __init__(self, console: Console, progress: Progress) -> None:

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from customized_grpo.errors import UserError, first_line, told_changes
+from customized_grpo.errors import UserError, describe_changes, first_line
 from customized_grpo.io.files import file_sha256, save_tensors, writing
 from customized_grpo.runtime.environment import library_versions
-from customized_grpo.training.ema import Average
+from customized_grpo.training.ema import EMA
 
 TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -37,7 +37,7 @@ MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
-class DamagedCheckpoint(UserError):
+class CorruptCheckpointError(UserError):
     """A checkpoint that is not what was written: torn, changed, or with a part missing."""
 
 
@@ -82,7 +82,7 @@ class State:
 
     parameters: Sequence[tuple[str, nn.Parameter]]
     optimizer: torch.optim.Optimizer
-    average: Average | None = None
+    average: EMA | None = None
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name."""
@@ -94,7 +94,7 @@ class State:
             found |= {AVERAGE + name: tensor for name, tensor in self.average.tensors.items()}
         return found
 
-    def misfit(self, tensors: dict[str, Tensor]) -> str:
+    def mismatch(self, tensors: dict[str, Tensor]) -> str:
         """Why `tensors` are not of this state, empty where they are."""
         own = dict(self.parameters)
         expected: dict[str, Tensor] = {PARAMETER + name: parameter for name, parameter in own.items()}
@@ -104,7 +104,7 @@ class State:
             step = torch.zeros(())
             for name, parameter in own.items():
                 expected |= {f"{MOMENT}{name}/{key}": step if key == "step" else parameter for key in MOMENTS}
-        return _misfit(tensors, expected)
+        return _mismatch(tensors, expected)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
@@ -177,17 +177,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def load_checkpoint(path: Path, config: dict[str, Any], state: State) -> Manifest:
     """Bring `state` back to where `path` left it; returns what is said of the checkpoint.
 
-    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when `config` is not the one the checkpoint was
-    made with, naming the fields. `state` is then as it was.
+    Raises `CorruptCheckpointError` when a file is damaged, and `UserError` when `config` is not the one the checkpoint
+    was made with, naming the fields. `state` is then as it was.
     """
     manifest = read_manifest(path)
-    if changed := told_changes(manifest.config, config, {*config, *manifest.config}):
+    if changed := describe_changes(manifest.config, config, {*config, *manifest.config}):
         raise UserError(
             f"{path}: cannot resume with another configuration ({changed}). Restore it, or use a new --output"
         )
     tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
-    if misfit := state.misfit(tensors):
-        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
+    if mismatch := state.mismatch(tensors):
+        raise CorruptCheckpointError(f"{path / TENSORS}: damaged (not the tensors of this run: {mismatch})")
     state.restore(tensors)
     return manifest
 
@@ -200,8 +200,8 @@ def load_weights(
     Raises what `read_weights` does. `parameters` are then as they were.
     """
     found, own = read_weights(path, config, average=average), dict(parameters)
-    if misfit := _misfit(found, own):
-        raise DamagedCheckpoint(f"{path / TENSORS}: damaged (not the tensors of this run: {misfit})")
+    if mismatch := _mismatch(found, own):
+        raise CorruptCheckpointError(f"{path / TENSORS}: damaged (not the tensors of this run: {mismatch})")
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(found[name])
@@ -210,13 +210,13 @@ def load_weights(
 def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[str, Tensor]:
     """Return the trained tensors of the checkpoint `path` by name, or their average.
 
-    Raises `DamagedCheckpoint` when a file is damaged, and `UserError` when it has no average, or is of another
+    Raises `CorruptCheckpointError` when a file is damaged, and `UserError` when it has no average, or is of another
     generator than that of the run with `config`.
     """
     manifest = read_manifest(path)
     # What a field names may lie elsewhere by now; hashes of that are for going on.
     policy = [key for key in manifest.config if key.startswith("policy.") and key in config]
-    if changed := told_changes(manifest.config, config, policy):
+    if changed := describe_changes(manifest.config, config, policy):
         raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
     tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
     kind = AVERAGE if average else PARAMETER
@@ -227,8 +227,10 @@ def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[s
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of the checkpoint in the folder `path`. Raises `DamagedCheckpoint` where it is none, or no more, and
-    `UserError` where a later version wrote it."""
+    """Read the manifest of the checkpoint in the folder `path`.
+
+    Raises `CorruptCheckpointError` where there is none or a damaged one, `UserError` where a later version wrote it.
+    """
     place = path / MANIFEST
     try:
         content = place.read_bytes()
@@ -243,24 +245,24 @@ def read_manifest(path: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise DamagedCheckpoint(f"{place}: damaged ({where}: {first['msg']})") from error
+        raise CorruptCheckpointError(f"{place}: damaged ({where}: {first['msg']})") from error
     except OSError as error:
-        raise DamagedCheckpoint(f"{place}: damaged or missing ({error.strerror})") from error
+        raise CorruptCheckpointError(f"{place}: damaged or missing ({error.strerror})") from error
     if _config_sha256(manifest.config) != manifest.sha256.config:
-        raise DamagedCheckpoint(f"{place}: damaged (config is not what its hash is of)")
+        raise CorruptCheckpointError(f"{place}: damaged (config is not what its hash is of)")
     named = path.name if path.name.isascii() and path.name.isdecimal() else None
     if named is not None and int(named) != manifest.iteration:
-        raise DamagedCheckpoint(f"{place}: damaged (iteration is {manifest.iteration} in the folder {named})")
+        raise CorruptCheckpointError(f"{place}: damaged (iteration is {manifest.iteration} in the folder {named})")
     return manifest
 
 
 def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
     try:
         if file_sha256(path) != sha256:
-            raise DamagedCheckpoint(f"{path}: damaged (not what the manifest's hash is of)")
+            raise CorruptCheckpointError(f"{path}: damaged (not what the manifest's hash is of)")
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DamagedCheckpoint(f"{path}: damaged or missing ({first_line(error)})") from error
+        raise CorruptCheckpointError(f"{path}: damaged or missing ({first_line(error)})") from error
 
 
 def remove_checkpoint(path: Path) -> None:
@@ -282,7 +284,7 @@ def _clear(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def _misfit(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+def _mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Why `tensors` have not the names, shapes and types of those that are `expected`, or are not finite; empty where
     all is well."""
     if odd := sorted(expected.keys() ^ tensors.keys()):

@@ -15,18 +15,19 @@ from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.factory.config import check_shares
 from customized_grpo.factory.data import read_samples
-from customized_grpo.factory.policy import FAMILIES, MODELS, load_toybox, policy_device, settings_of
+from customized_grpo.factory.pipelines import MODELS, PIPELINES, settings_of
+from customized_grpo.factory.policy import load_toybox, policy_device
 from customized_grpo.factory.rewards import reward_device
 from customized_grpo.io.hub import DAMAGED
-from customized_grpo.policies.conditions import ConditionCache, Conditions, Row, bytes_of_rows
+from customized_grpo.policies.conditions import ConditionCache, EncodedBatch, EncodedPrompt, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
-from customized_grpo.policies.loading import locate, read_index
+from customized_grpo.policies.loading import read_index, resolve_model
 from customized_grpo.policies.pipelines.resolution import token_count
-from customized_grpo.policies.pipelines.spec import Family
+from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.policy import RowAsked
 from customized_grpo.runtime.device import resolve_device, resolve_precision
-from customized_grpo.runtime.libraries import quiet
-from customized_grpo.training.estimate import Estimate, Subject, estimate
+from customized_grpo.runtime.libraries import silence_libraries
+from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
 
 META = torch.device("meta")
 
@@ -38,15 +39,15 @@ def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[RowAsked
     Raises `UserError` where the model cannot be had, or takes no such settings.
     """
     settings = config.policy
-    family = FAMILIES[settings.kind]
-    folder = locate(settings.model or MODELS[settings.kind], family, weights=False)
+    family = PIPELINES[settings.kind]
+    folder = resolve_model(settings.model or MODELS[settings.kind], family, weights=False)
     bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
     pipe = outline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     return estimate_pipeline(config, family, pipe, processes, rows)
 
 
 def estimate_pipeline(
-    config: Config, family: Family, pipe: Any, processes: int = 1, rows: Sequence[RowAsked] | None = None
+    config: Config, family: PipelineSpec, pipe: Any, processes: int = 1, rows: Sequence[RowAsked] | None = None
 ) -> Estimate:
     """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on
     the meta device."""
@@ -57,9 +58,9 @@ def estimate_pipeline(
     )
     policy = DiffusersPolicy(family, pipe, ConditionCache(settings.cache, ""), plain)
     sizes = (family.reference_size(settings.height, settings.width, 1, settings.reference_side),)
-    example = family.example(network.config, sizes, guided=policy.guided)
+    example = family.dummy_inputs(network.config, sizes, guided=policy.guided)
     dtype = pipe.vae.dtype
-    row = Row({name: tensor.to(dtype) for name, tensor in example.items()}, sizes)
+    row = EncodedPrompt({name: tensor.to(dtype) for name, tensor in example.items()}, sizes)
     tokens = token_count([policy.size, *sizes]) + len(row.tensors["text"])
     frozen = {
         module: sum(p.nbytes for p in module.parameters() if not p.requires_grad) for module in (network, pipe.vae)
@@ -68,10 +69,10 @@ def estimate_pipeline(
         frozen[network] /= processes
     blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
     passes = 2 if policy.guided else 1
-    subject = Subject(
+    subject = ProfileTarget(
         policy,
         network,
-        Conditions((row,), torch.zeros(1, dtype=torch.long)),
+        EncodedBatch((row,), torch.zeros(1, dtype=torch.long)),
         weight_bytes=float(sum(frozen.values())),
         checkpointed=passes * blocks if settings.gradient_checkpointing else 0,
         block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
@@ -85,7 +86,7 @@ def estimate_pipeline(
     return replace(estimated, disk=estimated.disk | {"encoded prompts and references": float(encoded)})
 
 
-def outline(folder: Path, family: Family, dtype: torch.dtype) -> Any:
+def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
     """The pipeline in `folder` with its transformer and VAE on the meta device and without its text encoders.
 
     Raises `UserError` where a configuration is missing or damaged.
@@ -108,14 +109,14 @@ def dry_run(config: Config, processes: int = 1) -> Estimate:
     """What a run of `config` takes of each of its `processes`. Raises `UserError` where the model cannot be had."""
     check_shares(config, processes)
     if config.policy.kind != "toybox":
-        quiet()
+        silence_libraries()
         rows, unknown = _outlined(config)
         estimated = dry_run_pipeline(config, processes, rows)
         return _with_rewards(config, replace(estimated, not_counted=(*estimated.not_counted, *unknown)))
     policy = load_toybox(config.policy, "fp32", seed=0)
     condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
     frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
-    subject = Subject(policy, policy.networks[-1], condition, float(frozen))
+    subject = ProfileTarget(policy, policy.networks[-1], condition, float(frozen))
     return _with_rewards(config, estimate(config, subject, processes))
 
 

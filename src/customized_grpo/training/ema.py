@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class EMA:
     """The average, in fp32, of `parameters`; it starts at their present values."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
@@ -31,9 +31,9 @@ class Average:
             self._put([self.tensors[name] for name, _ in self._parameters])
             yield
         finally:
-            self.put_back()
+            self.restore()
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """End `swapped`; outside of it nothing changes."""
         if self._before is not None:
             self._put(self._before)

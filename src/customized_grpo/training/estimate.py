@@ -80,7 +80,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ProfileTarget:
     """What is measured: a policy, its network, and a condition of one row, as long as those of training."""
 
     policy: Policy[Any]
@@ -97,7 +97,7 @@ class Subject:
     no matrix of all pairs of tokens is kept then. 0: what is measured is what runs."""
 
 
-def estimate(config: Config, subject: Subject, processes: int = 1) -> Estimate:
+def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Estimate:
     """What an iteration of `config` takes of that one of its `processes` which has the most groups, and its checkpoints
     of disk. Rewards are not counted: see `rewards.footprint`."""
     rollout, policy = config.rollout, subject.policy
@@ -120,8 +120,8 @@ def estimate(config: Config, subject: Subject, processes: int = 1) -> Estimate:
     plan = plan_steps(rollout, policy.sigmas(rollout.num_steps, rollout.shift), config.seed, 0)
     prompts = -(-rollout.prompts_per_iteration // processes)
     images = prompts * rollout.group_size
-    shared = plan.shared_steps if rollout.initial_noise == "shared" else 0
-    forwards = prompts * shared + images * (rollout.num_steps - shared)
+    shared = plan.num_prefix_steps if rollout.initial_noise == "shared" else 0
+    num_forward_evals = prompts * shared + images * (rollout.num_steps - shared)
     extra_forwards = bool(subject.checkpointed) + (config.objective.kl_weight > 0)
     an_item = both.get_total_flops() + extra_forwards * forward.get_total_flops()
     items = images * len(plan.trained)
@@ -136,7 +136,7 @@ def estimate(config: Config, subject: Subject, processes: int = 1) -> Estimate:
         parameters=sum(p.numel() for p in subject.network.parameters()) - (trained if lora else 0),
         trainable=trained,
         flops={
-            "rollout": float(forwards * forward.get_total_flops()),
+            "rollout": float(num_forward_evals * forward.get_total_flops()),
             "decoding": float(images * decoding.get_total_flops()),
             "update": float(items * an_item),
         },
@@ -200,7 +200,7 @@ class LivePeak(TorchDispatchMode):
     """
 
     def __init__(self, fused_tokens: int = 0) -> None:
-        """`fused_tokens`: matrices of all pairs of so many tokens do not count; see `Subject`."""
+        """`fused_tokens`: matrices of all pairs of so many tokens do not count; see `ProfileTarget`."""
         super().__init__()
         self.peak = 0
         self._fused_tokens, self._now = fused_tokens, 0
@@ -236,7 +236,7 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _kept_for_backward(subject: Subject, latents: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
+def _kept_for_backward(subject: ProfileTarget, latents: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
     """Bytes that autograd keeps of the forward pass of one sample, weights left out, and its output."""
     weights = {parameter.untyped_storage()._cdata for parameter in subject.network.parameters()}
     kept: dict[int, int] = {}

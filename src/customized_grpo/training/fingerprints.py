@@ -27,7 +27,7 @@ INDEX = "model_index.json"
 BLOB = re.compile("[0-9a-f]{64}")
 """How the hub's cache names a large file: by its SHA-256."""
 THREADS = 8
-MAY_CHANGE = (
+MUTABLE_ON_RESUME = (
     "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.init_from", "policy.weights",
     "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.",
     "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
@@ -38,11 +38,11 @@ MAY_CHANGE = (
 """Fields in which a resumed run may differ from the one it resumes. The contents of data and weights may not."""
 
 
-def pinned(config: Config, hashes: Mapping[str, str]) -> dict[str, Any]:
+def resume_fingerprint(config: Config, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Map all that decides the result of a run to its value: fields by dotted name, and the `hashes` of what some of
     them name, which may lie anywhere."""
     flat = flatten(config.model_dump(mode="json"))
-    fields = {name: value for name, value in flat.items() if not name.startswith(MAY_CHANGE)}
+    fields = {name: value for name, value in flat.items() if not name.startswith(MUTABLE_ON_RESUME)}
     return fields | {f"{field}.sha256": sha256 for field, sha256 in hashes.items()}
 
 
@@ -76,7 +76,7 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     if policy.kind == "toybox":
         yield "policy.weights", policy.weights or shipped_folder(), r".*\.safetensors"
     else:
-        from customized_grpo.factory.policy import MODELS
+        from customized_grpo.factory.pipelines import MODELS
 
         yield "policy.model", policy.model or MODELS[policy.kind], either
     for side, kind, model in (
@@ -95,9 +95,9 @@ def _adapters(policy: PolicyConfig) -> dict[str, Path]:
     """The LoRA files that training starts from, by field."""
     found = {"policy.init_from": init_adapter(policy)}
     if policy.base_adapter is not None:
-        from customized_grpo.policies.base_adapter import locate_adapter
+        from customized_grpo.policies.base_adapter import resolve_adapter
 
-        found["policy.base_adapter"] = locate_adapter(policy.base_adapter, "policy.base_adapter")
+        found["policy.base_adapter"] = resolve_adapter(policy.base_adapter, "policy.base_adapter")
     return {field: path for field, path in found.items() if path is not None}
 
 

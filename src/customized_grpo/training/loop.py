@@ -15,8 +15,8 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
 from customized_grpo.distributed.env import local_rank
 from customized_grpo.distributed.launch import saving
-from customized_grpo.distributed.termination import Terminated, Termination
-from customized_grpo.errors import Diverged, UserError, told_changes
+from customized_grpo.distributed.termination import SignalHandler, Terminated
+from customized_grpo.errors import UserError, WeightsDivergedError, describe_changes
 from customized_grpo.evaluation.before_after import evaluate_pairs, write_evaluation
 from customized_grpo.evaluation.evaluator import Evaluation
 from customized_grpo.io.files import StorageError, write_whole, writing
@@ -24,10 +24,10 @@ from customized_grpo.io.jsonl import Metrics
 from customized_grpo.policies.policy import Policy
 from customized_grpo.report import write_report
 from customized_grpo.runtime.memory import COPYING, EVALUATING, explain_out_of_memory
-from customized_grpo.toybox.oracle import Judge
-from customized_grpo.tracking.console import Display, Training
+from customized_grpo.toybox.oracle import Oracle
+from customized_grpo.tracking.console import Display, TrainingProgress
 from customized_grpo.training.checkpoint import (
-    DamagedCheckpoint,
+    CorruptCheckpointError,
     State,
     list_checkpoints,
     load_checkpoint,
@@ -35,9 +35,9 @@ from customized_grpo.training.checkpoint import (
     remove_checkpoint,
     save_checkpoint,
 )
-from customized_grpo.training.ema import Average
-from customized_grpo.training.fingerprints import fingerprints, pinned
-from customized_grpo.training.run_dir import CHECKPOINTS, EMA, LOGS
+from customized_grpo.training.ema import EMA
+from customized_grpo.training.fingerprints import fingerprints, resume_fingerprint
+from customized_grpo.training.run_dir import CHECKPOINTS, EMA_FOLDER, LOGS
 from customized_grpo.training.snapshot import Snapshot
 from customized_grpo.training.trainer import RATIO_TOLERANCE, Trainer
 
@@ -45,7 +45,7 @@ GALLERY_SIDE, GALLERY_PADDING = 128, 4
 """Smaller pictures are shown enlarged by a whole factor; both in pixels."""
 
 
-class Session:
+class TrainingLoop:
     """The files of a run and the loop that fills them."""
 
     def __init__(
@@ -54,9 +54,9 @@ class Session:
         trainer: Trainer[Any],
         datasets: dict[str, SubjectDataset],
         display: Display,
-        judge: Judge | None,
+        judge: Oracle | None,
         writer: Any,
-        termination: Termination,
+        termination: SignalHandler,
     ) -> None:
         """`writer`: TensorBoard's class, None where it is not wanted."""
         self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
@@ -66,8 +66,8 @@ class Session:
         self.termination = termination
         self.ranks = trainer.ranks
         decay = config.ema.decay
-        self.average = None if decay is None else Average(self.policy.trainable_parameters(), decay)
-        self.pinned: dict[str, Any] = {}
+        self.average = None if decay is None else EMA(self.policy.trainable_parameters(), decay)
+        self.resume_fingerprint: dict[str, Any] = {}
         self.state = State(list(self.policy.trainable_parameters()), trainer.optimizer, self.average)
         self.snapshot = Snapshot(self.state)
         self._saved: int | None = None
@@ -83,16 +83,16 @@ class Session:
 
         `pin` comes first.
         """
-        with self.ranks.together():
+        with self.ranks.synchronized():
             if resume_from is not None:
                 self._restore(resume_from)
             elif resume:
                 self._resume(list_checkpoints(self._checkpoints))
-        with self.ranks.together():
+        with self.ranks.synchronized():
             self._take_snapshot()
-        with self.ranks.together():
+        with self.ranks.synchronized():
             self._check_equal("--resume: the output folder must be on a disk that all processes share")
-            if self.ranks.first:
+            if self.ranks.is_main_process:
                 self._begin(resume_from)
 
     def pin(self) -> None:
@@ -101,14 +101,14 @@ class Session:
         Raises `UserError` where they have not. Nothing is written or deleted before that.
         """
         own: dict[str, Any] = {}
-        with self.ranks.together():
-            if self.ranks.first or local_rank() == 0:
-                with self.ranks.alone():
+        with self.ranks.synchronized():
+            if self.ranks.is_main_process or local_rank() == 0:
+                with self.ranks.interruptible():
                     hashes = fingerprints(self.config) | {"data": self.trainer.dataset.sha256()}
-                own = pinned(self.config, hashes)
-        self.pinned = json.loads(self.ranks.of_first(json.dumps(own)))
-        with self.ranks.together():
-            if own and (changed := told_changes(self.pinned, own, {*own, *self.pinned})):
+                own = resume_fingerprint(self.config, hashes)
+        self.resume_fingerprint = json.loads(self.ranks.broadcast_text(json.dumps(own)))
+        with self.ranks.synchronized():
+            if own and (changed := describe_changes(self.resume_fingerprint, own, {*own, *self.resume_fingerprint})):
                 raise UserError(
                     f"the machine of process {self.ranks.rank} has other data or weights than that of process 0 "
                     f"({changed}); copy them there"
@@ -119,13 +119,13 @@ class Session:
         with writing(self.output):
             self.output.mkdir(parents=True, exist_ok=True)
         if resume_from is not None:
-            self._forget_after(resume_from)
+            self._delete_after(resume_from)
         config = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         weights = {"sigmas": self.trainer.sigmas.tolist(), "weights": self.trainer.weights.tolist()}
         with writing(self.output):
             # First of all files, and whole or not at all: a folder without it is not taken for a run's.
             write_whole(self.output / "config.yaml", config)
-            self._cut_logs()
+            self._truncate_logs()
             write_whole(self.output / "weights.json", json.dumps(weights))
         if self._writer is not None:
             with writing(self.output):
@@ -135,17 +135,17 @@ class Session:
         """Train to the last iteration, with validations and checkpoints on the way.
 
         Whatever ends it early - a signal, an error, a full disk - leaves a checkpoint of the last whole iteration,
-        unless the processes hold different weights (`Diverged`).
+        unless the processes hold different weights (`WeightsDivergedError`).
         """
-        if self.ranks.first:
+        if self.ranks.is_main_process:
             self.ranks.before_force(self._save_in_a_thread)
         try:
             self._loop()
-        except Diverged:
+        except WeightsDivergedError:
             raise
         except BaseException as error:
-            with suppress(Terminated), self.termination.whole():
-                self._keep(error)
+            with suppress(Terminated), self.termination.critical_section():
+                self._save_on_interrupt(error)
             raise
 
     def _loop(self) -> None:
@@ -161,24 +161,24 @@ class Session:
                     self._validate()
                 due = iteration % self.config.checkpoint.every == 0 or iteration == last
                 if due or iteration % self.config.ranks.check_every == 0:
-                    with self.ranks.together():
+                    with self.ranks.synchronized():
                         self._check_equal(f"after iteration {iteration}; go on from the last checkpoint with --resume")
                 if due:
-                    with self.ranks.together(), self.termination.whole():
-                        if self.ranks.first:
+                    with self.ranks.synchronized(), self.termination.critical_section():
+                        if self.ranks.is_main_process:
                             self._checkpoint()
                             self._prune()
 
     def _check_equal(self, remedy: str) -> None:
-        """Raise `Diverged` where the processes differ in weights or iterations."""
-        if self.ranks.world == 1:
+        """Raise `WeightsDivergedError` where the processes differ in weights or iterations."""
+        if self.ranks.world_size == 1:
             return
         sums = [_checksum(parameter.detach()) for _, parameter in self.state.parameters]
-        unlike = self.ranks.unlike(torch.tensor([self.trainer.iteration, *sums]))
+        unlike = self.ranks.mismatched_ranks(torch.tensor([self.trainer.iteration, *sums]))
         if unlike:
-            raise Diverged(f"the weights of process {unlike[0]} are not those of process 0; {remedy}")
+            raise WeightsDivergedError(f"the weights of process {unlike[0]} are not those of process 0; {remedy}")
 
-    def _iterate(self, show: Training) -> None:
+    def _iterate(self, show: TrainingProgress) -> None:
         """Run one iteration; it counts once its line is in the log and its weights are in the snapshot."""
 
         def on_phase(phase: str, share: float) -> None:
@@ -187,7 +187,7 @@ class Session:
             show.phase(phase, share)
 
         metrics = self.trainer.train_step(on_phase, self.snapshot.wait)
-        with self.ranks.together(), self.termination.whole():
+        with self.ranks.synchronized(), self.termination.critical_section():
             if self.average is not None:
                 self.average.update(self.trainer.iteration)
             self._log(LOGS[0], metrics)
@@ -197,7 +197,7 @@ class Session:
         show.iteration(metrics)
 
     def _take_snapshot(self) -> None:
-        if self.ranks.first:  # the one that writes checkpoints
+        if self.ranks.is_main_process:  # the one that writes checkpoints
             with explain_out_of_memory("copying the training state to the host's memory", COPYING):
                 self.snapshot.take(self.trainer.iteration)
 
@@ -207,7 +207,7 @@ class Session:
         if iteration % self.config.evaluation.every != 0:
             return False
         due = all(row["iteration"] != iteration for row in _read_log(self.output / LOGS[1]))
-        return bool(self.ranks.rows(torch.tensor([due]))[0])  # the first writes the log, and knows
+        return bool(self.ranks.gather(torch.tensor([due]))[0])  # the first writes the log, and knows
 
     def _resume(self, checkpoints: Sequence[Path]) -> None:
         """Go back to the newest of the `checkpoints` that is whole; damaged ones are passed over with a warning."""
@@ -217,7 +217,7 @@ class Session:
         for path in reversed(checkpoints):
             try:
                 self._restore(path)
-            except DamagedCheckpoint as error:
+            except CorruptCheckpointError as error:
                 self.display.warn(f"{error}: passed over")
                 continue
             return
@@ -226,7 +226,7 @@ class Session:
             "restore one, or start anew with --overwrite"
         )
 
-    def _forget_after(self, path: Path) -> None:
+    def _delete_after(self, path: Path) -> None:
         """What the run has after the checkpoint `path`, from which it goes on, is made again."""
         logged = max((row["iteration"] for row in _read_log(self.output / LOGS[0])), default=0)
         if logged < self.trainer.iteration:
@@ -242,7 +242,7 @@ class Session:
                 remove_checkpoint(later)
 
     def _restore(self, path: Path) -> None:
-        manifest = load_checkpoint(path, self.pinned, self.state)
+        manifest = load_checkpoint(path, self.resume_fingerprint, self.state)
         done = manifest.iteration
         if done > self.config.iterations:
             raise UserError(
@@ -262,29 +262,29 @@ class Session:
 
         Returns the report's path; None in processes other than the first.
         """
-        with self.ranks.together():
-            if self.ranks.first:
+        with self.ranks.synchronized():
+            if self.ranks.is_main_process:
                 with saving():
                     self._save_adapters()
         if "test" in self.datasets:
             self.display.note("evaluating before and after on the test data ...")
             folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
             parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
-            with self._evaluated_weights(), self.ranks.together():
+            with self._evaluated_weights(), self.ranks.synchronized():
                 results = write_evaluation(self.config, *parts, folder, pairs, self.ranks, self._poll)
             self.display.comparison(results)
         if self.tensorboard is not None:
             with writing(self.output):
                 self.tensorboard.close()
-        with self.ranks.together(), writing(self.output):
-            return write_report(self.output) if self.ranks.first else None
+        with self.ranks.synchronized(), writing(self.output):
+            return write_report(self.output) if self.ranks.is_main_process else None
 
     def _save_adapters(self) -> None:
         with writing(self.output):
             self.policy.save_adapter(self.output)
         if self.average is not None:
             with self.average.swapped(), writing(self.output):
-                self.policy.save_adapter(self.output / EMA)
+                self.policy.save_adapter(self.output / EMA_FOLDER)
 
     def _poll(self, share: float) -> None:
         self.termination.poll()
@@ -300,7 +300,7 @@ class Session:
             return nullcontext()
         return self.average.swapped()
 
-    def _cut_logs(self) -> None:
+    def _truncate_logs(self) -> None:
         """Leave in the logs what the run that never stopped would have there by now.
 
         What came after the checkpoint goes, and so do validations made only because a shorter run ended there.
@@ -325,7 +325,7 @@ class Session:
         return evaluate_pairs(self.config, *parts, pairs, self.ranks, self._poll)
 
     def _remember_base(self) -> None:
-        with self.policy.untuned():
+        with self.policy.base_weights():
             self.base_images = self._evaluate(self.config.evaluation.gallery).images
 
     def _validate(self) -> None:
@@ -333,9 +333,9 @@ class Session:
         with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
             evaluation = self._evaluate(self.config.evaluation.pairs)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
-        with self.ranks.together(), self.termination.whole():
+        with self.ranks.synchronized(), self.termination.critical_section():
             # The gallery first: with the line in the log, a validation is done.
-            if self.ranks.first:
+            if self.ranks.is_main_process:
                 self._draw_gallery(evaluation)
             self._log(LOGS[1], row)
         self.display.validation(row)
@@ -385,7 +385,7 @@ class Session:
                 return
             self._failed = iteration
             with saving():
-                save_checkpoint(self._checkpoints, iteration, self.pinned, self.snapshot.tensors())
+                save_checkpoint(self._checkpoints, iteration, self.resume_fingerprint, self.snapshot.tensors())
             self._saved, self._failed = iteration, None
 
     def _prune(self) -> None:
@@ -395,9 +395,9 @@ class Session:
             with writing(self._checkpoints):
                 prune_checkpoints(self._checkpoints, self._saved, settings.keep_last, settings.keep_every)
 
-    def _keep(self, error: BaseException) -> None:
+    def _save_on_interrupt(self, error: BaseException) -> None:
         """Save the last whole iteration of a run that `error` ends, and say where it goes on."""
-        if not self.ranks.first:
+        if not self.ranks.is_main_process:
             return
         done = self.snapshot.iteration or 0
         if done and self._failed == done:
@@ -424,7 +424,7 @@ class Session:
             self.display.note("what was saved before is as it was; `train --resume` goes on from it")
 
     def _log(self, name: str, row: Metrics) -> None:
-        if not self.ranks.first:
+        if not self.ranks.is_main_process:
             return
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with writing(self.output), (self.output / name).open("a", encoding="utf-8") as log:

@@ -30,7 +30,7 @@ class Plan:
     trained: tuple[int, ...]
 
     @property
-    def shared_steps(self) -> int:
+    def num_prefix_steps(self) -> int:
         """Steps before the first stochastic one: from a shared initial noise, a group walks them as one."""
         return self.stochastic[0]
 
@@ -44,7 +44,7 @@ class Rollout(Generic[ConditionT]):
     next_states: Tensor
     log_probs: Tensor
     images: Tensor
-    forwards: int
+    num_forward_evals: int
     """Samples sent through the generator, counted once for each step."""
 
 
@@ -79,17 +79,17 @@ def sample_groups(
     initial noise the steps before the first stochastic one are walked once per group. `on_progress` hears the share
     done. Raises `NotFinite` where a picture is not finite.
     """
-    walk = _Walk(policy, condition, plan, config, seed, iteration, first)
-    prefix = plan.shared_steps if config.initial_noise == "shared" else 0
-    trunk = None
+    walk = _Sampler(policy, condition, plan, config, seed, iteration, first)
+    prefix = plan.num_prefix_steps if config.initial_noise == "shared" else 0
+    prefix_latents = None
     if prefix:
         rows = torch.arange(num_prompts).split(config.micro_batch)
-        trunk = torch.cat([walk.run(r, torch.zeros_like(r), None, range(prefix))[0] for r in rows])
+        prefix_latents = torch.cat([walk.run(r, torch.zeros_like(r), None, range(prefix))[0] for r in rows])
     parts = []
     batch = torch.arange(num_prompts * config.group_size)
     for rows in batch.split(config.micro_batch):
         prompts, samples = rows // config.group_size, rows % config.group_size
-        latents = None if trunk is None else trunk[prompts]
+        latents = None if prefix_latents is None else prefix_latents[prompts]
         final, kept = walk.run(prompts, samples, latents, range(prefix, config.num_steps))
         parts.append((_decoded(policy, final), *(torch.stack(column) for column in zip(*kept, strict=True))))
         on_progress((int(rows[-1]) + 1) / len(batch))
@@ -119,7 +119,7 @@ def _decoded(policy: Policy[ConditionT], latents: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Walk(Generic[ConditionT]):
+class _Sampler(Generic[ConditionT]):
     """Walks samples along the plan's steps."""
 
     policy: Policy[ConditionT]

@@ -5,18 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from customized_grpo.config.run import Config
-from customized_grpo.distributed.group import Ranks, started
-from customized_grpo.distributed.termination import Terminated, Termination
+from customized_grpo.distributed.group import DistributedGroup, init_distributed
+from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation.before_after import write_evaluation
-from customized_grpo.factory.config import check_shares, resolved
+from customized_grpo.factory.config import check_shares, resolve_config
 from customized_grpo.factory.data import (
     check_prompts,
     encode_ahead,
-    open_dataset,
+    load_dataset,
     read_dataset,
     read_samples,
-    tell_long_prompts,
+    warn_truncated_prompts,
 )
 from customized_grpo.factory.policy import build_policy, build_start
 from customized_grpo.factory.rewards import build_judge, build_rewards
@@ -25,7 +25,7 @@ from customized_grpo.report import write_report
 from customized_grpo.runtime.device import configure
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.checkpoint import list_checkpoints, read_manifest
-from customized_grpo.training.loop import Session
+from customized_grpo.training.loop import TrainingLoop
 from customized_grpo.training.run_dir import (
     ANOTHER,
     CHECKPOINTS,
@@ -54,23 +54,23 @@ def train(
     Raises `UserError` on bad input, before any work.
     """
     configure(config.threads)
-    config = resolved(config)
-    termination = Termination()
+    config = resolve_config(config)
+    termination = SignalHandler()
     with termination.listening():
         try:
-            with started(termination, config.ranks.silence) as ranks, ExitStack() as held:
-                display = display if ranks.first else Display.silent()
-                with ranks.together():
+            with init_distributed(termination, config.ranks.silence) as ranks, ExitStack() as held:
+                display = display if ranks.is_main_process else Display.silent()
+                with ranks.synchronized():
                     check_output(config.output, resume=resume or resume_from is not None, overwrite=overwrite)
                     check_start(config, overwrite=overwrite)
-                    if ranks.first and (config.output / LOCK).is_file():
+                    if ranks.is_main_process and (config.output / LOCK).is_file():
                         with locked(config.output, ANOTHER):
                             pass  # found out now rather than when all is loaded
                     first = _first_iteration(config.output, resume=resume, resume_from=resume_from)
                     session = _session(config, display, termination, ranks, first)
                 session.pin()
-                with ranks.together():
-                    if ranks.first:
+                with ranks.synchronized():
+                    if ranks.is_main_process:
                         held.enter_context(own(config.output, display))
                         if overwrite:
                             delete_run(config.output)
@@ -89,12 +89,14 @@ def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) ->
     return min((int(path.name) for path in checkpoints), default=0)
 
 
-def _session(config: Config, display: Display, termination: Termination, ranks: Ranks, first: int) -> Session:
+def _session(
+    config: Config, display: Display, termination: SignalHandler, ranks: DistributedGroup, first: int
+) -> TrainingLoop:
     """All parts of a run that goes on from iteration `first` or later, built and checked; nothing is written yet but
     what is encoded."""
-    check_shares(config, ranks.world)
-    if ranks.world > 1:
-        display.note(f"{ranks.world} processes share {config.rollout.prompts_per_iteration} groups an iteration")
+    check_shares(config, ranks.world_size)
+    if ranks.world_size > 1:
+        display.note(f"{ranks.world_size} processes share {config.rollout.prompts_per_iteration} groups an iteration")
     # Cheapest first: what is wrong is told before the next part is paid for.
     writer = _summary_writer() if config.log.tensorboard else None
     datasets = {
@@ -107,11 +109,11 @@ def _session(config: Config, display: Display, termination: Termination, ranks: 
     for dataset in datasets.values():
         check_prompts(dataset.folder, dataset, policy)
     used = read_samples(config, datasets, first)
-    tell_long_prompts(config, policy, rewards, used, display)
-    with display.stages() as stages, ranks.alone():
+    warn_truncated_prompts(config, policy, rewards, used, display)
+    with display.stages() as stages, ranks.interruptible():
         encode_ahead(policy, used, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"], ranks)
-    return Session(config, trainer, datasets, display, judge, writer, termination)
+    return TrainingLoop(config, trainer, datasets, display, judge, writer, termination)
 
 
 def evaluate_run(
@@ -127,21 +129,21 @@ def evaluate_run(
     configure(config.threads)
     path = data or config.data.test or config.data.validation or config.data.path
     pairs = pairs or config.evaluation.test_pairs
-    with started(Termination(), config.ranks.silence) as ranks:
-        display = display if ranks.first else Display.silent()
-        with ranks.together():
+    with init_distributed(SignalHandler(), config.ranks.silence) as ranks:
+        display = display if ranks.is_main_process else Display.silent()
+        with ranks.synchronized():
             policy = build_policy(config.policy, config.seed)
-            dataset = open_dataset(path, config, policy)
+            dataset = load_dataset(path, config, policy)
             policy.load_adapter(adapter)
             rewards, judge = build_rewards(config), build_judge(config)
             used = {dataset: dataset.samples[:pairs]}
-            tell_long_prompts(config, policy, rewards, used, display)
+            warn_truncated_prompts(config, policy, rewards, used, display)
             with display.stages() as stages:
                 encode_ahead(policy, used, stages)
         parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
-        with ranks.together():
+        with ranks.synchronized():
             display.comparison(write_evaluation(*parts))
-            if not ranks.first:
+            if not ranks.is_main_process:
                 return None
             if not (run / LOGS[0]).is_file():  # of an exported adapter: it has no training to report
                 return run / "evaluation"

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from customized_grpo.config.messages import worded
+from customized_grpo.config.messages import format_validation_error
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, writing
@@ -17,7 +17,7 @@ from customized_grpo.tracking.console import Display
 from customized_grpo.training.checkpoint import list_checkpoints
 
 LOGS = ("metrics.jsonl", "evaluations.jsonl")
-EMA = "ema"
+EMA_FOLDER = "ema"
 """Folder, in that of a run, of the averaged weights."""
 CHECKPOINTS = "checkpoints"
 WRITTEN = (
@@ -29,7 +29,7 @@ WRITTEN = (
     "pytorch_lora_weights.safetensors",
     CHECKPOINTS,
     "diagnosis",
-    EMA,
+    EMA_FOLDER,
     "evaluation",
     "galleries",
     "tensorboard",
@@ -53,12 +53,12 @@ def adapter_folder(run: Path, *, ema: bool) -> Path:
         )
     if not ema:
         return run
-    if not (run / EMA).is_dir():
+    if not (run / EMA_FOLDER).is_dir():
         raise UserError(
-            f"--ema: {run} holds no averaged weights (no folder {EMA}): train keeps them where ema.decay is set, "
-            "and writes them when it ends. Leave --ema out for the trained ones"
+            f"--ema: {run} holds no averaged weights (no folder {EMA_FOLDER}): train keeps them where ema.decay is "
+            "set, and writes them when it ends. Leave --ema out for the trained ones"
         )
-    return run / EMA
+    return run / EMA_FOLDER
 
 
 def finished_adapter(run: Path, option: str, instead: str, *, ema: bool) -> Path:
@@ -83,7 +83,9 @@ def load_run_config(run: Path) -> Config:
     try:
         return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
-        raise UserError(f"{path}: not the configuration that train wrote ({worded(error)}); restore it") from error
+        raise UserError(
+            f"{path}: not the configuration that train wrote ({format_validation_error(error)}); restore it"
+        ) from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not the configuration that train wrote ({error}); restore it") from error
 

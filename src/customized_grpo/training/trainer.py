@@ -37,7 +37,7 @@ from customized_grpo.algorithm import (
 from customized_grpo.config.advantages import AdvantagesConfig
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, batch_indices
-from customized_grpo.distributed.group import Ranks
+from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import TrainingError, telling_where
 from customized_grpo.io.jsonl import Metrics
 from customized_grpo.policies.policy import ConditionT, Policy, in_step
@@ -46,13 +46,13 @@ from customized_grpo.rewards.reward import Reward, TellsFailure
 from customized_grpo.runtime.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
 from customized_grpo.tracking.timer import Clock, OnPhase
 from customized_grpo.training.rollout import Plan, Rollout, plan_steps, sample_groups
-from customized_grpo.types import Task
+from customized_grpo.types import PromptBatch
 
 REWARD_NAMES = ("prompt", "identity")
 RATIO_TOLERANCE = 1e-5
 """The ratio is 1 before the first update, up to rounding. Beyond this, rollout and update compute different things."""
 
-PART = ("update", "size", "ratio/mean", "ratio/min", "ratio/max", "clip_fraction", "kl")
+METRIC_COLUMNS = ("update", "size", "ratio/mean", "ratio/min", "ratio/max", "clip_fraction", "kl")
 """Columns of what is known of a micro-batch."""
 
 
@@ -79,7 +79,7 @@ class Trainer(Generic[ConditionT]):
     policy: Policy[ConditionT]
     rewards: Sequence[Reward]
     dataset: SubjectDataset
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: DistributedGroup = field(default_factory=DistributedGroup)
     iteration: int = 0
     optimizer: torch.optim.AdamW = field(init=False)
 
@@ -110,28 +110,28 @@ class Trainer(Generic[ConditionT]):
         config, iteration = self.config, self.iteration
         clock = Clock(on_phase, self.policy.device)
 
-        mine = self.ranks.share(config.rollout.prompts_per_iteration)
+        local_prompts = self.ranks.local_range(config.rollout.prompts_per_iteration)
         plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
-        with self.ranks.together():
+        with self.ranks.synchronized():
             with in_step(self.policy, self.ranks), self._memory("drawing images", DRAWING):
                 clock.start("rollout")
-                samples = self.samples(iteration, mine)
+                samples = self.samples(iteration, local_prompts)
                 condition = self.condition(samples)
                 with telling_where(f"iteration {iteration + 1}"):
                     rollout = sample_groups(
                         self.policy, condition, len(samples), plan, config.rollout,
-                        seed=config.seed, iteration=iteration, first=mine.start, on_progress=clock.share,
+                        seed=config.seed, iteration=iteration, first=local_prompts.start, on_progress=clock.share,
                     )  # fmt: skip
             clock.start("score")
-            with self.ranks.alone(), self._memory("scoring images", SCORING):
-                rewards, valid = self.score(rollout.images, self.task(samples))
+            with self.ranks.interruptible(), self._memory("scoring images", SCORING):
+                rewards, valid = self.score(rollout.images, self.batch(samples))
 
-        rewards, valid = self.ranks.rows(rewards), self.ranks.rows(valid)
-        with self.ranks.together():
+        rewards, valid = self.ranks.gather(rewards), self.ranks.gather(valid)
+        with self.ranks.synchronized():
             self.check_valid(valid)
             clock.start("update")
         advantages = self._advantages(rewards, valid, plan)
-        update = self._update(rollout, plan, advantages, mine, clock.share, before_update)
+        update = self._update(rollout, plan, advantages, local_prompts, clock.share, before_update)
 
         self.iteration += 1
         seconds = clock.stop()
@@ -143,7 +143,7 @@ class Trainer(Generic[ConditionT]):
             **update,
             **{f"seconds/{phase}": value for phase, value in seconds.items()},
             "samples_per_second": valid[..., 0].numel() / seconds["total"],
-            "forwards": int(self.ranks.rows(torch.tensor([rollout.forwards])).sum()),
+            "forwards": int(self.ranks.gather(torch.tensor([rollout.num_forward_evals])).sum()),
         }
 
     def samples(self, iteration: int, prompts: range | None = None) -> list[Sample]:
@@ -158,13 +158,13 @@ class Trainer(Generic[ConditionT]):
         prompts = [sample.prompt for sample in samples]
         return self.policy.encode(prompts, self.dataset.references(samples, self.policy.prepare_reference))
 
-    def task(self, samples: Sequence[Sample]) -> Task:
+    def batch(self, samples: Sequence[Sample]) -> PromptBatch:
         """What the rewards are told of `samples`, with their references as the files have them."""
-        return Task.of(self.dataset, samples, masks=self.config.rewards.identity_reference == "segmented")
+        return PromptBatch.of(self.dataset, samples, masks=self.config.rewards.identity_reference == "segmented")
 
-    def score(self, images: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    def score(self, images: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid: numbers, and called valid."""
-        scores = [reward.score(images, task) for reward in self.rewards]
+        scores = [reward.score(images, batch) for reward in self.rewards]
         rewards = torch.stack([score.values.float().cpu() for score in scores], dim=-1)
         return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1) & rewards.isfinite()
 
@@ -216,16 +216,16 @@ class Trainer(Generic[ConditionT]):
         rollout: Rollout[ConditionT],
         plan: Plan,
         advantages: Tensor,
-        mine: range,
+        local_prompts: range,
         on_progress: Callable[[float], None],
         before_update: Callable[[], None],
     ) -> Metrics:
         """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples, of which this
         process has those of the prompts `mine`."""
         num_steps = len(plan.trained)
-        low, high = (place * self.config.rollout.group_size for place in (mine.start, mine.stop))
+        low, high = (place * self.config.rollout.group_size for place in (local_prompts.start, local_prompts.stop))
         matter = matters(advantages.flatten(0, 1)[low:high], self.config.objective.kl_weight)
-        dealt = self._dealt(*advantages.shape[:2])
+        dealt = self._minibatch_order(*advantages.shape[:2])
         updates = self.config.optimizer.updates_per_iteration
         flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
         parts: list[tuple[float, ...]] = []
@@ -237,7 +237,11 @@ class Trainer(Generic[ConditionT]):
             rows = share[(share >= low) & (share < high)].sort().values - low
             items = torch.cartesian_prod(torch.arange(num_steps), rows)
             loss = 0.0
-            with self.ranks.together(), in_step(self.policy, self.ranks), self._memory("computing gradients", UPDATING):
+            with (
+                self.ranks.synchronized(),
+                in_step(self.policy, self.ranks),
+                self._memory("computing gradients", UPDATING),
+            ):
                 for micro_batch in items.split(self.config.optimizer.micro_batch) if len(items) else ():
                     chunk = micro_batch[matter[micro_batch[:, 1]]]
                     if not len(chunk):
@@ -250,19 +254,19 @@ class Trainer(Generic[ConditionT]):
                     parts.append((number, len(chunk), *map(float, ratios), kl))
                     done += len(chunk)
                     on_progress(done / total)
-            with self.ranks.together(), self._memory("updating the weights", UPDATING):
+            with self.ranks.synchronized(), self._memory("updating the weights", UPDATING):
                 loss, norm = self._optimizer_step(loss, before_update)
             losses.append(loss)
             norms.append(norm)
-        table = torch.tensor(parts, dtype=torch.float64).view(-1, len(PART))
-        return _update_metrics(self.ranks.rows(table), losses, norms)
+        table = torch.tensor(parts, dtype=torch.float64).view(-1, len(METRIC_COLUMNS))
+        return _update_metrics(self.ranks.gather(table), losses, norms)
 
     def _memory(self, doing: str, remedy: str) -> AbstractContextManager[None]:
         return explain_out_of_memory(
             f"{doing} in iteration {self.iteration + 1}", f"{remedy}, and go on with train --resume"
         )
 
-    def _dealt(self, prompts: int, size: int) -> Tensor:
+    def _minibatch_order(self, prompts: int, size: int) -> Tensor:
         """The places [P * G] of all samples in an order that deals each group evenly over the updates: whatever groups
         a process has, its updates are of one size, and none waits for another."""
         draws = torch.rand(prompts, size, generator=generator(self.config.seed, self.iteration, "update order"))
@@ -276,7 +280,7 @@ class Trainer(Generic[ConditionT]):
         objective = self.config.objective
         reference = None
         if objective.kl_weight > 0:  # first: after a velocity with a gradient comes its backward pass, see `in_step`
-            with torch.no_grad(), self.policy.untuned():
+            with torch.no_grad(), self.policy.base_weights():
                 reference = self.transition(rollout, plan, steps, rows)
         transition = self.transition(rollout, plan, steps, rows)
         kl = None if reference is None else gaussian_kl(transition.mean, reference.mean, transition.std)
@@ -310,13 +314,13 @@ class Trainer(Generic[ConditionT]):
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         own = torch.tensor([[loss, float(torch.nn.utils.get_total_norm(gradients))]], dtype=torch.float64)
-        each = self.ranks.rows(own)
-        self.ranks.sum_(gradients)
+        each = self.ranks.gather(own)
+        self.ranks.all_reduce_(gradients)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
         loss = float(each[:, 0].sum())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bad = [str(rank) for rank, finite in enumerate(each.isfinite().all(1).tolist()) if not finite]
-            where = f" (process {', '.join(bad)} of {self.ranks.world})" if self.ranks.world > 1 else ""
+            where = f" (process {', '.join(bad)} of {self.ranks.world_size})" if self.ranks.world_size > 1 else ""
             raise TrainingError(
                 f"iteration {self.iteration + 1}: the loss is {loss} and the gradient's norm {norm}{where}; this "
                 "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta, and "
@@ -347,7 +351,7 @@ def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:
 
 def _update_metrics(parts: Tensor, losses: Sequence[float], norms: Sequence[float]) -> Metrics:
     """`parts` [n, PART], those of all processes; n is 0 where no sample matters, and what it measures NaN."""
-    column = dict(zip(PART, parts.unbind(1), strict=True))
+    column = dict(zip(METRIC_COLUMNS, parts.unbind(1), strict=True))
     first = column["update"] == 0
 
     def mean(name: str) -> float:

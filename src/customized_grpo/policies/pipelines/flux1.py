@@ -12,10 +12,10 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import schedule
 from customized_grpo.policies.pipelines.resolution import sizes_of, token_count
-from customized_grpo.types import Lengths
+from customized_grpo.types import PromptLengths
 
 LORA_TARGETS = (
     r"(transformer_blocks|single_transformer_blocks)\.\d+\."
@@ -37,17 +37,17 @@ def check_guidance(pipe: Any, guidance: float | None) -> None:
         )
 
 
-def prompt_lengths(pipe: Any, prompts: Sequence[str]) -> Lengths:
+def prompt_lengths(pipe: Any, prompts: Sequence[str]) -> PromptLengths:
     """In tokens of T5. CLIP, which reads 77 of its own, gives but a summary beside them."""
     tokens = pipe.tokenizer_2(list(prompts), verbose=False)["input_ids"]
-    return Lengths([len(each) for each in tokens], TEXT_TOKENS)
+    return PromptLengths([len(each) for each in tokens], TEXT_TOKENS)
 
 
-def encode(pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device) -> Row:
+def encode(pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device) -> EncodedPrompt:
     """`text` [L, D] of T5, `pooled` [D'] of CLIP, and the `reference` tokens [S, C]."""
     text, pooled, _ = pipe.encode_prompt(prompt=[prompt], device=device, max_sequence_length=TEXT_TOKENS)
     tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
-    return Row({"text": text[0], "pooled": pooled[0], "reference": tokens}, sizes_of(references))
+    return EncodedPrompt({"text": text[0], "pooled": pooled[0], "reference": tokens}, sizes_of(references))
 
 
 def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
     return pipe._pack_latents(latents, 1, *latents.shape[1:])[0]
 
 
-def example(config: Any, sizes: Sizes) -> dict[str, Tensor]:
+def dummy_inputs(config: Any, sizes: Sizes) -> dict[str, Tensor]:
     """As `encode` makes them, on the meta device."""
     tokens = token_count(sizes)
     with torch.device("meta"):
@@ -75,7 +75,9 @@ def grid_ids(height: int, width: int, *, first: int = 0, row: int = 0, column: i
     return ids + torch.tensor([float(first), float(row), float(column)])
 
 
-def velocity(transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, ids: Tensor, guidance: float) -> Tensor:
+def velocity(
+    transformer: Any, latents: Tensor, sigma: Tensor, batch: UniformBatch, ids: Tensor, guidance: float
+) -> Tensor:
     """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b]; `ids` [N + S, 3] of the image's tokens and the
     references', which follow them."""
     text = batch["text"]

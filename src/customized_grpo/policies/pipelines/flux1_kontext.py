@@ -7,18 +7,18 @@ import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
+from customized_grpo.policies.conditions import EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux1, schedule
 from customized_grpo.policies.pipelines.resolution import to_area, token_count
-from customized_grpo.types import Lengths
+from customized_grpo.types import PromptLengths
 
 
 class Flux1Kontext:
-    """A `diffusers_policy.Family`."""
+    """A `diffusers_policy.PipelineSpec`."""
 
     pipeline: Any = FluxKontextPipeline
     transformer: Any = FluxTransformer2DModel
-    saved_as: tuple[str, ...] = ("FluxKontextPipeline",)
+    pipeline_names: tuple[str, ...] = ("FluxKontextPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     lora_targets = flux1.LORA_TARGETS
     depends_on: Mapping[str, Inputs] = flux1.DEPENDS_ON
@@ -26,34 +26,40 @@ class Flux1Kontext:
     guidance = 3.5
     reference_side = 1024
 
-    def components(self, folder: str) -> dict[str, Any]:
+    def load_components(self, folder: str) -> dict[str, Any]:
         return {}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
         flux1.check_guidance(pipe, guidance)
 
-    def is_guided(self, pipe: Any, guidance: float) -> bool:
+    def uses_cfg(self, pipe: Any, guidance: float) -> bool:
         return False  # it is embedded
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_area(height, width, (side or self.reference_side) ** 2)
 
-    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> PromptLengths:
         return flux1.prompt_lengths(pipe, prompts)
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
-    ) -> Row:
+    ) -> EncodedPrompt:
         return flux1.encode(pipe, prompt, references, device)
 
-    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
-        return flux1.example(config, sizes)
+    def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return flux1.dummy_inputs(config, sizes)
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return schedule.own_sigmas(pipe, num_steps, token_count([size]))
+        return schedule.pipeline_sigmas(pipe, num_steps, token_count([size]))
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+        self,
+        transformer: Any,
+        latents: Tensor,
+        sigma: Tensor,
+        batch: UniformBatch,
+        size: tuple[int, int],
+        guidance: float,
     ) -> Tensor:
         ids = torch.cat([flux1.grid_ids(*size), flux1.grid_ids(*batch.sizes[0], first=1)])
         return flux1.velocity(transformer, latents, sigma, batch, ids, guidance)

@@ -13,10 +13,10 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, forma
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux1, schedule
 from customized_grpo.policies.pipelines.resolution import sizes_of, to_area, token_count
-from customized_grpo.types import Lengths
+from customized_grpo.types import PromptLengths
 
 LORA_TARGETS = (
     r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
@@ -30,49 +30,55 @@ LARGEST_REFERENCE = 1024
 
 
 class Flux2:
-    """A `diffusers_policy.Family`. Guidance is embedded; a Mistral reads the prompt."""
+    """A `diffusers_policy.PipelineSpec`. Guidance is embedded; a Mistral reads the prompt."""
 
     pipeline: Any = Flux2Pipeline
     transformer: Any = Flux2Transformer2DModel
-    saved_as: tuple[str, ...] = ("Flux2Pipeline",)
+    pipeline_names: tuple[str, ...] = ("Flux2Pipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder",)
     lora_targets = LORA_TARGETS
     depends_on: Mapping[str, Inputs] = {"text": (PROMPT,), "reference": (REFERENCES,)}
     max_references = MAX_REFERENCES
     guidance = 4.0
 
-    def components(self, folder: str) -> dict[str, Any]:
+    def load_components(self, folder: str) -> dict[str, Any]:
         # The pipeline's processor can read pictures too, for which it needs torchvision; prompts need its tokenizer.
         return {"tokenizer": AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False)}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
         flux1.check_guidance(pipe, guidance)
 
-    def is_guided(self, pipe: Any, guidance: float) -> bool:
+    def uses_cfg(self, pipe: Any, guidance: float) -> bool:
         return False  # it is embedded
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return reference_size(height, width, side)
 
-    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> PromptLengths:
         talks = format_input(prompts=list(prompts), system_message=pipe.system_message)
         texts = pipe.tokenizer.apply_chat_template(talks, add_generation_prompt=False, tokenize=False)
         return text_lengths(pipe, texts)
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
-    ) -> Row:
+    ) -> EncodedPrompt:
         text, _ = pipe.encode_prompt([prompt], device=device, max_sequence_length=TEXT_TOKENS)
-        return Row({"text": text[0], "reference": reference_tokens(pipe, references)}, sizes_of(references))
+        return EncodedPrompt({"text": text[0], "reference": reference_tokens(pipe, references)}, sizes_of(references))
 
-    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
-        return example(config, sizes, ["text"])
+    def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return dummy_inputs(config, sizes, ["text"])
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return own_sigmas(pipe, num_steps, size)
+        return pipeline_sigmas(pipe, num_steps, size)
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+        self,
+        transformer: Any,
+        latents: Tensor,
+        sigma: Tensor,
+        batch: UniformBatch,
+        size: tuple[int, int],
+        guidance: float,
     ) -> Tensor:
         embedded = schedule.embedded_guidance(guidance, latents)
         return predict(transformer, latents, sigma, batch, size, "text", embedded)
@@ -95,22 +101,22 @@ def reference_tokens(pipe: Any, references: Sequence[Tensor]) -> Tensor:
     return torch.cat(tokens)
 
 
-def text_lengths(pipe: Any, texts: Sequence[str]) -> Lengths:
+def text_lengths(pipe: Any, texts: Sequence[str]) -> PromptLengths:
     """Of prompts in their template."""
     tokens = pipe.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    return Lengths([len(each) for each in tokens], TEXT_TOKENS)
+    return PromptLengths([len(each) for each in tokens], TEXT_TOKENS)
 
 
-def example(config: Any, sizes: Sizes, texts: Sequence[str]) -> dict[str, Tensor]:
+def dummy_inputs(config: Any, sizes: Sizes, texts: Sequence[str]) -> dict[str, Tensor]:
     """As `encode` makes them, on the meta device."""
     with torch.device("meta"):
         words = {name: torch.empty(TEXT_TOKENS, config.joint_attention_dim) for name in texts}
         return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
 
-def own_sigmas(pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
+def pipeline_sigmas(pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
     """The pipelines' schedule [num_steps + 1], shifted by a fit over image tokens and steps."""
-    return schedule.scheduled(pipe.scheduler, num_steps, compute_empirical_mu(token_count([size]), num_steps))
+    return schedule.scheduler_sigmas(pipe.scheduler, num_steps, compute_empirical_mu(token_count([size]), num_steps))
 
 
 def token_ids(size: tuple[int, int], references: Sizes) -> Tensor:
@@ -129,7 +135,7 @@ def predict(
     transformer: Any,
     latents: Tensor,
     sigma: Tensor,
-    batch: Batch,
+    batch: UniformBatch,
     size: tuple[int, int],
     text: str,
     guidance: Tensor | None,

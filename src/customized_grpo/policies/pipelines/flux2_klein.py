@@ -8,25 +8,25 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux2
 from customized_grpo.policies.pipelines.resolution import sizes_of
-from customized_grpo.types import Lengths
+from customized_grpo.types import PromptLengths
 
 
 class Flux2Klein:
-    """A `diffusers_policy.Family`."""
+    """A `diffusers_policy.PipelineSpec`."""
 
     pipeline: Any = Flux2KleinPipeline
     transformer: Any = Flux2Transformer2DModel
-    saved_as: tuple[str, ...] = ("Flux2KleinPipeline",)
+    pipeline_names: tuple[str, ...] = ("Flux2KleinPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder",)
     lora_targets = flux2.LORA_TARGETS
     depends_on: Mapping[str, Inputs] = {"text": (PROMPT,), "negative": (), "reference": (REFERENCES,)}
     max_references = flux2.MAX_REFERENCES
     guidance = 4.0
 
-    def components(self, folder: str) -> dict[str, Any]:
+    def load_components(self, folder: str) -> dict[str, Any]:
         return {}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
@@ -37,13 +37,13 @@ class Flux2Klein:
                 "base model (FLUX.2-klein-base) in policy.model"
             )
 
-    def is_guided(self, pipe: Any, guidance: float) -> bool:
+    def uses_cfg(self, pipe: Any, guidance: float) -> bool:
         return guidance > 1 and not pipe.config.is_distilled
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return flux2.reference_size(height, width, side)
 
-    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> PromptLengths:
         talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = pipe.tokenizer.apply_chat_template(
             talks, add_generation_prompt=True, tokenize=False, enable_thinking=False
@@ -52,21 +52,27 @@ class Flux2Klein:
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
-    ) -> Row:
+    ) -> EncodedPrompt:
         most = {"max_sequence_length": flux2.TEXT_TOKENS}
         tensors = {"text": pipe.encode_prompt([prompt], device=device, **most)[0][0]}
         if guided:
             tensors["negative"] = pipe.encode_prompt([""], device=device, **most)[0][0]
-        return Row(tensors | {"reference": flux2.reference_tokens(pipe, references)}, sizes_of(references))
+        return EncodedPrompt(tensors | {"reference": flux2.reference_tokens(pipe, references)}, sizes_of(references))
 
-    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
-        return flux2.example(config, sizes, ["text", "negative"] if guided else ["text"])
+    def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return flux2.dummy_inputs(config, sizes, ["text", "negative"] if guided else ["text"])
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return flux2.own_sigmas(pipe, num_steps, size)
+        return flux2.pipeline_sigmas(pipe, num_steps, size)
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+        self,
+        transformer: Any,
+        latents: Tensor,
+        sigma: Tensor,
+        batch: UniformBatch,
+        size: tuple[int, int],
+        guidance: float,
     ) -> Tensor:
         positive = flux2.predict(transformer, latents, sigma, batch, size, "text", None)
         if "negative" not in batch.tensors:

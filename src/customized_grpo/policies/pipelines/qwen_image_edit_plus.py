@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from customized_grpo.data.images import to_pil
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, Batch, Inputs, Row, Sizes
+from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import schedule
 from customized_grpo.policies.pipelines.resolution import sizes_of, to_area, token_count
 from customized_grpo.runtime.qwen_vl import ImageTextProcessor
@@ -25,11 +25,11 @@ PICTURE = "Picture {}: <|vision_start|><|image_pad|><|vision_end|>"
 
 
 class QwenImageEditPlus:
-    """A `diffusers_policy.Family`."""
+    """A `diffusers_policy.PipelineSpec`."""
 
     pipeline: Any = QwenImageEditPlusPipeline
     transformer: Any = QwenImageTransformer2DModel
-    saved_as: tuple[str, ...] = ("QwenImageEditPlusPipeline",)
+    pipeline_names: tuple[str, ...] = ("QwenImageEditPlusPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder",)
     lora_targets = (
         r"transformer_blocks\.\d+\.attn\."
@@ -43,7 +43,7 @@ class QwenImageEditPlus:
     guidance = 4.0
     reference_side = 1024
 
-    def components(self, folder: str) -> dict[str, Any]:
+    def load_components(self, folder: str) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, subfolder="tokenizer", trust_remote_code=False)
         pictures = Qwen2VLImageProcessorPil.from_pretrained(folder, subfolder="processor")
         return {"tokenizer": tokenizer, "processor": ImageTextProcessor(pictures, tokenizer)}
@@ -51,7 +51,7 @@ class QwenImageEditPlus:
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
         """Guidance is classifier-free: 1 switches it off."""
 
-    def is_guided(self, pipe: Any, guidance: float) -> bool:
+    def uses_cfg(self, pipe: Any, guidance: float) -> bool:
         return guidance > 1
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
@@ -62,15 +62,15 @@ class QwenImageEditPlus:
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
-    ) -> Row:
+    ) -> EncodedPrompt:
         pictures = [_seen_by_text_encoder(pipe, reference) for reference in references]
         tensors = {"text": _embed(pipe, prompt, pictures, device)}
         if guided:
             tensors["negative"] = _embed(pipe, NEGATIVE_PROMPT, pictures, device)
         tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
-        return Row(tensors | {"reference": tokens}, sizes_of(references))
+        return EncodedPrompt(tensors | {"reference": tokens}, sizes_of(references))
 
-    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+    def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
         # A reference takes about 188 tokens of the text encoder's, a prompt some 60.
         length = 188 * len(sizes) + 60
         with torch.device("meta"):
@@ -81,10 +81,16 @@ class QwenImageEditPlus:
             return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        return schedule.own_sigmas(pipe, num_steps, token_count([size]))
+        return schedule.pipeline_sigmas(pipe, num_steps, token_count([size]))
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+        self,
+        transformer: Any,
+        latents: Tensor,
+        sigma: Tensor,
+        batch: UniformBatch,
+        size: tuple[int, int],
+        guidance: float,
     ) -> Tensor:
         positive = _predict(transformer, latents, sigma, batch, size, "text")
         if "negative" not in batch.tensors:
@@ -132,7 +138,7 @@ def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
 
 
 def _predict(
-    transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], text: str
+    transformer: Any, latents: Tensor, sigma: Tensor, batch: UniformBatch, size: tuple[int, int], text: str
 ) -> Tensor:
     """Velocity [b, N, C] under the text named `text` of the batch."""
     words = batch[text]

@@ -8,7 +8,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
 
-def own_sigmas(pipe: Any, num_steps: int, image_tokens: int) -> Tensor:
+def pipeline_sigmas(pipe: Any, num_steps: int, image_tokens: int) -> Tensor:
     """The pipeline's schedule [num_steps + 1]: linear, shifted the more the more tokens the image has."""
     scheduler = pipe.scheduler
     settings = [
@@ -17,10 +17,10 @@ def own_sigmas(pipe: Any, num_steps: int, image_tokens: int) -> Tensor:
             ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.15)
         )
     ]  # fmt: skip
-    return scheduled(scheduler, num_steps, calculate_shift(image_tokens, *settings))
+    return scheduler_sigmas(scheduler, num_steps, calculate_shift(image_tokens, *settings))
 
 
-def scheduled(scheduler: Any, num_steps: int, mu: float) -> Tensor:
+def scheduler_sigmas(scheduler: Any, num_steps: int, mu: float) -> Tensor:
     """Sigmas [num_steps + 1] of a flow-matching scheduler shifted by `mu`."""
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu")
     sigmas: Tensor = scheduler.sigmas.float().cpu()

@@ -6,11 +6,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
-from customized_grpo.types import Lengths
+from customized_grpo.policies.conditions import EncodedPrompt, Inputs, Sizes, UniformBatch
+from customized_grpo.types import PromptLengths
 
 
-class Family(Protocol):
+class PipelineSpec(Protocol):
     """A pipeline's tokens, position ids, schedule and guidance.
 
     N = H/16 * W/16 image tokens, S reference tokens, C channels of a packed latent.
@@ -20,7 +20,7 @@ class Family(Protocol):
     """Class of the pipeline, which loads it and knows the format of its LoRAs."""
     transformer: Any
     """Class of its transformer."""
-    saved_as: tuple[str, ...]
+    pipeline_names: tuple[str, ...]
     """Names of pipeline classes whose folders hold the parts."""
     text_encoders: tuple[str, ...]
     """Names of the parts that are let go once all prompts are encoded."""
@@ -33,7 +33,7 @@ class Family(Protocol):
     guidance: float
     """Used where the configuration gives none."""
 
-    def components(self, folder: str) -> dict[str, Any]:
+    def load_components(self, folder: str) -> dict[str, Any]:
         """Parts of the pipeline that are not loaded the way its class would."""
         ...
 
@@ -41,7 +41,7 @@ class Family(Protocol):
         """Raise `UserError` for guidance that would have no effect."""
         ...
 
-    def is_guided(self, pipe: Any, guidance: float) -> bool:
+    def uses_cfg(self, pipe: Any, guidance: float) -> bool:
         """Whether `guidance` takes a second pass, with a negative prompt, at every step."""
         ...
 
@@ -50,18 +50,18 @@ class Family(Protocol):
         configuration asks for."""
         ...
 
-    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths | None:
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> PromptLengths | None:
         """The lengths of `prompts` as the encoder of the transformer's text tokens gets them; None where it reads the
         whole."""
         ...
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
-    ) -> Row:
+    ) -> EncodedPrompt:
         """One prompt and its references [3, h, w] in [0, 1]; `guided`: with "negative", of a negative prompt."""
         ...
 
-    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+    def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
         """Tensors of a row of a common length, on the meta device: what `encode` makes for references of `sizes`, for
         a transformer of `config`."""
         ...
@@ -71,7 +71,13 @@ class Family(Protocol):
         ...
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+        self,
+        transformer: Any,
+        latents: Tensor,
+        sigma: Tensor,
+        batch: UniformBatch,
+        size: tuple[int, int],
+        guidance: float,
     ) -> Tensor:
         """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], guidance included."""
         ...

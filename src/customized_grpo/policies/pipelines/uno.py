@@ -9,18 +9,18 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
-from customized_grpo.policies.conditions import Batch, Inputs, Row, Sizes
+from customized_grpo.policies.conditions import EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux1, schedule
 from customized_grpo.policies.pipelines.resolution import to_longer_side
-from customized_grpo.types import Lengths
+from customized_grpo.types import PromptLengths
 
 
 class Uno:
-    """A `diffusers_policy.Family`. FLUX.1-dev has Kontext's components, so Kontext's pipeline holds them."""
+    """A `diffusers_policy.PipelineSpec`. FLUX.1-dev has Kontext's components, so Kontext's pipeline holds them."""
 
     pipeline: Any = FluxKontextPipeline
     transformer: Any = FluxTransformer2DModel
-    saved_as: tuple[str, ...] = ("FluxPipeline",)
+    pipeline_names: tuple[str, ...] = ("FluxPipeline",)
     text_encoders: tuple[str, ...] = ("text_encoder", "text_encoder_2")
     lora_targets = flux1.LORA_TARGETS
     depends_on: Mapping[str, Inputs] = flux1.DEPENDS_ON
@@ -30,36 +30,42 @@ class Uno:
     several_side = 320
     """UNO's own longer side of one reference, and of each of several."""
 
-    def components(self, folder: str) -> dict[str, Any]:
+    def load_components(self, folder: str) -> dict[str, Any]:
         return {}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
         flux1.check_guidance(pipe, guidance)
 
-    def is_guided(self, pipe: Any, guidance: float) -> bool:
+    def uses_cfg(self, pipe: Any, guidance: float) -> bool:
         return False  # it is embedded
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
         return to_longer_side(height, width, side or (self.reference_side if count == 1 else self.several_side))
 
-    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> Lengths:
+    def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> PromptLengths:
         return flux1.prompt_lengths(pipe, prompts)
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
-    ) -> Row:
+    ) -> EncodedPrompt:
         return flux1.encode(pipe, prompt, references, device)
 
-    def example(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
-        return flux1.example(config, sizes)
+    def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
+        return flux1.dummy_inputs(config, sizes)
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
         # UNO counts an image token for every 16 x 16 *latent* pixels, which shifts less than FLUX does.
         mu = calculate_shift(size[0] // 8 * (size[1] // 8) // 256, 256, 4096, 0.5, 1.15)
-        return schedule.scheduled(pipe.scheduler, num_steps, mu)
+        return schedule.scheduler_sigmas(pipe.scheduler, num_steps, mu)
 
     def velocity(
-        self, transformer: Any, latents: Tensor, sigma: Tensor, batch: Batch, size: tuple[int, int], guidance: float
+        self,
+        transformer: Any,
+        latents: Tensor,
+        sigma: Tensor,
+        batch: UniformBatch,
+        size: tuple[int, int],
+        guidance: float,
     ) -> Tensor:
         return flux1.velocity(transformer, latents, sigma, batch, diagonal_ids(size, batch.sizes), guidance)
 

@@ -3,6 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+BASE = "base"
+"""The untuned generator: evaluated by every run, trained by none."""
+BASELINE = "naive-1:1"
+"""What the others are compared with."""
+METHOD = "customized"
+
 Settings = Mapping[str, Any]
 
 CALIBRATED = "customized-calibrated"
