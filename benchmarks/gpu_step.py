@@ -94,7 +94,7 @@ def build_policy(options: argparse.Namespace, config: Config, device: torch.devi
     settings = settings_of(config.policy, device, config.seed)
     policy = RandomPolicy(family, pipe, ConditionCache(Path("unused"), ""), settings)
     size = policy.size
-    example = family.example(pipe.transformer.config, (size,), guided=policy.guided)
+    example = family.dummy_inputs(pipe.transformer.config, (size,), guided=policy.guided)
     tensors = {name: torch.randn(tensor.shape, dtype=torch.bfloat16) for name, tensor in example.items()}
     policy.row = EncodedPrompt(tensors, (size,))
     return policy

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from customized_grpo.algorithm import ode_step, sde_step
 from customized_grpo.config.rollout import RolloutConfig
-from customized_grpo.errors import NotFinite
 from customized_grpo.policies.policy import ConditionT, Policy
+from customized_grpo.policies.sampling import decode_checked
 from customized_grpo.randomness import batched_normal, generator
 
 INITIAL_NOISE = "initial noise"
@@ -91,7 +91,7 @@ def sample_groups(
         prompts, samples = rows // config.group_size, rows % config.group_size
         latents = None if prefix_latents is None else prefix_latents[prompts]
         final, kept = walk.run(prompts, samples, latents, range(prefix, config.num_steps))
-        parts.append((_decoded(policy, final), *(torch.stack(column) for column in zip(*kept, strict=True))))
+        parts.append((decode_checked(policy, final), *(torch.stack(column) for column in zip(*kept, strict=True))))
         on_progress((int(rows[-1]) + 1) / len(batch))
     images, states, next_states, log_probs = (list(column) for column in zip(*parts, strict=True))
     return Rollout(
@@ -102,20 +102,6 @@ def sample_groups(
         torch.cat(images).unflatten(0, (num_prompts, config.group_size)),
         num_prompts * prefix + len(batch) * (config.num_steps - prefix),
     )
-
-
-def _decoded(policy: Policy[ConditionT], latents: Tensor) -> Tensor:
-    """Decode `latents` [B, *] to images [B, 3, H, W]. Raises `NotFinite` where some of them are not finite."""
-    images = policy.decode(latents)
-    # The latents too: clamped to [0, 1], an infinite pixel is a white one.
-    finite = latents.flatten(1).isfinite().all(1) & images.flatten(1).isfinite().all(1).to(latents.device)
-    if not finite.all():
-        raise NotFinite(
-            f"{int((~finite).sum())} of {len(finite)} pictures that the generator drew are not finite. Likely causes: "
-            "a precision that does not hold its numbers (try policy.precision=fp32); weights that grew without bound "
-            "(take an earlier checkpoint, and lower optimizer.learning_rate); damaged weights of the model or adapter"
-        )
-    return images
 
 
 @dataclass(frozen=True)
