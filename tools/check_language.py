@@ -42,7 +42,7 @@ VERBS = frozenset(
     resize resolve restore resume retry return reverse round run sample save say scale scan score seed see segment
     select send separate serialize serve set shape shard share shift show shuffle signal silence simulate skip sort
     spell split spread stack start state step stop store stream strip subtract sum summarize switch synchronize take
-    tell test tie tokenize trace track train transform translate truncate try tune turn unpack update upload use
+    tell test tie tile tokenize trace track train transform translate truncate try tune turn unpack update upload use
     validate verify view wait walk warn weight widen wrap write yield
     """.split()
 )
@@ -60,11 +60,16 @@ def in_code(text: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the fault of each docstring and string in Python code that breaks a rule."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)) is not None:
-            if not any(isinstance(each, ast.Name) and each.id == "property" for each in node.decorator_list):
-                yield from ((node.body[0].lineno, fault) for fault in in_first_sentence(docstring))
+        if isinstance(node, ast.FunctionDef) and not is_property(node):
+            docstring = ast.get_docstring(node)
+            yield from ((node.body[0].lineno, fault) for fault in in_first_sentence(docstring or "Return"))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             yield from ((node.lineno + line - 1, fault) for line, fault in in_prose(node.value))
+
+
+def is_property(function: ast.FunctionDef) -> bool:
+    """Return whether a function is a property, whose docstring names a thing."""
+    return any(isinstance(each, ast.Name) and each.id == "property" for each in function.decorator_list)
 
 
 def in_first_sentence(docstring: str) -> Iterator[str]:
