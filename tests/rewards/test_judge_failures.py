@@ -16,7 +16,7 @@ from customized_grpo.cli.main import main
 from customized_grpo.config.rewards import VlmJudgeConfig
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.evaluation.evaluator import measure
+from customized_grpo.evaluation.metrics import RewardMetric, measure
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.vlm_judge import TRIAL_PROMPT, JudgeReward, VlmJudge
@@ -91,7 +91,8 @@ def test_a_validation_asks_once_for_both_rewards(server: Start) -> None:
     running = server(lambda question, number: GOOD)
     both = judge(running.url)
     images, batch = make_batch(5, 1)
-    found = measure(images[:, 0], batch, [JudgeReward(both, "prompt"), JudgeReward(both, "subject")], None)
+    rewards = RewardMetric({"prompt": JudgeReward(both, "prompt"), "identity": JudgeReward(both, "subject")})
+    found = measure([rewards], images[:, 0], batch)
     assert len(running.asked) == 5
     assert found["reward/prompt"].tolist() == [2.0] * 5 and found["reward/identity"].tolist() == [3.0] * 5
 

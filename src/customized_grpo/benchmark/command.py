@@ -20,12 +20,13 @@ from customized_grpo.data import load_image, save_image
 from customized_grpo.distributed.group import DistributedGroup, init_distributed
 from customized_grpo.distributed.termination import SignalHandler
 from customized_grpo.errors import UserError, describe_changes
-from customized_grpo.evaluation import evaluator as evaluation
 from customized_grpo.evaluation.copy_paste import layout
-from customized_grpo.evaluation.metrics import Group, Measure, load_measures, toybox_measure
+from customized_grpo.evaluation.evaluator import json_number
+from customized_grpo.evaluation.metrics import Metric, measure
 from customized_grpo.factory.data import check_prompts, encode_rows, raise_problems
-from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config
-from customized_grpo.factory.rewards import build_judge, build_rewards
+from customized_grpo.factory.metrics import build_metrics, has_own_metrics, load_metrics
+from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config, with_guidance
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
 from customized_grpo.policies.policy import Policy, in_step
 from customized_grpo.policies.sampling import sample_ode
@@ -34,6 +35,7 @@ from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import bootstrap_interval
 from customized_grpo.tracking.console import Display, StageProgress
 from customized_grpo.training.run_dir import adapter_folder, load_run_config
+from customized_grpo.types import PromptBatch
 
 PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
@@ -71,14 +73,14 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
 @dataclass(frozen=True)
 class _Work:
     """What is to be drawn and measured: the items, their pictures' `paths`, the generator's settings; and in the first
-    process all `settings` that the pictures depend on, and what measures."""
+    process all `settings` that the pictures depend on, and the `metrics`."""
 
     items: Sequence[Item]
     paths: Sequence[Path]
     policy: PolicyConfig
     settings: Mapping[str, Any]
     pictures: "_Pictures | None"
-    measures: Sequence[Measure]
+    metrics: Sequence[Metric]
 
 
 def _prepared(config: BenchmarkConfig, run: Config | None, ranks: DistributedGroup, stages: StageProgress) -> _Work:
@@ -97,7 +99,7 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: DistributedGro
     settings = _settings(config, policy, items)
     _check_output(config.output, settings)
     pictures = _Pictures(config.data, items, stages)
-    return _Work(items, paths, policy, settings, pictures, _measures(config, policy, run, pictures))
+    return _Work(items, paths, policy, settings, pictures, _metrics(config, policy, run, pictures))
 
 
 def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, stages: StageProgress) -> Path:
@@ -106,7 +108,7 @@ def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, st
     results = {
         "benchmark": config.benchmark or "dreambench",
         "settings": work.settings,
-        "measured": {} if _is_toybox(config, work.policy) else config.model_dump(mode="json", include=MEASURED),
+        "measured": {} if _has_own_metrics(config, work.policy) else config.model_dump(mode="json", include=MEASURED),
         "subjects": subjects,
         "summary": means,
         "records": records,
@@ -163,13 +165,7 @@ def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
             "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
         )
     policy = resolve_policy_config(run.policy if run else config.policy)
-    if policy.kind == "toybox":
-        if config.guidance is not None:
-            raise UserError("guidance: ToyBox has none; leave it out")
-        return policy
-    # Of FLUX.2 klein, the distilled models take none.
-    usual = None if policy.kind == "flux2-klein" else PUBLISHED_GUIDANCE
-    return policy.model_copy(update={"guidance": usual if config.guidance is None else config.guidance})
+    return with_guidance(policy, config.guidance, PUBLISHED_GUIDANCE)
 
 
 def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Item]) -> dict[str, Any]:
@@ -224,23 +220,19 @@ def _check_output(output: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
 
 
-def _is_toybox(config: BenchmarkConfig, policy: PolicyConfig) -> bool:
-    """Whether ToyBox's own rewards and judge measure."""
-    return policy.kind == "toybox" and config.images is None
+def _has_own_metrics(config: BenchmarkConfig, policy: PolicyConfig) -> bool:
+    """Return whether the generator's own rewards and oracle measure, and not what `config.metrics` names."""
+    return has_own_metrics(policy) and config.images is None
 
 
-def _measures(
-    config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures
-) -> Sequence[Measure]:
-    if _is_toybox(config, policy):
+def _metrics(config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures) -> list[Metric]:
+    if _has_own_metrics(config, policy):
         if given := [name for name in sorted(MEASURED) if config.differs_from_default(name)]:
             raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
         leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
         scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
-        judge = build_judge(scored)
-        assert judge is not None
-        return [toybox_measure(build_rewards(scored), judge)]
-    return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
+        return build_metrics(scored, build_rewards(scored))
+    return load_metrics(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 
 def _draw(
@@ -313,7 +305,7 @@ def _drawn(
 @torch.no_grad()
 def _measured(config: BenchmarkConfig, work: _Work, stages: StageProgress) -> list[dict[str, Any]]:
     """A record of each item, in their order."""
-    items, pictures, measures = work.items, work.pictures, work.measures
+    items, pictures = work.items, work.pictures
     assert pictures is not None
     groups: dict[tuple[str, tuple[Path, ...]], list[int]] = {}
     for place, item in enumerate(items):
@@ -326,11 +318,13 @@ def _measured(config: BenchmarkConfig, work: _Work, stages: StageProgress) -> li
         compared = references if config.identity_to == "reference" else pictures.load(first.pictures)
         for rows in _alike(places, work.paths, config.metrics.micro_batch):
             images = torch.stack([image for _, image in rows])
-            prompts = [items[place].prompt for place, _ in rows]
-            group = Group(subject, prompts, images, references, compared)
-            values = {name: each for measure in measures for name, each in measure(group).items()}
+            batch = PromptBatch(
+                [items[place].prompt for place, _ in rows], [references] * len(rows), None,
+                subjects=[subject] * len(rows), pictures=[compared] * len(rows),
+            )  # fmt: skip
+            values = measure(work.metrics, images, batch)
             for index, (place, _) in enumerate(rows):
-                found[place] = {name: evaluation.number(each[index]) for name, each in values.items()}
+                found[place] = {name: json_number(each[index]) for name, each in values.items()}
             stages.update("measuring", len(found), len(items))
     return [
         {"id": item.id, "subject": item.subject, "prompt": item.prompt, "metrics": found[place]}

@@ -15,6 +15,7 @@ from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import CPU, check_precision, keep_freed_memory, resolve_device, resolve_precision
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.toybox.policy import ADAPTER_FILE, ToyBoxPolicy, save_weights
+from customized_grpo.toybox.weights import shipped_folder
 
 
 def resolve_policy_config(config: PolicyConfig) -> PolicyConfig:
@@ -63,6 +64,32 @@ def init_adapter(config: PolicyConfig) -> Path | None:
         return adapter_file(Path(config.init_from), [ADAPTER_FILE])
     except UserError as error:
         raise UserError(f"policy.init_from: {error}") from error
+
+
+def policy_weights(config: PolicyConfig) -> tuple[str, str | Path, str | None]:
+    """Return the field that names the generator's weights, what it names, and the pattern of the files that count.
+
+    The pattern is None for a model as libraries load it.
+    """
+    if config.kind == "toybox":
+        return "policy.weights", config.weights or shipped_folder(), r".*\.safetensors"
+    from customized_grpo.factory.pipelines import MODELS
+
+    return "policy.model", config.model or MODELS[config.kind], None
+
+
+def with_guidance(config: PolicyConfig, guidance: float | None, usual: float) -> PolicyConfig:
+    """Return the settings of a benchmark's generator: with this `guidance`, or the `usual` one if it is unset.
+
+    Raises `UserError` where a generator without guidance is asked for some.
+    """
+    if config.kind == "toybox":
+        if guidance is not None:
+            raise UserError("guidance: ToyBox has none; leave it out")
+        return config
+    if guidance is None and config.kind != "flux2-klein":  # its distilled models take none
+        guidance = usual
+    return config.model_copy(update={"guidance": guidance})
 
 
 def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]], folder: Path) -> None:

@@ -17,7 +17,6 @@ from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
 from customized_grpo.runtime.device import check_precision, resolve_device
 from customized_grpo.runtime.libraries import silence_libraries
-from customized_grpo.toybox.oracle import Oracle
 
 TOYBOX = "toybox"
 PICKSCORES_BACKBONE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
@@ -75,6 +74,19 @@ def _load(
     return load_pretrained(kind, f"rewards.{side}_model", model, config, device)
 
 
+def reward_weights(kind: str, model: str | None) -> str | None:
+    """Return the name of the weights of a reward of this kind; None if it has none of its own on this machine."""
+    if kind in (TOYBOX, "vlm_judge", "remote") or kind.startswith(PREFIX):
+        return None
+    if kind == "hpsv3":
+        from customized_grpo.rewards.hpsv3 import WEIGHTS
+
+        return model or WEIGHTS
+    from customized_grpo.rewards.pretrained import MODELS
+
+    return model or MODELS[kind]
+
+
 def load_hpsv3_reward(config: RewardsConfig, weights: str | None, device: torch.device) -> Reward:
     """HPSv3, as `config.hpsv3` says."""
     silence_libraries()
@@ -116,12 +128,3 @@ def build_rewards(config: Config) -> tuple[Reward, Reward]:
 def reward_device(config: Config) -> torch.device:
     name = config.rewards.device
     return policy_device(config.policy) if name == "auto" else resolve_device(name, "rewards.")
-
-
-def build_judge(config: Config) -> Oracle | None:
-    """The judge, None where the configuration wants none."""
-    if config.evaluation.judge == "none":
-        return None
-    judge = Oracle(config.policy.weights)
-    _ = judge.ceiling  # shown when training ends: better missed now
-    return judge

@@ -108,7 +108,7 @@ def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
 def dry_run(config: Config, processes: int = 1) -> Estimate:
     """What a run of `config` takes of each of its `processes`. Raises `UserError` where the model cannot be had."""
     check_shares(config, processes)
-    if config.policy.kind != "toybox":
+    if config.policy.kind in PIPELINES:
         silence_libraries()
         rows, unknown = _outlined(config)
         estimated = dry_run_pipeline(config, processes, rows)

@@ -12,19 +12,18 @@ import torch
 import yaml
 
 from customized_grpo.config.run import Config
-from customized_grpo.data import SubjectDataset, fit, image_grid, save_image
+from customized_grpo.data import fit, image_grid, save_image
 from customized_grpo.distributed.env import local_rank
 from customized_grpo.distributed.launch import saving
 from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import UserError, WeightsDivergedError, describe_changes
-from customized_grpo.evaluation.before_after import evaluate_pairs, write_evaluation
-from customized_grpo.evaluation.evaluator import Evaluation
+from customized_grpo.evaluation.before_after import write_evaluation
+from customized_grpo.evaluation.evaluator import Evaluation, Evaluator
 from customized_grpo.io.files import StorageError, write_whole, writing
 from customized_grpo.io.jsonl import Metrics
 from customized_grpo.policies.policy import Policy
 from customized_grpo.report import write_report
 from customized_grpo.runtime.memory import COPYING, EVALUATING, explain_out_of_memory
-from customized_grpo.toybox.oracle import Oracle
 from customized_grpo.tracking.console import Display, TrainingProgress
 from customized_grpo.training.checkpoint import (
     CorruptCheckpointError,
@@ -52,17 +51,17 @@ class TrainingLoop:
         self,
         config: Config,
         trainer: Trainer[Any],
-        datasets: dict[str, SubjectDataset],
+        validation: Evaluator,
+        test: Evaluator | None,
         display: Display,
-        judge: Oracle | None,
         writer: Any,
         termination: SignalHandler,
     ) -> None:
-        """`writer`: TensorBoard's class, None where it is not wanted."""
-        self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
+        """Take the parts of a run; `test` is None without test data, `writer` (TensorBoard's class) without log."""
+        self.config, self.trainer, self.display = config, trainer, display
+        self.validation, self.test = validation, test
         self.policy: Policy[Any] = trainer.policy
         self.output = config.output
-        self.judge = judge
         self.termination = termination
         self.ranks = trainer.ranks
         decay = config.ema.decay
@@ -266,12 +265,11 @@ class TrainingLoop:
             if self.ranks.is_main_process:
                 with saving():
                     self._save_adapters()
-        if "test" in self.datasets:
+        if self.test is not None:
             self.display.note("evaluating before and after on the test data ...")
             folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
-            parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
             with self._evaluated_weights(), self.ranks.synchronized():
-                results = write_evaluation(self.config, *parts, folder, pairs, self.ranks, self._poll)
+                results = write_evaluation(self.test, pairs, self.config.iterations, folder, self._poll)
             self.display.comparison(results)
         if self.tensorboard is not None:
             with writing(self.output):
@@ -319,19 +317,14 @@ class TrainingLoop:
     def _gallery(self, iteration: int) -> Path:
         return self.output / "galleries" / f"{iteration:06d}.png"
 
-    def _evaluate(self, pairs: int) -> Evaluation:
-        dataset = self.datasets.get("validation", self.datasets["path"])
-        parts = (self.policy, dataset, self.trainer.rewards, self.judge)
-        return evaluate_pairs(self.config, *parts, pairs, self.ranks, self._poll)
-
     def _remember_base(self) -> None:
         with self.policy.base_weights():
-            self.base_images = self._evaluate(self.config.evaluation.gallery).images
+            self.base_images = self.validation.evaluate(self.config.evaluation.gallery, self._poll).images
 
     def _validate(self) -> None:
         self.snapshot.wait()
         with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
-            evaluation = self._evaluate(self.config.evaluation.pairs)
+            evaluation = self.validation.evaluate(self.config.evaluation.pairs, self._poll)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
         with self.ranks.synchronized(), self.termination.critical_section():
             # The gallery first: with the line in the log, a validation is done.

@@ -18,8 +18,9 @@ from customized_grpo.factory.data import (
     read_samples,
     warn_truncated_prompts,
 )
+from customized_grpo.factory.metrics import build_evaluator, build_metrics
 from customized_grpo.factory.policy import build_policy, build_start
-from customized_grpo.factory.rewards import build_judge, build_rewards
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import LOCK, locked, writing
 from customized_grpo.report import write_report
 from customized_grpo.runtime.device import configure
@@ -104,7 +105,8 @@ def _session(
         for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()
         if path is not None
     }
-    rewards, judge = build_rewards(config), build_judge(config)
+    rewards = build_rewards(config)
+    metrics = build_metrics(config, rewards)
     policy = build_start(config.policy, config.seed)
     for dataset in datasets.values():
         check_prompts(dataset.folder, dataset, policy)
@@ -113,7 +115,9 @@ def _session(
     with display.stages() as stages, ranks.interruptible():
         encode_ahead(policy, used, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"], ranks)
-    return TrainingLoop(config, trainer, datasets, display, judge, writer, termination)
+    validation = build_evaluator(config, policy, datasets.get("validation", datasets["path"]), metrics, ranks)
+    test = build_evaluator(config, policy, datasets["test"], metrics, ranks) if "test" in datasets else None
+    return TrainingLoop(config, trainer, validation, test, display, writer, termination)
 
 
 def evaluate_run(
@@ -135,14 +139,14 @@ def evaluate_run(
             policy = build_policy(config.policy, config.seed)
             dataset = load_dataset(path, config, policy)
             policy.load_adapter(adapter)
-            rewards, judge = build_rewards(config), build_judge(config)
+            rewards = build_rewards(config)
+            evaluator = build_evaluator(config, policy, dataset, build_metrics(config, rewards), ranks)
             used = {dataset: dataset.samples[:pairs]}
             warn_truncated_prompts(config, policy, rewards, used, display)
             with display.stages() as stages:
                 encode_ahead(policy, used, stages)
-        parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
         with ranks.synchronized():
-            display.comparison(write_evaluation(*parts))
+            display.comparison(write_evaluation(evaluator, pairs, config.iterations, run / "evaluation"))
             if not ranks.is_main_process:
                 return None
             if not (run / LOGS[0]).is_file():  # of an exported adapter: it has no training to report
