@@ -51,32 +51,32 @@ ANOTHER = "another run"
 
 @dataclass(frozen=True)
 class RunDir:
-    """Name the files of a run in the folder `path`, and write the ones that are there from its start."""
+    """Name and write the files of a run in the folder `path`."""
 
     path: Path
 
     @property
     def metrics(self) -> Path:
-        """The log of iterations."""
+        """Return the path of the log of iterations."""
         return self.path / LOGS[0]
 
     @property
     def evaluations(self) -> Path:
-        """The log of validations."""
+        """Return the path of the log of validations."""
         return self.path / LOGS[1]
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
+        """Return the folder of checkpoints."""
         return self.path / CHECKPOINTS
 
     @property
     def evaluation(self) -> Path:
-        """The folder of the final evaluation."""
+        """Return the folder of the final evaluation."""
         return self.path / "evaluation"
 
     def gallery(self, iteration: int) -> Path:
-        """Return the picture of the validation after `iteration`."""
+        """Return the path of the gallery that is drawn by the validation after `iteration`."""
         return image_path(self.path, GALLERIES, iteration)
 
     def make(self) -> None:
