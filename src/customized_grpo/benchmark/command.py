@@ -21,7 +21,7 @@ from customized_grpo.distributed.group import DistributedGroup, init_distributed
 from customized_grpo.distributed.termination import SignalHandler
 from customized_grpo.errors import UserError, describe_changes
 from customized_grpo.evaluation.copy_paste import layout
-from customized_grpo.evaluation.evaluator import json_number
+from customized_grpo.evaluation.evaluator import Sampling, draw, json_number
 from customized_grpo.evaluation.metrics import Metric, measure
 from customized_grpo.factory.data import check_prompts, encode_rows, raise_problems
 from customized_grpo.factory.metrics import build_metrics, has_own_metrics, load_metrics
@@ -29,8 +29,6 @@ from customized_grpo.factory.policy import build_policy, check_shard, resolve_po
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
 from customized_grpo.policies.policy import Policy, in_step
-from customized_grpo.policies.sampling import sample_ode
-from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import bootstrap_interval
 from customized_grpo.tracking.console import Display, StageProgress
@@ -273,33 +271,21 @@ def _references(policy: Policy[Any], item: Item) -> list[Tensor]:
     return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
 
 
+@torch.no_grad()
 def _draw_each(
     config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: Sequence[int], stages: StageProgress
 ) -> None:
     """Draw the pictures with the numbers `mine`, a micro-batch at a time, each whole or not at all."""
-    sigmas = policy.sigmas(config.num_steps, config.shift)
+    sampling = Sampling(config.num_steps, config.shift, config.seed, config.micro_batch)
     for start in range(0, len(mine), config.micro_batch):
         rows = mine[start : start + config.micro_batch]
         chosen = [work.items[number] for number in rows]
-        images = _drawn(config, policy, chosen, [_references(policy, item) for item in chosen], rows, sigmas)
+        references = [_references(policy, item) for item in chosen]
+        images = draw(policy, [item.prompt for item in chosen], references, rows, sampling, PURPOSE).cpu()
         for number, image in zip(rows, images, strict=True):
             with writing(config.output):
                 save_image(image, work.paths[number])
         stages.update("drawing", start + len(rows), len(mine))
-
-
-@torch.no_grad()
-def _drawn(
-    config: BenchmarkConfig,
-    policy: Policy[Any],
-    items: Sequence[Item],
-    references: Sequence[Sequence[Tensor]],
-    rows: Sequence[int],
-    sigmas: Tensor,
-) -> Tensor:
-    condition = policy.encode([item.prompt for item in items], references)
-    noise = batched_normal(config.seed, 0, rows, [0] * len(rows), PURPOSE, policy.latent_shape).to(policy.device)
-    return sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
 
 
 @torch.no_grad()

@@ -122,13 +122,10 @@ class Evaluator:
 
     def _draw(self, samples: Sequence[Sample], rows: range, on_progress: OnProgress) -> Tensor:
         """Draw images [N, 3, H, W] of `samples`, which are the `rows` of the evaluation."""
-        policy, settings = self.policy, self.sampling
-        prepared = self.dataset.references(samples, policy.prepare_reference)
-        noise = batched_normal(settings.seed, 0, rows, [0] * len(rows), PURPOSE, policy.latent_shape)
-        condition = policy.encode([sample.prompt for sample in samples], prepared)
-        sigmas = policy.sigmas(settings.num_steps, settings.shift)
-        with telling_where("evaluation"):
-            return sample_ode(policy, condition, noise.to(policy.device), sigmas, settings.micro_batch, on_progress)
+        prepared = self.dataset.references(samples, self.policy.prepare_reference)
+        prompts = [sample.prompt for sample in samples]
+        with telling_where(PURPOSE):
+            return draw(self.policy, prompts, prepared, rows, self.sampling, PURPOSE, on_progress)
 
     def _batch(self, samples: Sequence[Sample]) -> PromptBatch:
         return PromptBatch.of(self.dataset, samples, masks=self._masks)
@@ -150,6 +147,20 @@ class Evaluator:
         images, batch = evaluation.images[torch.tensor(others)], self._batch(evaluation.samples)
         found = measure(asking, images, batch)
         return {name: float(found[name].mean()) for metric in asking for name in metric.chance_names}
+
+
+def draw(
+    policy: Policy[Any], prompts: Sequence[str], references: References, rows: Sequence[int], sampling: Sampling,
+    purpose: str, on_progress: OnProgress = ignore_progress,
+) -> Tensor:  # fmt: skip
+    """Draw images [N, 3, H, W], one for each of N `prompts` and its prepared `references`.
+
+    `rows` and `purpose` name each image's initial noise. Raises `NotFinite` where an image is not finite.
+    """
+    noise = batched_normal(sampling.seed, 0, rows, [0] * len(rows), purpose, policy.latent_shape).to(policy.device)
+    condition = policy.encode(prompts, references)
+    sigmas = policy.sigmas(sampling.num_steps, sampling.shift)
+    return sample_ode(policy, condition, noise, sigmas, sampling.micro_batch, on_progress)
 
 
 def _other(samples: Sequence[Sample], row: int) -> int | None:
