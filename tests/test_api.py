@@ -1,11 +1,14 @@
 """The public names, and a run on ToyBox from Python."""
 
+import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
 
@@ -71,6 +74,25 @@ def test_a_run_goes_on_or_is_deleted_only_if_asked(make_config: Callable[..., Co
     train(longer, resume_from=checkpoint, display=display)
     train(longer, overwrite=True, display=display)
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_documented_examples_are_of_this_version(repository: Path) -> None:
+    """Their imports and their configurations; what they compute is tested above."""
+    page = (repository / "docs" / "api.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    outputs = []
+    for block in blocks:
+        tree = ast.parse(block)
+        tree.body = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("config", "settings"))
+        ]
+        names: dict[str, Any] = {}
+        exec(compile(tree, "docs/api.md", "exec"), names)
+        outputs.append(names["config"].output)
+    assert outputs == [Path("runs/mine")] * 2
 
 
 def test_bad_input_is_an_error_before_any_work(tmp_path: Path) -> None:

@@ -33,10 +33,11 @@ POLICY_OPTIONS = ("device", "precision", "height", "width")
 
 @dataclass(frozen=True)
 class Options:
-    """What is drawn, and by which generator: the tuned one of `run`; its `base`; with `ema` the one of the averaged
-    weights; or what it was, with `ema` its average, at a `checkpoint`. `reference`: pictures of one subject.
+    """What to draw, and with which generator of the folder `run`.
 
-    None is what the run has. `height` and `width` in pixels.
+    The generator is the tuned one, or the untuned `base`, or the tuned one at a `checkpoint`; `ema` takes the averaged
+    weights of the end or of the checkpoint. `reference` are pictures of one subject. `height` and `width` are in
+    pixels. None means the run's own value.
     """
 
     run: Path
@@ -128,7 +129,7 @@ def _check(options: Options) -> None:
 
 
 def _policy_config(config: Config, options: Options) -> PolicyConfig:
-    """The run's generator, where and as large as it is asked for."""
+    """Return the run's policy configuration with the device, precision and size of `options`."""
     given = {name: getattr(options, name) for name in POLICY_OPTIONS if getattr(options, name) is not None}
     try:
         return PolicyConfig.model_validate(config.policy.model_dump() | given)

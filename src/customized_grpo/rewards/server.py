@@ -39,7 +39,7 @@ PEEK = 1.0
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves `reward` under `name`, within `limits`."""
+    """A server of `reward` under `name`, within `limits`."""
 
     daemon_threads = True
     request_queue_size = CONNECTIONS
@@ -67,7 +67,7 @@ class RewardServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def expect(self, request: Any, seconds: float) -> None:
-        """End a connection's input unless it is expected anew within `seconds`."""
+        """End a connection's input after `seconds`, unless another call extends the time."""
         self._due[request] = time.monotonic() + seconds
 
     def service_actions(self) -> None:
@@ -83,7 +83,7 @@ class RewardServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def score(self, body: bytearray) -> dict[str, Any]:
-        """The answer to a request's body, which is emptied. Raises `Refused` for one that cannot be scored."""
+        """Return the answer to a request's body, and empty the body. Raise `Refused` if it cannot be scored."""
         try:
             images, batch = read_request(body, self.limits)
             return _answer(self.reward.score(images, batch))
@@ -125,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(HTTPStatus.OK, answer)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the trainer tells what fails."""
+        """Log nothing: the trainer reports what fails."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """See `http.server`, which calls this for requests that it cannot read, and other methods."""
@@ -136,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.expect(self.connection, math.inf)
 
     def _scores(self, length: int) -> dict[str, Any]:
-        """Bodies are read one after the other, however many clients send: they wait in their own memory."""
+        """Read bodies one after the other, however many clients send: clients wait with theirs in their own memory."""
         with self._turn(self.server.bodies):
             body = self._body(length)
             with self._turn(self.server.turn):
@@ -176,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         return int(length)
 
     def _body(self, length: int) -> bytearray:
-        """The body, in as much memory as has come of it. Raises `Refused` where it does not come, or too slowly."""
+        """Return the body, using only the memory of what has arrived. Raise `Refused` if it comes too slowly."""
         body = bytearray()
         start = time.monotonic()
         while len(body) < length:

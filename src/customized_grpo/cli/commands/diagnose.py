@@ -37,7 +37,7 @@ def build_parser() -> Parser:
 
 
 def run(options: Namespace) -> None:
-    """Diagnose a run or a configuration, and print the path of the record."""
+    """Measure a run or a configuration, and print the path of the record."""
     sizes = {name: options[name] for name in SIZES}
     if (options.run is None) == (not options.config):
         raise UserError("diagnose: name a trained run with --run DIR, or what to start from with --config FILE")
