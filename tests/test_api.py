@@ -52,7 +52,7 @@ def test_from_a_configuration_to_pictures(
 ) -> None:
     run = train(make_config({"ema.decay": 0.9, "checkpoint.every": 1}), display=display)
     assert (run / "report.html").is_file() and "iteration 2/2" in display.console.file.getvalue()
-    figures = evaluate(run, str(toybox_data / "test"), pairs=2, display=display)
+    figures = evaluate(run, str(toybox_data / "test"), num_samples=2, display=display)
     assert list(figures) == ["base", "tuned"]
     assert {"mean", "low", "high"} <= set(figures["tuned"]["joint_success"])
     reference = toybox_data / "train" / "references" / "train-00000.png"
@@ -98,5 +98,5 @@ def test_the_documented_examples_are_of_this_version(repository: Path) -> None:
 def test_bad_input_is_an_error_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere is not the folder of a run"):
         generate("nowhere", PROMPT, "a.png")
-    with pytest.raises(UserError, match="--pairs: 0 pairs"):
-        evaluate(tmp_path, pairs=0)
+    with pytest.raises(UserError, match="give 1 or more"):
+        evaluate(tmp_path, num_samples=0)

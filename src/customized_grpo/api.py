@@ -41,19 +41,19 @@ def evaluate(
     run: PathLike,
     data: PathLike | None = None,
     *,
-    pairs: int | None = None,
+    num_samples: int | None = None,
     ema: bool = False,
     display: Display | None = None,
 ) -> dict[str, Summary]:
     """Evaluate the base and the tuned generator of a finished run, and return the metrics of both.
 
     The result is {"base": summary, "tuned": summary}, empty in all processes but the main one. `data` is a data folder,
-    by default the run's test, validation or training data; the first `pairs` samples count, by default the run's
-    number. With `ema` the tuned generator has the averaged weights. Raises `UserError` on bad input.
+    by default the run's test, validation or training data; the first `num_samples` count, by default as many as
+    the run says. With `ema` the tuned generator has the averaged weights. Raises `UserError` on bad input.
     """
     folder = Path(run)
     path = None if data is None else Path(data)
-    if evaluate_run(folder, path, pairs, display or Display(), ema=ema) is None:
+    if evaluate_run(folder, path, num_samples, display or Display(), ema=ema) is None:
         return {}
     results = {name: folder / "evaluation" / f"{name}.json" for name in ("base", "tuned")}
     return {name: json.loads(result.read_text(encoding="utf-8"))["summary"] for name, result in results.items()}
