@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
     "evaluation": {"every": 1000, "pairs": 2, "gallery": 1},
     "checkpoint": {"every": 1000},
 }
-"""As `configs/toybox.yaml`, but groups that two processes share evenly, and nothing but iterations."""
+"""As the recipe `toybox`, but groups that two processes share evenly, and nothing but iterations."""
 ROUNDS = 2
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from customized_grpo import config
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.recipes import find_recipe, list_recipes
 from customized_grpo.config.run import Config
 from customized_grpo.config.section import Section
 
@@ -142,19 +143,19 @@ def test_a_configuration_survives_yaml() -> None:
     assert Config.model_validate(yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
-def test_the_configurations_in_the_repository_are_valid(repository: Path) -> None:
-    files = sorted((repository / "configs").glob("*.yaml"))
-    assert "toybox.yaml" in [path.name for path in files]
-    for path in files:
-        model = CompareConfig if path.stem.startswith("compare") else Config
-        model.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+def test_the_recipes_are_valid() -> None:
+    names = list(list_recipes())
+    assert "toybox" in names
+    for name in names:
+        model = CompareConfig if name.startswith("compare") else Config
+        model.model_validate(yaml.safe_load(find_recipe(name).read_text(encoding="utf-8")))
 
 
-def test_the_comparisons_and_the_demo_train_alike(repository: Path) -> None:
+def test_the_comparisons_and_the_demo_train_alike() -> None:
     """What the presets change apart, a run of `make demo` is the preset 'customized' of both grids."""
 
     def load(name: str) -> dict[str, Any]:
-        tree: dict[str, Any] = yaml.safe_load((repository / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+        tree: dict[str, Any] = yaml.safe_load(find_recipe(name).read_text(encoding="utf-8"))
         return tree
 
     grids = [CompareConfig.model_validate(load(name)) for name in ("compare", "compare-leak")]

@@ -20,7 +20,6 @@ from customized_grpo.testing.tiny_pipelines import flux2_klein
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 from customized_grpo.training.dry_run import dry_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {
     "flux1-kontext": "flux1-kontext", "uno": "uno", "flux2-klein": "flux2-klein",
     "qwen-image-edit-plus": "qwen-image-edit-plus",
@@ -76,7 +75,7 @@ def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, outp
     options = [f"--{name}={value}" for name, value in changes.items()]
     if recipe == "uno":
         options.append("--policy.base_adapter=null")
-    return [sys.executable, "-m", "customized_grpo", "train", "--config", str(CONFIGS / f"{recipe}.yaml"), *options]
+    return [sys.executable, "-m", "customized_grpo", "train", "--config", recipe, *options]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from customized_grpo.cli.commands.serve_reward import load_reward
 from customized_grpo.cli.main import main
 from customized_grpo.config.rewards import ENCODERS, READ_BY
 from customized_grpo.config.run import Config, RewardsConfig
@@ -15,7 +16,6 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.config import resolve_config
 from customized_grpo.factory.rewards import build_rewards, load_hpsv3_reward, load_rewards
 from customized_grpo.rewards import hpsv3 as hpsv3_module
-from customized_grpo.rewards.server import _reward
 from customized_grpo.runtime import device as runtime
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 from customized_grpo.training.resume import resume_fingerprint
@@ -198,7 +198,7 @@ def test_hpsv3s_head_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_served_reward_computes_as_told(tiny: dict[str, Path]) -> None:
-    reward: Any = _reward("dino", str(tiny["dino"]), {"device": "cpu", "precision": "fp32", "micro_batch": 2})
+    reward: Any = load_reward("dino", str(tiny["dino"]), {"device": "cpu", "precision": "fp32", "micro_batch": 2})
     assert reward._encoder._device == CPU and reward._encoder._micro_batch == 2
 
 

@@ -20,7 +20,7 @@ from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
 from customized_grpo.factory import pipelines
 from customized_grpo.factory.policy import build_policy, build_start
-from customized_grpo.generate import Options, generate
+from customized_grpo.generation import Options, write_pictures
 from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.checkpoint import State, save_checkpoint
@@ -50,7 +50,7 @@ def draw(toybox_data: Path, tmp_path: Path) -> Callable[..., Image.Image]:
     def draw(run: Path, **changes: Any) -> Image.Image:
         reference = [toybox_data / "train" / "references" / "train-00000.png"]
         options = Options(run=run, reference=reference, prompt="a star on the beach", out=tmp_path / "out.png")
-        return Image.open(generate(Options(**vars(options) | changes))).convert("RGB")
+        return Image.open(write_pictures(Options(**vars(options) | changes))).convert("RGB")
 
     return draw
 

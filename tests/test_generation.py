@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import build_policy
-from customized_grpo.generate import Options, generate
+from customized_grpo.generation import Options, write_pictures
 from customized_grpo.testing.tiny_pipelines import save_tiny
 from customized_grpo.training.ema import EMA
 
@@ -38,7 +38,7 @@ def draw(run: Path, toybox_data: Path, tmp_path: Path) -> Callable[..., Image.Im
     def write(**changes: Any) -> Image.Image:
         references = [toybox_data / "train" / "references" / "train-00000.png"]
         settings = {"run": run, "reference": references, "prompt": PROMPT, "out": tmp_path / "pictures" / "out.png"}
-        return Image.open(generate(Options(**settings | changes))).convert("RGB")
+        return Image.open(write_pictures(Options(**settings | changes))).convert("RGB")
 
     return write
 
@@ -181,7 +181,7 @@ def test_a_place_that_cannot_be_written_to_is_found_first(
     draw: Callable[..., Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "customized_grpo.generate.build_policy", lambda *arguments: pytest.fail("the generator was loaded")
+        "customized_grpo.generation.build_policy", lambda *arguments: pytest.fail("the generator was loaded")
     )
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file.png").touch()
