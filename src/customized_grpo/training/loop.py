@@ -23,6 +23,7 @@ from customized_grpo.io.files import StorageError, write_whole, writing
 from customized_grpo.io.jsonl import Metrics
 from customized_grpo.policies.policy import Policy
 from customized_grpo.report import write_report
+from customized_grpo.rewards.reward import in_brackets
 from customized_grpo.runtime.memory import COPYING, EVALUATING, explain_out_of_memory
 from customized_grpo.toybox.oracle import Oracle
 from customized_grpo.tracking.console import Display, TrainingProgress
@@ -342,7 +343,7 @@ class TrainingLoop:
         if (share := evaluation.missing_share()) > 0:
             self.display.warn(
                 f"validation after iteration {row['iteration']}: {share:.1%} of the rewards could not be computed"
-                f"{self.trainer.failures()}; its means are of the others"
+                f"{in_brackets(evaluation.reasons)}; its means are of the others"
             )
 
     def _draw_gallery(self, evaluation: Evaluation) -> None:
@@ -369,7 +370,7 @@ class TrainingLoop:
         if (share := metrics["invalid_share"]) > 0:
             self.display.warn(
                 f"iteration {metrics['iteration']}: {share:.1%} of the rewards could not be computed"
-                f"{self.trainer.failures()}; they count in no group's statistics"
+                f"{in_brackets(self.trainer.reasons)}; they count in no group's statistics"
             )
         if metrics["silent_groups"] == 1:
             self.display.warn(
