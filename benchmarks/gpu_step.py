@@ -41,7 +41,7 @@ from diffusers import (  # noqa: E402
 from customized_grpo.factory.pipelines import settings_of  # noqa: E402
 from customized_grpo.policies.conditions import ConditionCache  # noqa: E402
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy  # noqa: E402
-from customized_grpo.policies.encoded import EncodedBatch, EncodedPrompt  # noqa: E402
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt  # noqa: E402
 from customized_grpo.policies.pipelines.flux1_kontext import Flux1Kontext  # noqa: E402
 from customized_grpo.testing import tiny_pipelines as tiny  # noqa: E402
 from customized_grpo.training.dry_run import estimate_pipeline  # noqa: E402

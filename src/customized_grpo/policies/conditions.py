@@ -16,7 +16,7 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import free_bytes, save_tensors, writing
 from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, mark_used, surplus
-from customized_grpo.policies.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes
 from customized_grpo.policies.pipelines.resolution import sizes_of
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 

@@ -18,9 +18,9 @@ from customized_grpo.distributed.lockstep import LockstepForward
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.files import writing
 from customized_grpo.policies.conditions import ConditionCache, Planned, bytes_of_rows
-from customized_grpo.policies.encoded import EncodedBatch, EncodedPrompt, UniformBatch
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
 from customized_grpo.policies.lora_files import NAME
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt, UniformBatch
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.placement import Placement

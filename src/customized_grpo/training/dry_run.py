@@ -21,8 +21,8 @@ from customized_grpo.factory.rewards import reward_device
 from customized_grpo.io.hub import DAMAGED
 from customized_grpo.policies.conditions import ConditionCache, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
-from customized_grpo.policies.encoded import EncodedBatch, EncodedPrompt
 from customized_grpo.policies.loading import read_index, resolve_model
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.policy import PromptRow
