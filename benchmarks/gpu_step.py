@@ -24,7 +24,7 @@ from torch import Tensor
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image, write_metadata
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.types import PromptBatch, References
@@ -59,7 +59,7 @@ class RandomPolicy(DiffusersPolicy):
         return EncodedBatch((self.row,) * len(prompts), torch.arange(len(prompts)))
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward that costs nothing and differs from image to image."""
 
     def __init__(self, channel: int) -> None:

@@ -25,7 +25,7 @@ from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.io.files import StorageError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.sampling import sample_ode
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.training.ema import EMA
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.types import PromptBatch
@@ -36,7 +36,7 @@ KINDS = tuple(PIPELINES)
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward of a hundred distinct values or so, without a network."""
 
     def __init__(self, sign: float = 1.0) -> None:

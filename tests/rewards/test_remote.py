@@ -34,7 +34,7 @@ Answer = tuple[int, Any, dict[str, str]] | None
 """Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""
 
 
-class Redness:
+class Redness(Reward):
     """The mean of the red channel; images of prompts that begin with 'bad' have no score."""
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:

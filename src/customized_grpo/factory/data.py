@@ -131,8 +131,10 @@ def encode_rows(
     stages: StageProgress,
     mine: Sequence[int] | None = None,
 ) -> None:
-    """`encode_ahead` for `rows`, whose prepared `references` are had by index. This process encodes those with the
-    numbers `mine`; None: a share of what the processes of this machine have to encode."""
+    """Have the policy precompute `rows`; `references` returns a row's prepared references by its number.
+
+    This process encodes the rows with the numbers `mine`; None: its share among the processes of this machine.
+    """
     # The disk of a machine need not be that of other machines. Where nothing says how many processes there are, each
     # encodes all.
     share = range(len(rows))[local_rank() % local_world() :: local_world()] if mine is None else mine
