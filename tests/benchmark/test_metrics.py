@@ -8,7 +8,7 @@ from torch import Tensor
 
 from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.metrics import Group, copy_measure, identity_measure, prompt_measure
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.types import PromptBatch
 
 Picture = Callable[..., Tensor]
@@ -60,7 +60,7 @@ def test_identity_is_the_mean_cosine_to_the_pictures_of_the_subject(picture: Pic
     assert calls == [1, 1, 2, 2]  # the subject's pictures once
 
 
-class PromptLengths:
+class PromptLengths(Reward):
     """Scores a picture by the length of its prompt; the second has no score."""
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:

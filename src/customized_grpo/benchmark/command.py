@@ -27,7 +27,7 @@ from customized_grpo.factory.data import check_prompts, encode_rows, raise_probl
 from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config
 from customized_grpo.factory.rewards import build_judge, build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
-from customized_grpo.policies.policy import Policy, in_step
+from customized_grpo.policies.policy import Policy
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.device import configure
@@ -262,7 +262,7 @@ def _draw(
             write_whole(config.output / SETTINGS, json.dumps(work.settings, indent=1))
     with ranks.synchronized():
         if policy is not None:
-            with in_step(policy, ranks):
+            with policy.lockstep(ranks):
                 _draw_each(config, work, policy, mine, stages)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from customized_grpo.data import Sample, SubjectDataset, resize_square
 from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import telling_where
-from customized_grpo.policies.policy import ConditionT, Policy, in_step
+from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards.reward import Reward, Scores
@@ -38,6 +38,8 @@ class Evaluation:
     references: References
     images: Tensor
     metrics: dict[str, Tensor]
+    reasons: Sequence[str | None] = ()
+    """Why scores of this process are missing."""
 
     def means(self) -> dict[str, float]:
         """The mean of each metric over the pairs whose reward could be computed."""
@@ -79,8 +81,8 @@ def evaluate(
     mine = ranks.local_range(len(samples))
     own = samples[mine.start : mine.stop]
     with ranks.synchronized():
-        images, metrics = torch.zeros(0, 3, *policy.size), None
-        with in_step(policy, ranks), explain_out_of_memory("drawing images to evaluate", DRAWING):
+        images, metrics, reasons = torch.zeros(0, 3, *policy.size), None, list[str | None]()
+        with policy.lockstep(ranks), explain_out_of_memory("drawing images to evaluate", DRAWING):
             batch = PromptBatch.of(dataset, own, masks=masks)
             if own:
                 prepared = dataset.references(own, policy.prepare_reference)
@@ -91,22 +93,24 @@ def evaluate(
                     images = sample_ode(policy, condition, noise, sigmas, micro_batch, on_progress)
         if own:
             with ranks.interruptible(), explain_out_of_memory("scoring images to evaluate", SCORING):
-                metrics = measure(images, batch, rewards, judge)
+                metrics, reasons = measure(images, batch, rewards, judge)
     names = (*JUDGE_METRICS, COPY_SCORE, *REWARD_METRICS) if judge else REWARD_METRICS
     table = ranks.gather(torch.stack([metrics[name] for name in names], 1) if metrics else torch.zeros(0, len(names)))
-    return Evaluation(
-        samples, dataset.originals(samples), ranks.gather(images), dict(zip(names, table.unbind(1), strict=True))
-    )
+    metrics = dict(zip(names, table.unbind(1), strict=True))
+    return Evaluation(samples, dataset.originals(samples), ranks.gather(images), metrics, reasons)
 
 
-def measure(images: Tensor, batch: PromptBatch, rewards: Sequence[Reward], judge: Oracle | None) -> dict[str, Tensor]:
-    """Each metric [N] of `images` [N, 3, H, W], one for each prompt of the task."""
+def measure(
+    images: Tensor, batch: PromptBatch, rewards: Sequence[Reward], judge: Oracle | None
+) -> tuple[dict[str, Tensor], list[str | None]]:
+    """Return each metric [N] of `images` [N, 3, H, W], one for each prompt of the batch, and why scores are missing."""
     groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of both is asked once
-    metrics = {name: _known(reward.score(groups, batch)) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
+    found = [reward.score(groups, batch) for reward in rewards]
+    metrics = {name: _known(scores) for name, scores in zip(REWARD_METRICS, found, strict=True)}
     if judge is not None:
         verdict = judge.judge(images, batch.prompts, first_references(batch.references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics
-    return metrics
+    return metrics, [scores.reason for scores in found]
 
 
 def scores(images: Tensor, batch: PromptBatch, reward: Reward) -> Tensor:

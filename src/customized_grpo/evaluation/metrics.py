@@ -127,6 +127,6 @@ def toybox_measure(rewards: Sequence[Reward], judge: Oracle) -> Measure:
 
     def measure(group: Group) -> Mapping[str, Tensor]:
         batch = PromptBatch(group.prompts, [group.references] * len(group.prompts), None)
-        return evaluation.measure(group.images, batch, rewards, judge)
+        return evaluation.measure(group.images, batch, rewards, judge)[0]
 
     return measure
