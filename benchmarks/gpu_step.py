@@ -24,7 +24,7 @@ from torch import Tensor
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image, write_metadata
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.types import PromptBatch, References
@@ -39,8 +39,9 @@ from diffusers import (  # noqa: E402
 )
 
 from customized_grpo.factory.pipelines import settings_of  # noqa: E402
-from customized_grpo.policies.conditions import ConditionCache, EncodedBatch, EncodedPrompt  # noqa: E402
+from customized_grpo.policies.conditions import ConditionCache  # noqa: E402
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy  # noqa: E402
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt  # noqa: E402
 from customized_grpo.policies.pipelines.flux1_kontext import Flux1Kontext  # noqa: E402
 from customized_grpo.testing import tiny_pipelines as tiny  # noqa: E402
 from customized_grpo.training.dry_run import estimate_pipeline  # noqa: E402
@@ -58,7 +59,7 @@ class RandomPolicy(DiffusersPolicy):
         return EncodedBatch((self.row,) * len(prompts), torch.arange(len(prompts)))
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward that costs nothing and differs from image to image."""
 
     def __init__(self, channel: int) -> None:

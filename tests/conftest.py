@@ -130,7 +130,7 @@ def make_trainer(make_config: Callable[..., Config]) -> Callable[..., Trainer[An
     return make
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """A reward that is a function of the images [P, G, 3, H, W]; what is not finite is invalid."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -10,7 +10,7 @@ from customized_grpo.data import SubjectDataset
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation.evaluator import Evaluation, Evaluator, Sampling
 from customized_grpo.evaluation.metrics import Metric, RewardMetric
-from customized_grpo.rewards.reward import Reward
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.toybox.oracle import Oracle, Verdict
 from customized_grpo.toybox.oracle_metric import CHANCE_FIGURES, FIGURES, OracleMetric
 from customized_grpo.toybox.policy import ToyBoxPolicy
@@ -77,6 +77,15 @@ def test_a_reward_that_failed_is_left_out(run: Run, reward_of: Callable[..., Rew
     assert evaluation.means()["reward/prompt"] == 2.0
     assert [record["reward/prompt"] for record in evaluation.records()] == [1.0, None, 3.0, 2.0]
     assert evaluation.missing_share() == 0.25
+
+
+def test_an_evaluation_says_why_rewards_are_missing(run: Run) -> None:
+    class Refused(Reward):
+        def score(self, images: Tensor, batch: PromptBatch) -> Scores:
+            return Scores(torch.zeros(4, 1), torch.zeros(4, 1, dtype=torch.bool), "refused")
+
+    evaluation = run(rewards={"style": Refused()})
+    assert evaluation.reasons == ["refused"] and evaluation.missing_share() == 1
 
 
 def test_any_number_of_rewards_is_measured_by_name(run: Run, reward_of: Callable[..., Reward]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.metrics import CopyMetric, IdentityMetric, PromptMetric
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.types import PromptBatch
 
 Picture = Callable[..., Tensor]
@@ -86,7 +86,7 @@ def test_each_image_is_compared_with_its_own_pictures(picture: Picture) -> None:
             assert found[row] == pytest.approx(float(value), abs=1e-6)
 
 
-class PromptLengths:
+class PromptLengths(Reward):
     """Scores a picture by the length of its prompt; the second has no score."""
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:

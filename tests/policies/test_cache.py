@@ -218,11 +218,15 @@ def test_a_cache_of_another_user_is_read(
     Hold(tmp_path / "conditions").close()  # there is none, and none can be made
 
 
-def test_other_processes_of_a_machine_only_check(load: Load, data: SubjectDataset, tmp_path: Path) -> None:
+def test_other_processes_of_a_machine_only_check(
+    load: Load, data: SubjectDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     policy = load("flux1-kontext", cache_limit=1e-5)
     with pytest.raises(UserError, match=r"policy\.cache_limit"):
-        policy.reserve(data.samples, lambda index: [], check_only=True)
-    load("flux1-kontext").reserve(data.samples, lambda index: [], check_only=True)
+        policy.precompute(data.samples, lambda index: [], [], lambda done: None)
+    load("flux1-kontext").precompute(data.samples, lambda index: [], [], lambda done: None)
     assert not (tmp_path / "conditions").exists()
 
 

@@ -25,7 +25,7 @@ from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.io.files import StorageError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.sampling import sample_ode
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.training.ema import EMA
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.types import PromptBatch
@@ -36,7 +36,7 @@ KINDS = tuple(PIPELINES)
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward of a hundred distinct values or so, without a network."""
 
     def __init__(self, sign: float = 1.0) -> None:
@@ -286,7 +286,9 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
     heard: list[int] = []
     gone = [weakref.ref(part) for part in (policy._pipe.text_encoder, policy._pipe.text_encoder_2)]
     gone.append(weakref.ref(policy._pipe.vae.encoder))
-    policy.encode_ahead(["a cat", "a dog"], lambda index: [pictures[index]], heard.append)
+    save_image(picture(64, 64), tmp_path / "a.png")
+    rows = [Sample(prompt, prompt, (tmp_path / "a.png",)) for prompt in ("a cat", "a dog")]
+    policy.precompute(rows, lambda number: [pictures[number]], [0, 1], heard.append)
     assert heard == [1, 2]
     assert [part() for part in gone] == [None] * 3
     # From the cache, and the same as encoded anew.
@@ -300,10 +302,11 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
         policy.encode(["a cat"], [[pictures[0]]])
 
 
-def test_offload_keeps_the_encoders(load: Load, picture: Picture) -> None:
+def test_offload_keeps_the_encoders(load: Load, picture: Picture, tmp_path: Path) -> None:
     policy = load("flux1-kontext", offload=True)
     reference = policy.prepare_reference(picture(64, 64), 1)
-    policy.encode_ahead(["a cat"], lambda index: [reference], lambda done: None)
+    save_image(picture(64, 64), tmp_path / "a.png")
+    policy.precompute([Sample("s", "a cat", (tmp_path / "a.png",))], lambda n: [reference], [0], lambda done: None)
     assert policy.encode(["a bird"], [[reference]]).rows
 
 

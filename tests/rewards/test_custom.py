@@ -30,6 +30,13 @@ def some(images, task):
 def broken(images, task):
     return torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), 3.0, 4.0]])
 
+def explained(images, task):
+    valid = torch.tensor([[True, False, True], [True, True, True]])
+    return Scores(torch.ones(images.shape[:2]), valid, "no face found")
+
+def explained_by_a_number(images, task):
+    return Scores(torch.ones(images.shape[:2]), torch.ones(images.shape[:2], dtype=torch.bool), 7)
+
 def flat(images, task):
     return torch.zeros(6)
 
@@ -61,6 +68,13 @@ def test_values_are_the_functions() -> None:
 def test_what_is_not_finite_is_invalid() -> None:
     scores = CustomReward.load("rewards.prompt", "python:rewards_of_mine.broken").score(IMAGES, TASK)
     assert scores.valid.tolist() == [[True, False, True], [False, True, True]] and scores.values.isfinite().all()
+
+
+def test_the_reason_of_an_invalid_score_is_passed_on() -> None:
+    scores = CustomReward.load("rewards.prompt", "python:rewards_of_mine.explained").score(IMAGES, TASK)
+    assert scores.valid.sum() == 5 and scores.reason == "no face found"
+    with pytest.raises(UserError, match=r"explained_by_a_number answered a reason of int, expected a str or None"):
+        CustomReward.load("rewards.prompt", "python:rewards_of_mine.explained_by_a_number").score(IMAGES, TASK)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from customized_grpo.evaluation.evaluator import Evaluator, Sampling
 from customized_grpo.evaluation.metrics import RewardMetric
 from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 PROMPTS = ("a star", "a cloud", "a heart", "a ball")
 
 
-class Told:
+class Told(Reward):
     """A reward that keeps the pictures it was told of, and scores the red in an image."""
 
     def __init__(self) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.rewards.http import MAX_RESPONSE_BYTES, Transport, Unavailable
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
-from customized_grpo.rewards.reward import Reward, Scores, TellsFailure
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.score_request import Limits
 from customized_grpo.rewards.server import RewardServer
 from customized_grpo.types import PromptBatch
@@ -34,7 +34,7 @@ Answer = tuple[int, Any, dict[str, str]] | None
 """Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""
 
 
-class Redness:
+class Redness(Reward):
     """The mean of the red channel; images of prompts that begin with 'bad' have no score."""
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
@@ -222,19 +222,17 @@ def test_garbage_is_no_score(answer: Any, misbehaving: Callable[..., Any]) -> No
 )
 def test_a_failure_is_told(answer: Answer, said: str, misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving(answer)
-    reward = RemoteReward(Transport("rewards.prompt_model", url, 2.0))
-    assert isinstance(reward, TellsFailure) and reward.last_failure is None
-    assert not reward.score(*make_batch(1, 1)).valid.any()
-    assert re.search(said, reward.last_failure or "")
+    found = RemoteReward(Transport("rewards.prompt_model", url, 2.0)).score(*make_batch(1, 1))
+    assert not found.valid.any()
+    assert re.search(said, found.reason or "")
 
 
 def test_a_failure_is_told_until_all_is_well(misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving((200, {"values": "sk-secret"}, {}), (200, SCORES, {}))
     reward = RemoteReward(transport(url, token="sk-secret"))
-    reward.score(*make_batch())
-    assert reward.last_failure is not None and "secret" not in reward.last_failure
-    reward.score(*make_batch())
-    assert reward.last_failure is None
+    reason = reward.score(*make_batch()).reason
+    assert reason is not None and "secret" not in reason
+    assert reward.score(*make_batch()).reason is None
 
 
 @pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"])

@@ -35,7 +35,7 @@ WAIT = 30.0
 LIMITS = Limits(max_images=64, max_pixels=2**16, max_bytes=2**25)
 
 
-class Brightness:
+class Brightness(Reward):
     """The mean of an image and of its group's references and masks, which decides nothing else."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Brightness:
         return Scores(images.mean((-3, -2, -1)) + torch.stack(others)[:, None], torch.ones(images.shape[:2]) > 0)
 
 
-class Failing:
+class Failing(Reward):
     """Raises `error` once, then scores."""
 
     def __init__(self, error: Callable[[], Any]) -> None:

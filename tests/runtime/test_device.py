@@ -97,7 +97,7 @@ def test_one_gpu_for_all_processes(launched: dict[str, str], monkeypatch: pytest
 def test_where_nothing_tells_how_many_processes_there_are_each_encodes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 4, SRUN)
     seen: list[str] = []
-    policy = Mock(encode_ahead=lambda prompts, references, on_progress: seen.extend(prompts))
+    policy = Mock(precompute=lambda rows, references, share, on_progress: seen.extend(rows[n].prompt for n in share))
     samples = [Mock(prompt=str(number)) for number in range(3)]
     dataset: Any = Mock(samples=samples)
     encode_ahead(policy, {dataset: samples}, Mock())

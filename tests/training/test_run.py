@@ -16,7 +16,7 @@ from customized_grpo.errors import TrainingError, UserError
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.jsonl import Metrics
 from customized_grpo.report import write_report
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run import evaluate_run
 from customized_grpo.training.run_dir import load_run_config
@@ -108,10 +108,8 @@ def test_a_ratio_away_from_one_raises_the_alarm(
     assert "WARNING: iteration 1: the first-pass ratio is 2.0e-05 away from 1" in display.console.file.getvalue()
 
 
-class Away:
+class Away(Reward):
     """A server's reward whose first `failing` scores of a group are missing."""
-
-    last_failure = "rewards.prompt_model: http://a:1 did not answer"
 
     def __init__(self, failing: int) -> None:
         self.failing = failing
@@ -119,7 +117,7 @@ class Away:
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         valid = torch.ones(images.shape[:2], dtype=torch.bool)
         valid[:, : self.failing] = False
-        return Scores(images.mean((2, 3, 4)), valid)
+        return Scores(images.mean((2, 3, 4)), valid, "rewards.prompt_model: http://a:1 did not answer")
 
 
 @pytest.mark.parametrize("failing", [1, 4])

@@ -28,7 +28,7 @@ from customized_grpo.factory.metrics import build_metrics, has_own_metrics, load
 from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config, with_guidance
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
-from customized_grpo.policies.policy import Policy, in_step
+from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import bootstrap_interval
 from customized_grpo.tracking.console import Display, StageProgress
@@ -252,7 +252,7 @@ def _draw(
             write_whole(config.output / SETTINGS, json.dumps(work.settings, indent=1))
     with ranks.synchronized():
         if policy is not None:
-            with in_step(policy, ranks):
+            with policy.lockstep(ranks):
                 _draw_each(config, work, policy, mine, stages)
 
 

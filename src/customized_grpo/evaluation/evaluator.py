@@ -11,7 +11,7 @@ from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import telling_where
 from customized_grpo.evaluation.metrics import Metric, measure, metric_names
-from customized_grpo.policies.policy import Policy, in_step
+from customized_grpo.policies.policy import Policy
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.memory import DRAWING, SCORING, explain_out_of_memory
@@ -49,6 +49,8 @@ class Evaluation:
     images: Tensor
     metrics: dict[str, Tensor]
     infos: Sequence[MetricInfo]
+    reasons: Sequence[str | None] = ()
+    """Why values of this process are missing."""
 
     def means(self) -> dict[str, float]:
         """Return the mean of each metric over the samples that have a value."""
@@ -105,12 +107,13 @@ class Evaluator:
         names = metric_names(self.metrics)
         images, table = torch.zeros(0, 3, *self.policy.size), torch.zeros(0, len(names))
         with ranks.synchronized():
-            with in_step(self.policy, ranks), explain_out_of_memory("drawing images to evaluate", DRAWING):
+            with self.policy.lockstep(ranks), explain_out_of_memory("drawing images to evaluate", DRAWING):
                 if own:
                     images = self._draw(own, rows, on_progress)
             if own:
                 with ranks.interruptible(), explain_out_of_memory("scoring images to evaluate", SCORING):
                     table = torch.stack(list(measure(self.metrics, images, self._batch(own)).values()), 1)
+        reasons = [reason for metric in self.metrics for reason in metric.reasons] if own else []
         table = ranks.gather(table)
         return Evaluation(
             samples,
@@ -118,6 +121,7 @@ class Evaluator:
             ranks.gather(images),
             dict(zip(names, table.unbind(1), strict=True)),
             [info for metric in self.metrics for info in metric.infos],
+            reasons,
         )
 
     def _draw(self, samples: Sequence[Sample], rows: range, on_progress: OnProgress) -> Tensor:

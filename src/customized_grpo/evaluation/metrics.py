@@ -3,6 +3,7 @@
 Shape legend: N images, K pictures of a subject, D features.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
@@ -22,7 +23,7 @@ COPY = "copy"
 class Metric(Protocol):
     """Measures images by one figure or several; deterministic.
 
-    A subclass inherits "unknown" for ceiling and chance.
+    A subclass inherits "unknown" for ceiling, chance and reasons.
     """
 
     infos: Sequence[MetricInfo]
@@ -31,7 +32,10 @@ class Metric(Protocol):
     """Figures of ideal images by name, if they are known."""
     chance_names: Sequence[str] = ()
     """Figures whose level by chance is of interest: an evaluation measures it on images of other prompts."""
+    reasons: Sequence[str | None] = ()
+    """Why values of the last `measure` are missing, without what is secret."""
 
+    @abstractmethod
     def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
         """Measure `images` [N, 3, H, W] in [0, 1], one for each prompt of `batch`.
 
@@ -72,7 +76,9 @@ class RewardMetric(Metric):
     def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
         """Score `images` [N, 3, H, W]."""
         groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of several is asked once
-        return {name: known(reward.score(groups, batch)) for name, reward in self._rewards.items()}
+        found = {name: reward.score(groups, batch) for name, reward in self._rewards.items()}
+        self.reasons = [scores.reason for scores in found.values()]
+        return {name: known(scores) for name, scores in found.items()}
 
 
 class PromptMetric(Metric):

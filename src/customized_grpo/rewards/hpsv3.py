@@ -21,7 +21,7 @@ from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
 from customized_grpo.io.hub import from_hub, resolve_file
 from customized_grpo.io.tensors import mismatch, read_tensors
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.runtime.qwen_vl import ImageTextProcessor
 from customized_grpo.types import PromptBatch
 
@@ -57,7 +57,7 @@ class HPSv3(nn.Module):
         return logits[:, 0]
 
 
-class HPSv3Reward:
+class HPSv3Reward(Reward):
     """The score of an image for its prompt, higher is better: about 0 to 15, unbounded."""
 
     def __init__(

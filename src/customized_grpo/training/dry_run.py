@@ -19,12 +19,13 @@ from customized_grpo.factory.pipelines import MODELS, PIPELINES, settings_of
 from customized_grpo.factory.policy import load_toybox, policy_device
 from customized_grpo.factory.rewards import reward_device
 from customized_grpo.io.hub import DAMAGED
-from customized_grpo.policies.conditions import ConditionCache, EncodedBatch, EncodedPrompt, bytes_of_rows
+from customized_grpo.policies.conditions import ConditionCache, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
 from customized_grpo.policies.loading import read_index, resolve_model
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
-from customized_grpo.policies.policy import RowAsked
+from customized_grpo.policies.policy import PromptRow
 from customized_grpo.runtime.device import resolve_device, resolve_precision
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
@@ -32,7 +33,7 @@ from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
 META = torch.device("meta")
 
 
-def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[RowAsked] | None = None) -> Estimate:
+def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[PromptRow] | None = None) -> Estimate:
     """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square;
     and of disk what `rows`, all that the run reads, take once they are encoded.
 
@@ -47,7 +48,7 @@ def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[RowAsked
 
 
 def estimate_pipeline(
-    config: Config, family: PipelineSpec, pipe: Any, processes: int = 1, rows: Sequence[RowAsked] | None = None
+    config: Config, family: PipelineSpec, pipe: Any, processes: int = 1, rows: Sequence[PromptRow] | None = None
 ) -> Estimate:
     """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on
     the meta device."""

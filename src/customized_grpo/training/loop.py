@@ -145,7 +145,7 @@ class TrainingLoop:
                 self.average.update(self.trainer.iteration)
             self._log(METRICS, metrics)
             self._take_snapshot()
-        for warning in iteration_warnings(metrics, self.trainer.failures()):
+        for warning in iteration_warnings(metrics, self.trainer.reasons):
             self.display.warn(warning)
         show.iteration(metrics)
 
@@ -172,7 +172,7 @@ class TrainingLoop:
                 self._log_gallery(evaluation)
             self._log(EVALUATIONS, row)
         self.display.validation(row)
-        for warning in validation_warnings(evaluation, iteration, self.trainer.failures()):
+        for warning in validation_warnings(evaluation, iteration):
             self.display.warn(warning)
 
     def finish(self) -> Path | None:

@@ -40,9 +40,9 @@ from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import TrainingError, telling_where
 from customized_grpo.io.jsonl import Metrics
-from customized_grpo.policies.policy import ConditionT, Policy, in_step
+from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.randomness import generator
-from customized_grpo.rewards.reward import Reward, TellsFailure
+from customized_grpo.rewards.reward import Reward, in_brackets
 from customized_grpo.runtime.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
 from customized_grpo.tracking.timer import Clock, OnPhase
 from customized_grpo.training.rollout import Plan, Rollout, plan_steps, sample_groups
@@ -82,6 +82,8 @@ class Trainer(Generic[ConditionT]):
     ranks: DistributedGroup = field(default_factory=DistributedGroup)
     iteration: int = 0
     optimizer: torch.optim.AdamW = field(init=False)
+    reasons: list[str | None] = field(init=False, default_factory=list)
+    """Why scores of this process are missing in the last `score`."""
 
     def __post_init__(self) -> None:
         settings = self.config.optimizer
@@ -113,7 +115,7 @@ class Trainer(Generic[ConditionT]):
         local_prompts = self.ranks.local_range(config.rollout.prompts_per_iteration)
         plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
         with self.ranks.synchronized():
-            with in_step(self.policy, self.ranks), self._memory("drawing images", DRAWING):
+            with self.policy.lockstep(self.ranks), self._memory("drawing images", DRAWING):
                 clock.start("rollout")
                 samples = self.samples(iteration, local_prompts)
                 condition = self.condition(samples)
@@ -165,6 +167,7 @@ class Trainer(Generic[ConditionT]):
     def score(self, images: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Rewards [P, G, R] and which of them are valid: numbers, and called valid."""
         scores = [reward.score(images, batch) for reward in self.rewards]
+        self.reasons = [score.reason for score in scores]
         rewards = torch.stack([score.values.float().cpu() for score in scores], dim=-1)
         return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1) & rewards.isfinite()
 
@@ -175,15 +178,9 @@ class Trainer(Generic[ConditionT]):
             if failed > limit:
                 raise TrainingError(
                     f"after iteration {self.iteration}: {failed:.0%} of the {name} rewards could not be computed, more "
-                    f"than rewards.max_invalid_share={limit:.0%}{self.failures()}. Mend the reward; a run goes on with "
-                    "train --resume"
+                    f"than rewards.max_invalid_share={limit:.0%}{in_brackets(self.reasons)}. Mend the reward; a run "
+                    "goes on with train --resume"
                 )
-
-    def failures(self) -> str:
-        """Why rewards of this process could not be computed last, as ' (reason; reason)', where they tell."""
-        told = [reward.last_failure for reward in self.rewards if isinstance(reward, TellsFailure)]
-        reasons = dict.fromkeys(reason for reason in told if reason)
-        return f" ({'; '.join(reasons)})" if reasons else ""
 
     def _advantages(self, rewards: Tensor, valid: Tensor, plan: Plan) -> Tensor:
         """Advantages [P, G, S]: weights are looked up by the true step, whatever the order of training.
@@ -239,7 +236,7 @@ class Trainer(Generic[ConditionT]):
             loss = 0.0
             with (
                 self.ranks.synchronized(),
-                in_step(self.policy, self.ranks),
+                self.policy.lockstep(self.ranks),
                 self._memory("computing gradients", UPDATING),
             ):
                 for micro_batch in items.split(self.config.optimizer.micro_batch) if len(items) else ():
@@ -279,7 +276,9 @@ class Trainer(Generic[ConditionT]):
         steps, rows = items.unbind(1)
         objective = self.config.objective
         reference = None
-        if objective.kl_weight > 0:  # first: after a velocity with a gradient comes its backward pass, see `in_step`
+        if (
+            objective.kl_weight > 0
+        ):  # first: after a velocity with a gradient comes its backward pass, see `Policy.lockstep`
             with torch.no_grad(), self.policy.base_weights():
                 reference = self.transition(rollout, plan, steps, rows)
         transition = self.transition(rollout, plan, steps, rows)

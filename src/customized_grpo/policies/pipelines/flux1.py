@@ -12,8 +12,8 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import schedule
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import sizes_of, token_count
 from customized_grpo.types import PromptLengths
 

@@ -8,8 +8,8 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux2
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import sizes_of
 from customized_grpo.types import PromptLengths
 
