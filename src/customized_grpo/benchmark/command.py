@@ -236,7 +236,7 @@ def _metrics(config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, 
 def _draw(
     config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: DistributedGroup, stages: StageProgress
 ) -> None:
-    """Draw the pictures with the numbers `left`, of which each process has its share; nothing is written before all
+    """Draw the pictures with the numbers `left`, each process its share; nothing is written before all
     have loaded what they need."""
     mine = left[ranks.rank :: ranks.world_size]
     policy = None

@@ -82,20 +82,20 @@ class Display:
 
     @classmethod
     def silent(cls) -> "Display":
-        """Says nothing."""
+        """Return a display that shows nothing."""
         return cls(Console(quiet=True))
 
     def note(self, text: str) -> None:
-        """A line of information."""
+        """Show a line of information."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A line that asks for attention."""
+        """Show a line that asks for attention."""
         self.console.print(f"WARNING: {text}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def training(self, iterations: int, done: int) -> Iterator[TrainingProgress]:
-        """Show a run of `iterations`, of which `done` are behind it."""
+        """Show a run of `iterations`; `done` of them are behind it."""
         progress = self._bar(TextColumn("{task.fields[phase]:<13}"), TextColumn("{task.fields[figures]}"))
         with progress:
             task = progress.add_task("training", total=iterations, completed=done, phase="", figures="")
@@ -157,7 +157,7 @@ class Display:
         self.table(title, rows)
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
-        """Names and values."""
+        """Show names and values."""
         table = Table(title=title, title_justify="left", show_header=False)
         for name, value in rows.items():
             table.add_row(name, value)
@@ -178,7 +178,7 @@ class StageProgress:
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, stage: str, step: int, steps: int, loss: float | None = None) -> None:
-        """`stage` has done `step` of `steps`."""
+        """Show that `stage` has done `step` of `steps`."""
         figures = "" if loss is None else f"loss {loss:.3f}"
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=steps, figures="")
@@ -188,7 +188,7 @@ class StageProgress:
 
 
 def _grid_table(states: Sequence[RunState]) -> Table:
-    """All runs, those first of which a reader wants to know: a small terminal shows the first ones."""
+    """Return the table of all runs; those to watch come first, since a small terminal shows the first ones."""
     order = ("running", "failed", "done", "waiting")
     title = ", ".join(f"{sum(state.status == status for state in states)} {status}" for status in order)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
