@@ -40,10 +40,11 @@ test: $(INSTALLED) ## Run the tests
 test-all: $(INSTALLED) ## Run the slow tests too, of several processes and a soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m ""
 
-lint: $(INSTALLED) ## Check style, formatting and types
+lint: $(INSTALLED) ## Check style, formatting, types and who imports whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 benchmark: $(INSTALLED) ## Measure what a training iteration costs
 	$(BIN)/python benchmarks/toybox_step.py $(ARGS)
