@@ -37,7 +37,7 @@ def said(display: Display) -> list[str]:
 
 def load(kind: str, folder: Path) -> Any:
     settings = RewardsConfig.model_validate({"prompt": kind, "prompt_model": str(folder)})
-    return load_rewards(settings, CPU)[0]
+    return load_rewards(settings, CPU)["prompt"]
 
 
 @pytest.mark.parametrize(("kind", "model", "limit"), [("clip_t", "clip", 77), ("siglip", "siglip", 64)])
@@ -146,4 +146,4 @@ def test_a_run_and_an_evaluation_tell(
 def test_toyboxs_parts_read_every_prompt_that_they_take(
     make_config: Callable[..., Config], make_policy: Callable[..., ToyBoxPolicy]
 ) -> None:
-    assert not any(isinstance(part, ReadsPrompts) for part in (make_policy(), *build_rewards(make_config())))
+    assert not any(isinstance(part, ReadsPrompts) for part in (make_policy(), *build_rewards(make_config()).values()))

@@ -167,7 +167,7 @@ def conflict_around(cosine: float) -> GradientConflict:
 
 def sensitivity_towards(prompt: float, identity: float) -> Sensitivity:
     curve = np.exp(-np.abs(np.arange(4)[:, None] - np.array([prompt, identity])))
-    return Sensitivity(curve * np.random.default_rng(0).uniform(0.8, 1.2, (10, 4, 1)))
+    return Sensitivity(curve * np.random.default_rng(0).uniform(0.8, 1.2, (10, 4, 1)), ("prompt", "identity"))
 
 
 @pytest.mark.parametrize(

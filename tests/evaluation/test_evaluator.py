@@ -30,7 +30,8 @@ def run(make_policy: Callable[..., ToyBoxPolicy], toybox_data: Path, tiny_weight
 
     def make(judge: Oracle | None = None, rewards: list[Reward] = rewards, **changes: Any) -> Evaluation:
         settings = {"pairs": 4, "num_steps": 3, "shift": 2.0, "seed": 0, "micro_batch": 36} | changes
-        return evaluate(policy, dataset, rewards, judge, **settings)
+        named = dict(zip(("prompt", "identity"), rewards, strict=True))
+        return evaluate(policy, dataset, named, judge, **settings)
 
     return make
 

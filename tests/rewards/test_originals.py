@@ -79,7 +79,7 @@ def test_training_scores_against_the_originals_and_draws_from_the_prepared(
     config = make_config({"data.path": photographs, "rewards.identity_reference": "segmented"})
     watched, told = Watched(make_policy()), Told()
     dataset = SubjectDataset.open(photographs)
-    trainer = Trainer(config, watched.policy, (told, told), dataset)
+    trainer = Trainer(config, watched.policy, {"prompt": told, "identity": told}, dataset)
     trainer.train_step()
     samples = trainer.samples(0)
     for row, sample in enumerate(samples):
@@ -94,7 +94,7 @@ def test_evaluation_scores_against_the_originals_and_draws_from_the_prepared(
     watched, told = Watched(make_policy()), Told()
     dataset = SubjectDataset.open(photographs)
     settings: Any = {"pairs": 3, "num_steps": 2, "shift": 2.0, "seed": 0, "micro_batch": 4, "masks": True}
-    evaluation = evaluate(watched.policy, dataset, [told, told], None, **settings)
+    evaluation = evaluate(watched.policy, dataset, {"prompt": told, "identity": told}, None, **settings)
     for row, sample in enumerate(evaluation.samples):
         original = load_image(sample.references[0])
         assert torch.equal(told.references[row][0], original)

@@ -22,7 +22,7 @@ def quadrants(
     """
     if len(names) != advantages.shape[-1]:
         raise ValueError(f"names must name each of the {advantages.shape[-1]} rewards, found {list(names)}")
-    shares = {}
+    shares: dict[str, float] = {}
     for i, j in _pairs(advantages):
         first, second = (_usable_samples(advantages, valid, i, j) > 0).unbind(dim=-1)
         hits = {

@@ -1,7 +1,7 @@
 """The evaluation before and after training, as files."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def write_evaluation(
     config: Config,
     policy: Policy[Any],
     dataset: SubjectDataset,
-    rewards: Sequence[Reward],
+    rewards: Mapping[str, Reward],
     judge: Oracle | None,
     folder: Path,
     pairs: int,
@@ -65,7 +65,7 @@ def evaluate_pairs(
     config: Config,
     policy: Policy[Any],
     dataset: SubjectDataset,
-    rewards: Sequence[Reward],
+    rewards: Mapping[str, Reward],
     judge: Oracle | None,
     pairs: int,
     ranks: DistributedGroup,

@@ -1,7 +1,7 @@
 """Evaluation: deterministic samples of fixed pairs, scored by the rewards and by a judge that no policy is trained
 against."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Sequence[Reward], judge: Oracle | None, *, pairs: int,
+    policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Mapping[str, Reward], judge: Oracle | None, *, pairs: int,
     num_steps: int, shift: float | None, seed: int, micro_batch: int, masks: bool = False,
     ranks: DistributedGroup | None = None, on_progress: Callable[[float], None] = lambda share: None,
 ) -> Evaluation:  # fmt: skip
@@ -99,10 +99,12 @@ def evaluate(
     )
 
 
-def measure(images: Tensor, batch: PromptBatch, rewards: Sequence[Reward], judge: Oracle | None) -> dict[str, Tensor]:
+def measure(
+    images: Tensor, batch: PromptBatch, rewards: Mapping[str, Reward], judge: Oracle | None
+) -> dict[str, Tensor]:
     """Each metric [N] of `images` [N, 3, H, W], one for each prompt of the task."""
     groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of both is asked once
-    metrics = {name: _known(reward.score(groups, batch)) for name, reward in zip(REWARD_METRICS, rewards, strict=True)}
+    metrics = {f"reward/{name}": _known(reward.score(groups, batch)) for name, reward in rewards.items()}
     if judge is not None:
         verdict = judge.judge(images, batch.prompts, first_references(batch.references))
         metrics = {name: getattr(verdict, name).float() for name in (*JUDGE_METRICS, COPY_SCORE)} | metrics

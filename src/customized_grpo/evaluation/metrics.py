@@ -122,7 +122,7 @@ def copy_measure(layouts: Mapping[str, Tensor]) -> Measure:
     return measure
 
 
-def toybox_measure(rewards: Sequence[Reward], judge: Oracle) -> Measure:
+def toybox_measure(rewards: Mapping[str, Reward], judge: Oracle) -> Measure:
     """ToyBox's own: the rewards (prompt, identity), what the judge says, and its copy-paste meter."""
 
     def measure(group: Group) -> Mapping[str, Tensor]:

@@ -56,7 +56,7 @@ def check_prompts(source: Path, samples: Iterable[PromptLike], policy: Policy[An
 def warn_truncated_prompts(
     config: Config,
     policy: Policy[Any],
-    rewards: Sequence[Reward],
+    rewards: Mapping[str, Reward],
     used: Mapping[SubjectDataset, Sequence[Sample]],
     display: Display,
 ) -> None:
@@ -64,7 +64,7 @@ def warn_truncated_prompts(
     dataset that are used."""
     readers: dict[str, tuple[str, object]] = {
         "policy.kind": (config.policy.kind, policy),
-        "rewards.prompt": (config.rewards.prompt, rewards[0]),
+        "rewards.prompt": (config.rewards.prompt, rewards["prompt"]),
     }
     for field, (name, reader) in readers.items():
         for dataset, samples in used.items():
