@@ -65,8 +65,8 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Mapping[str, Reward], judge: Oracle | None, *, pairs: int,
-    num_steps: int, shift: float | None, seed: int, micro_batch: int, masks: bool = False,
+    policy: Policy[ConditionT], dataset: SubjectDataset, rewards: Mapping[str, Reward], judge: Oracle | None, *,
+    pairs: int, num_steps: int, shift: float | None, seed: int, micro_batch: int, masks: bool = False,
     ranks: DistributedGroup | None = None, on_progress: Callable[[float], None] = lambda share: None,
 ) -> Evaluation:  # fmt: skip
     """Evaluate `policy` on the first `pairs` samples of `dataset`; equal seeds give equal initial noise.
