@@ -111,7 +111,7 @@ def dataset(tmp_path: Path) -> SubjectDataset:
 def test_prompts_in_use_are_counted(
     policy: Any, reward: Any, count: int | None, expected: list[str], dataset: SubjectDataset, display: Display
 ) -> None:
-    warn_truncated_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
+    warn_truncated_prompts(Config(), policy, {"prompt": reward}, {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
     found = [line.replace(str(dataset.folder), "D") for line in said(display)]
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):

@@ -346,7 +346,8 @@ def test_bf16_keeps_the_first_ratio(
     settings = config(
         rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__updates_per_iteration=2
     )
-    metrics = Trainer(settings, policy, (Brightness(), Brightness(-1.0)), dataset).train_step()
+    rewards = {"prompt": Brightness(), "identity": Brightness(-1.0)}
+    metrics = Trainer(settings, policy, rewards, dataset).train_step()
     assert metrics["first_ratio/min"] == metrics["first_ratio/max"] == 1
     assert all(p.dtype == torch.float32 for _, p in policy.trainable_parameters())
 
@@ -366,7 +367,7 @@ def test_both_premises_are_measured(load: Load, dataset: SubjectDataset, perturb
     """`diagnose` needs nothing but the two protocols."""
     policy = load("flux1-kontext")
     perturb(policy)
-    rewards, settings = (Brightness(), Brightness(-1.0)), config()
+    rewards, settings = {"prompt": Brightness(), "identity": Brightness(-1.0)}, config()
     conflict = measure_conflict(settings, policy, rewards, dataset, batches=2)
     assert conflict.whole_cosines == pytest.approx([-1, -1], abs=1e-3)
     sensitivity = measure(settings, policy, rewards, dataset, prompts=2, group_size=2)

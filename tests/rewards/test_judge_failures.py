@@ -91,7 +91,8 @@ def test_a_validation_asks_once_for_both_rewards(server: Start) -> None:
     running = server(lambda question, number: GOOD)
     both = judge(running.url)
     images, batch = make_batch(5, 1)
-    found = measure(images[:, 0], batch, [JudgeReward(both, "prompt"), JudgeReward(both, "subject")], None)
+    rewards = {"prompt": JudgeReward(both, "prompt"), "identity": JudgeReward(both, "subject")}
+    found = measure(images[:, 0], batch, rewards, None)
     assert len(running.asked) == 5
     assert found["reward/prompt"].tolist() == [2.0] * 5 and found["reward/identity"].tolist() == [3.0] * 5
 

@@ -107,6 +107,32 @@ def test_micro_batches_agree(make_trainer: MakeTrainer, monkeypatch: pytest.Monk
         assert parts[name] == pytest.approx(value, rel=1e-5, abs=1e-5), name
 
 
+PINNED = {
+    "reward/prompt/mean": (-0.149636, -0.118593, -0.14034),
+    "reward/identity/mean": (0.802794, 0.741537, 0.755973),
+    "reward/identity/std": (0.0398194, 0.0487586, 0.0240514),
+    "loss": (-0.00257434, 0.13241, 0.0706883),
+    "kl": (2.41873e-06, 7.72173e-06, 0.000132673),
+    "grad_norm": (0.00378331, 0.00294996, 0.0106),
+    "clip_fraction": (0.125, 0, 0.0625),
+    "conflict_rate": (0.25, 0.75, 0.375),
+}
+"""Three iterations of a small run, as an earlier version of the trainer computed them."""
+
+
+def test_a_run_computes_what_it_always_did(make_trainer: MakeTrainer) -> None:
+    """Under a KL penalty, with two updates of an iteration and micro-batches of uneven sizes."""
+    changes = {
+        "objective.kl_weight": 0.1, "optimizer.updates_per_iteration": 2, "optimizer.micro_batch": 5,
+        "optimizer.learning_rate": 1e-3,
+    }  # fmt: skip
+    trainer = make_trainer(changes)
+    rows = [step(trainer) for _ in range(3)]
+    assert [row["steps"] for row in rows] == [[0, 1], [0, 1], [1, 2]]
+    for name, values in PINNED.items():
+        assert [row[name] for row in rows] == pytest.approx(values, rel=1e-2, abs=1e-9), name
+
+
 # the ratio
 
 
