@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from customized_grpo.algorithm import Gaussian, transition
 from customized_grpo.errors import TrainingError
 from customized_grpo.io.jsonl import Metrics
 from customized_grpo.rewards.reward import Reward
+from customized_grpo.rewards.scoring import GroupRewards
+from customized_grpo.training.objectives import grpo
 from customized_grpo.training.objectives.objective import Loss
+from customized_grpo.training.rollout import Plan
 from customized_grpo.training.trainer import RATIO_TOLERANCE, Trainer
 
 FULL = {"policy.adapter": "full", "policy.lora_rank": 32}
@@ -217,20 +221,50 @@ def paper_weight(i: int, num_steps: int) -> float:
     return 0.3 + 0.4 * (1 - 1 / (1 + math.exp(-0.8 * (u - 10)))) if u < 22 else 0.5
 
 
-def test_weights_belong_to_true_steps(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
+def test_weights_belong_to_true_steps(
+    make_trainer: MakeTrainer, reward_of: RewardOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each (sample, step) that reaches the objective has the advantage of its own sigma, as the paper weighs it."""
     rank = torch.tensor([1.0, 2.0, 3.0])
     rewards = [reward_of(lambda images: rank.expand(images.shape[:2])), reward_of(lambda images: -rank.expand(2, 3))]
     changes = {"rollout.num_steps": 10, "rollout.group_size": 3, "advantages.gamma": 0.0, "optimizer.micro_batch": 7}
     trainer = make_trainer(changes, rewards)
-    watched = Watched(trainer)
-    steps = trainer.train_step()["steps"]
+    watched, sigmas, states = Watched(trainer), [], []
+
+    def spied(x: Tensor, velocity: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Gaussian:
+        sigmas.append(sigma)
+        states.append(x)
+        return transition(x, velocity, sigma, *args, **kwargs)
+
+    monkeypatch.setattr(grpo, "transition", spied)
+    metrics = trainer.train_step()
+    steps = metrics["steps"]
     # Of three, the one at the mean has no advantage and is not trained.
     assert any(paper_weight(i, 10) != 0.7 for i in steps) and len(watched.items) == len(steps) * 4
-    for place, row in watched.items:
+    for (place, row), sigma, state in zip(watched.items, torch.cat(sigmas), torch.cat(states), strict=True):
+        assert sigma == trainer.sigmas[steps[place]] and torch.equal(state, watched.rollout.states[place, row])
         prompt_advantage = row % 3 - 1
         found = float(watched.advantages[row, place])
         assert found == pytest.approx((2 * paper_weight(steps[place], 10) - 1) * prompt_advantage, abs=1e-5)
+    # So the state that each step arrives at is its own too.
+    assert metrics["first_ratio/min"] == pytest.approx(1, abs=RATIO_TOLERANCE)
+    assert metrics["first_ratio/max"] == pytest.approx(1, abs=RATIO_TOLERANCE)
+
+
+def test_lookup_by_counter_gives_each_sample_its_own_order_of_the_first_rows(make_trainer: MakeTrainer) -> None:
+    """As in the published code: the k-th of a sample's shuffled steps takes row k, so late rows are never used."""
+    trainer = make_trainer({"rollout.num_steps": 10, "advantages.lookup": "counter", "advantages.shape": "none"})
+    values = torch.tensor([[[-1.0], [1.0]] * 16])
+    rewards = GroupRewards(("prompt",), values, torch.ones_like(values, dtype=torch.bool))
+    plan = Plan(trainer.sigmas, tuple(range(9)), (1, 4, 7))
+    trainer.weights = torch.arange(1.0, 11.0).view(10, 1)
+    found = trainer.advantages(rewards, plan)[0]
+    rows = (found.abs() / float(found.abs().min())).round().long()
+    assert all(sorted(sample) == [1, 2, 3] for sample in rows.tolist())
+    assert len({str(sample) for sample in rows.tolist()}) > 1, "each sample has its own order"
+    assert torch.equal(found, trainer.advantages(rewards, plan)[0])
+    trainer.iteration += 1
+    assert not torch.equal(found, trainer.advantages(rewards, plan)[0])
 
 
 def test_penalties_are_as_strong_as_the_configuration_says(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
