@@ -78,8 +78,8 @@ def measure_conflict(
     """Measure the gradients of the rewards' objectives on `batches` batches drawn as in training, every step trained.
 
     A reward's own objective is `-mean_b(A[b] log p[b])` with its advantages alone, unshaped and unweighted: its
-    gradient is that of the clipped surrogate on the first pass, where the ratio is 1. Weights and their `.grad` stay
-    as they are. Raises `TrainingError` when too many rewards failed.
+    gradient equals the gradient of the clipped surrogate on the first pass, where the ratio is 1. Weights and their
+    `.grad` stay unchanged. Raises `TrainingError` when too many rewards failed.
     """
     scorer, settings = Scorer(rewards, config.rewards), config.rollout
     steps = tuple(range(settings.num_steps - 1))

@@ -57,7 +57,7 @@ class GroupRewards:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """Any number of `rewards` by name, scored together. The order of the names is that of all columns."""
+    """Any number of `rewards` by name, scored together. Columns follow the order of the names."""
 
     rewards: Mapping[str, Reward]
     settings: RewardsConfig

@@ -39,7 +39,7 @@ class Grpo:
 
     @property
     def reference_forwards(self) -> int:
-        """One under a KL penalty: that of the base weights."""
+        """One under a KL penalty, with the base weights; else none."""
         return int(self.config.objective.kl_weight > 0)
 
     def num_passes(self, plan: Plan) -> int:
