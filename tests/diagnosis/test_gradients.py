@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,21 @@ def test_gradients_are_those_of_the_clipped_objective_of_one_reward(nudged: Make
         check(by_step[-1], found.cosines[1, step], found.norms[1, step])
     check(torch.stack(by_step).sum(0), found.whole_cosines[1], found.whole_norms[1])
     assert found.advantage_cosines[1] == pytest.approx(float(torch.cosine_similarity(*advantages, 0)), abs=1e-6)
+
+
+def test_of_three_rewards_the_cosine_is_the_mean_over_pairs(nudged: MakeTrainer, reward_of: RewardOf) -> None:
+    trainer = nudged()
+    dark = reward_of(lambda images: -brightness(images))
+    three = {"bright": reward_of(brightness), "red": reward_of(redness), "dark": dark}
+
+    def of(*names: str) -> GradientConflict:
+        rewards = {name: three[name] for name in names}
+        return measure_conflict(trainer.config, trainer.policy, rewards, trainer.dataset, batches=1)
+
+    found, pairs = of(*three), [of(*pair) for pair in combinations(three, 2)]
+    assert found.norms.shape == (1, 2, 3)
+    for field in ("cosines", "whole_cosines", "advantage_cosines"):
+        assert np.allclose(getattr(found, field), np.mean([getattr(pair, field) for pair in pairs], 0), atol=1e-4)
 
 
 @pytest.mark.parametrize(("sign", "cosine"), [(1.0, 1.0), (-1.0, -1.0)])
