@@ -121,7 +121,7 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds by phase, operations, memory, and the ratio of the first pass in bf16; `expected`: of the dry run."""
     device = policy.device
-    trainer = Trainer(config, policy, (Brightness(0), Brightness(1)), dataset)
+    trainer = Trainer(config, policy, {"prompt": Brightness(0), "identity": Brightness(1)}, dataset)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()

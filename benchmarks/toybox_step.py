@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -216,8 +216,8 @@ def _sample(policy: Policy[Context], condition: Context, config: RolloutConfig) 
     return rollout.images
 
 
-def _score(rewards: Sequence[Reward], images: torch.Tensor, batch: PromptBatch) -> None:
-    for reward in rewards:
+def _score(rewards: Mapping[str, Reward], images: torch.Tensor, batch: PromptBatch) -> None:
+    for reward in rewards.values():
         reward.score(images, batch)
 
 

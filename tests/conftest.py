@@ -125,7 +125,8 @@ def make_trainer(make_config: Callable[..., Config]) -> Callable[..., Trainer[An
         config = make_config(changes)
         policy = build_policy(config.policy, config.seed)
         dataset = SubjectDataset.open(config.data.path)
-        return Trainer(config, policy, rewards or build_rewards(config), dataset)
+        named = build_rewards(config) if rewards is None else dict(zip(("prompt", "identity"), rewards, strict=True))
+        return Trainer(config, policy, named, dataset)
 
     return make
 

@@ -36,7 +36,7 @@ def said(display: Display) -> list[str]:
 
 def load(kind: str, folder: Path) -> Any:
     settings = RewardsConfig.model_validate({"prompt": kind, "prompt_model": str(folder)})
-    return load_rewards(settings, CPU)[0]
+    return load_rewards(settings, CPU)["prompt"]
 
 
 @pytest.mark.parametrize(("kind", "model", "limit"), [("clip_t", "clip", 77), ("siglip", "siglip", 64)])
@@ -114,7 +114,7 @@ def dataset(tmp_path: Path) -> SubjectDataset:
 def test_prompts_in_use_are_counted(
     policy: Any, reward: Any, count: int | None, expected: list[str], dataset: SubjectDataset, display: Display
 ) -> None:
-    warn_truncated_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
+    warn_truncated_prompts(Config(), policy, {"prompt": reward}, {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
     found = [line.replace(str(dataset.folder), "D") for line in said(display)]
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):
@@ -149,5 +149,5 @@ def test_a_run_and_an_evaluation_tell(
 def test_toyboxs_parts_read_every_prompt_that_they_take(
     make_config: Callable[..., Config], make_policy: Callable[..., ToyBoxPolicy]
 ) -> None:
-    parts = make_policy(), *build_rewards(make_config())
+    parts = make_policy(), *build_rewards(make_config()).values()
     assert [part.prompt_lengths(["a red ball on the beach"]) for part in parts] == [None] * 3

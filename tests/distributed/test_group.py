@@ -447,7 +447,7 @@ main()
 """Trains as the command does; the second process sends itself SIGTERM in the third iteration, at a call of `place`."""
 
 
-@pytest.mark.parametrize("where", [pytest.param("_objective", marks=pytest.mark.slow), "_optimizer_step"])
+@pytest.mark.parametrize("where", [pytest.param("_backward", marks=pytest.mark.slow), "_optimizer_step"])
 def test_sigterm_in_an_update_tears_none(
     place: Path, written: Callable[..., Path], train: Callable[..., str], tmp_path: Path, where: str
 ) -> None:

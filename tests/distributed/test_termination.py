@@ -49,7 +49,7 @@ if place == "sampling":
 elif place == "scoring":
     strike(Trainer, "score", due)
 elif place == "update":
-    strike(Trainer, "_objective", due)
+    strike(Trainer, "_backward", due)
 elif place == "between updates":
     steps = []
     def second(trainer):

@@ -24,7 +24,7 @@ def test_weights_are_those_that_are_loaded(precision: str, tmp_path: Path) -> No
     config = RewardsConfig.model_validate(settings | {f"{side}_model": str(path) for side, path in models.items()})
     counted, unknown = reward_bytes(config, CPU, None)
     assert unknown == [] and list(counted) == ["rewards.prompt (clip_t)", "rewards.identity (dino)"]
-    for reward, told in zip(load_rewards(config, CPU), counted.values(), strict=True):
+    for reward, told in zip(load_rewards(config, CPU).values(), counted.values(), strict=True):
         model = reward._encoder._encode.__self__._model  # type: ignore[attr-defined]
         assert told == pytest.approx(sum(parameter.nbytes for parameter in model.parameters()), rel=0.01)
 

@@ -267,7 +267,10 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Were a sample read that was not encoded, the encoders would be gone."""
-    rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
+    rewards = {
+        "prompt": reward_of(lambda images: images.mean((-3, -2, -1))),
+        "identity": reward_of(lambda images: images.std((-3, -2, -1))),
+    }
     monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: rewards)
     monkeypatch.setattr("customized_grpo.diagnosis.command.build_rewards", lambda config: rewards)
     monkeypatch.setattr("customized_grpo.training.resume.fingerprints", lambda config: {})

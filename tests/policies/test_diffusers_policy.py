@@ -27,6 +27,7 @@ from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.training.ema import EMA
+from customized_grpo.training.objectives.grpo import step_transition
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.types import PromptBatch
 
@@ -119,7 +120,7 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
     policy = load(kind)
     perturb(policy)
     settings = config()
-    trainer = Trainer(settings, policy, (Brightness(), Brightness()), dataset)
+    trainer = Trainer(settings, policy, {"prompt": Brightness(), "identity": Brightness()}, dataset)
     frozen = {name: p.clone() for name, p in policy._transformer.named_parameters() if not p.requires_grad}
     before = [p.detach().clone() for _, p in policy.trainable_parameters()]
     assert {name for name, _ in policy.trainable_parameters()} == {
@@ -128,24 +129,25 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
 
     batch = trainer.batch(trainer.samples(0))
     captured: dict[str, Any] = {}
-    update = trainer._update
+    optimize = trainer.optimize
 
-    def spy(rollout: Any, plan: Any, advantages: Tensor, *rest: Any) -> Any:
-        captured.update(rollout=rollout, plan=plan, advantages=advantages)
-        return update(rollout, plan, advantages, *rest)
+    def spy(rollout: Any, advantages: Tensor, *rest: Any) -> Any:
+        captured.update(rollout=rollout, advantages=advantages)
+        return optimize(rollout, advantages, *rest)
 
-    trainer._update = spy  # type: ignore[method-assign]
+    trainer.optimize = spy  # type: ignore[method-assign]
     metrics = trainer.train_step()
     assert metrics["first_ratio/min"] == pytest.approx(1, abs=1e-5)
     assert metrics["first_ratio/max"] == pytest.approx(1, abs=1e-5)
     assert all(torch.equal(p, frozen[n]) for n, p in policy._transformer.named_parameters() if n in frozen)
     assert any(not torch.equal(p, old) for (_, p), old in zip(policy.trainable_parameters(), before, strict=True))
 
-    rollout, plan = captured["rollout"], captured["plan"]
+    rollout = captured["rollout"]
     advantages = captured["advantages"].flatten(0, 1).T
-    steps, rows = torch.cartesian_prod(torch.arange(len(plan.trained)), torch.arange(8)).unbind(1)
+    steps, rows = torch.cartesian_prod(torch.arange(len(rollout.plan.trained)), torch.arange(8)).unbind(1)
     with torch.no_grad():
-        now = trainer.transition(rollout, plan, steps, rows).log_prob
+        transition = step_transition(policy, rollout, settings.rollout, steps, rows)
+        now = transition.log_prob(rollout.next_states[steps, rows])
     gain = (now - rollout.log_probs[steps, rows]) * advantages[steps, rows].sign()
     assert gain.mean() > 0
     assert len(batch.prompts) == 2
@@ -347,7 +349,8 @@ def test_bf16_keeps_the_first_ratio(
     settings = config(
         rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__updates_per_iteration=2
     )
-    metrics = Trainer(settings, policy, (Brightness(), Brightness(-1.0)), dataset).train_step()
+    rewards = {"prompt": Brightness(), "identity": Brightness(-1.0)}
+    metrics = Trainer(settings, policy, rewards, dataset).train_step()
     assert metrics["first_ratio/min"] == metrics["first_ratio/max"] == 1
     assert all(p.dtype == torch.float32 for _, p in policy.trainable_parameters())
 
@@ -357,7 +360,7 @@ def test_kl_to_the_untuned_generator(load: Load, dataset: SubjectDataset, pertur
     perturb(policy)
     tree = config().model_dump()
     tree["objective"]["kl_weight"] = 1.0
-    trainer = Trainer(Config.model_validate(tree), policy, (Brightness(), Brightness()), dataset)
+    trainer = Trainer(Config.model_validate(tree), policy, {"prompt": Brightness(), "identity": Brightness()}, dataset)
     metrics = trainer.train_step()
     assert metrics["kl"] > 1e-6 and metrics["grad_norm"] > 0
     assert all(parameter.requires_grad for _, parameter in policy.trainable_parameters())
@@ -367,7 +370,7 @@ def test_both_premises_are_measured(load: Load, dataset: SubjectDataset, perturb
     """`diagnose` needs nothing but the two protocols."""
     policy = load("flux1-kontext")
     perturb(policy)
-    rewards, settings = (Brightness(), Brightness(-1.0)), config()
+    rewards, settings = {"prompt": Brightness(), "identity": Brightness(-1.0)}, config()
     conflict = measure_conflict(settings, policy, rewards, dataset, batches=2)
     assert conflict.whole_cosines == pytest.approx([-1, -1], abs=1e-3)
     sensitivity = measure(settings, policy, rewards, dataset, prompts=2, group_size=2)

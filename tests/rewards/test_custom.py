@@ -59,7 +59,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values_are_the_functions() -> None:
     config = RewardsConfig(prompt="python:rewards_of_mine.redness", identity="python:rewards_of_mine.some")
-    prompt, identity = load_rewards(config, CPU)
+    prompt, identity = load_rewards(config, CPU).values()
     assert torch.allclose(prompt.score(IMAGES, TASK).values, IMAGES[:, :, 0].mean((-2, -1)))
     scores = identity.score(IMAGES, TASK)
     assert isinstance(scores, Scores) and scores.valid.sum() == 5 and scores.values[0, 1] == 0

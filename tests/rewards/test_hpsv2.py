@@ -75,7 +75,7 @@ def load(tiny: dict[str, Path], model: Path | str, **more: Any) -> Any:
         "prompt": "hpsv2", "prompt_model": str(model), "hpsv2": {"backbone": str(tiny["clip"])}, "identity": "dino",
         "identity_model": str(tiny["dino"]), **more,
     }  # fmt: skip
-    return load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
+    return load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
 
 
 def make_batch(height: int = 48, width: int = 48) -> tuple[Tensor, PromptBatch]:

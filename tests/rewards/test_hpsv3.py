@@ -43,7 +43,7 @@ def load(tiny: dict[str, Path], **more: Any) -> HPSv3Reward:
         "identity_model": str(tiny["dino"]),
     }  # fmt: skip
     settings["hpsv3"] = {"backbone": str(tiny["backbone"]), "instruction": str(tiny["instruction"]), **more}
-    reward = load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
+    reward = load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
     assert isinstance(reward, HPSv3Reward)
     return reward
 

@@ -44,7 +44,7 @@ def judge(url: str, deadline: float = 10.0, **settings: Any) -> VlmJudge:
 def loaded(url: str, deadline: float = 10.0, **settings: Any) -> Any:
     judged = {"url": url, "model": "judge-7b"} | settings
     config = {"prompt": "vlm_judge", "identity": "vlm_judge", "deadline": deadline, "vlm_judge": judged}
-    return load_rewards(RewardsConfig.model_validate(config), CPU)
+    return tuple(load_rewards(RewardsConfig.model_validate(config), CPU).values())
 
 
 def make_batch(groups: int = 2, size: int = 3) -> tuple[Tensor, PromptBatch]:

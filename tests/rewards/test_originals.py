@@ -80,7 +80,7 @@ def test_training_scores_against_the_originals_and_draws_from_the_prepared(
     config = make_config({"data.path": photographs, "rewards.identity_reference": "segmented"})
     watched, told = Watched(make_policy()), Told()
     dataset = SubjectDataset.open(photographs)
-    trainer = Trainer(config, watched.policy, (told, told), dataset)
+    trainer = Trainer(config, watched.policy, {"prompt": told, "identity": told}, dataset)
     trainer.train_step()
     samples = trainer.samples(0)
     for row, sample in enumerate(samples):

@@ -59,7 +59,7 @@ def rewards(models: dict[str, Path], prompt: str = "clip_t", identity: str = "di
             "identity_model": str(models[FOLDERS.get(identity, identity)]), **more,
         }
     )  # fmt: skip
-    return load_rewards(config, CPU)
+    return tuple(load_rewards(config, CPU).values())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dinov3"])

@@ -152,7 +152,7 @@ def test_encoders_in_bf16_round_the_scores_of_fp32(tiny: dict[str, Path]) -> Non
     settings = {"prompt": "clip_t", "prompt_model": str(tiny["clip"]), "identity": "dino"}
     settings |= {"identity_model": str(tiny["dino"])}
     images, batch = make_batch()
-    for side in (0, 1):
+    for side in ("prompt", "identity"):
         full, auto, half = (
             load_rewards(RewardsConfig.model_validate(settings | {"precision": precision}), CPU)[side]
             .score(images, batch)
@@ -173,7 +173,7 @@ def test_a_checkpoint_in_half_precision_is_computed_in_fp32(
     for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "half" / name).write_bytes((tiny["clip"] / name).read_bytes())
     settings = {"prompt": "clip_t", "prompt_model": str(tmp_path / "half")}
-    reward: Any = load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
+    reward: Any = load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
     model = reward._encoder._encode.__self__._model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 

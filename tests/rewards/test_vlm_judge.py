@@ -214,7 +214,7 @@ def test_the_key_comes_from_the_environment_alone(server: Start, monkeypatch: py
     settings = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": {"url": running.url, "model": "judge-7b"}}
     config = RewardsConfig.model_validate(settings)
     monkeypatch.setenv(KEY, "sk-secret")
-    prompt, subject = load_rewards(config, CPU)
+    prompt, subject = load_rewards(config, CPU).values()
     images, batch = make_batch(1, 2)
     assert prompt.score(images, batch).values.tolist() == [[2.0, 2.0]]
     assert subject.score(images, batch).values.tolist() == [[3.0, 3.0]]

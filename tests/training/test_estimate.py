@@ -174,8 +174,7 @@ def test_rewards_on_the_same_device_are_counted(
 ) -> None:
     config = make_config()
     memory = dry_run(config).memory
-    prompt, identity = build_rewards(config)
-    held = sum(sum(p.nbytes for p in each._encoder.parameters()) for each in (prompt, identity))  # type: ignore[attr-defined]
+    held = sum(sum(p.nbytes for p in each._encoder.parameters()) for each in build_rewards(config).values())  # type: ignore[attr-defined]
     names = [name for name in memory if name.startswith("weights of rewards.")]
     assert names == ["weights of rewards.prompt (toybox)", "weights of rewards.identity (toybox)"]
     assert sum(memory[name] for name in names) == pytest.approx(held, rel=0.01)

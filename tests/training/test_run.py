@@ -126,7 +126,7 @@ def test_scores_that_are_missing_are_told_with_their_reason(
 ) -> None:
     rewards = build_rewards
     monkeypatch.setattr(
-        "customized_grpo.training.run.build_rewards", lambda config: (Away(failing), rewards(config)[1])
+        "customized_grpo.training.run.build_rewards", lambda config: rewards(config) | {"prompt": Away(failing)}
     )
     config = make_config({"iterations": 1, "rollout.group_size": 4, "rewards.max_invalid_share": 0.3})
     reason = r"rewards could not be computed.* \(rewards.prompt_model: http://a:1 did not answer\)"
@@ -146,7 +146,9 @@ def test_an_iteration_that_teaches_nothing_is_told(
 ) -> None:  # fmt: skip
     """All rewards equal: no quadrant has a share, least of all the one in which both are bad."""
     equal = reward_of(lambda images: torch.full(images.shape[:2], 0.5))
-    monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: (equal, equal))
+    monkeypatch.setattr(
+        "customized_grpo.training.run.build_rewards", lambda config: {"prompt": equal, "identity": equal}
+    )
     run_training(make_config({"iterations": 1, "evaluation.judge": "none"}))
     row = read_log(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["silent_groups"] == 1.0 and row["grad_norm"] == 0.0

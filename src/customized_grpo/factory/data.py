@@ -56,7 +56,7 @@ def check_prompts(source: Path, samples: Iterable[PromptLike], policy: Policy[An
 def warn_truncated_prompts(
     config: Config,
     policy: Policy[Any],
-    rewards: Sequence[Reward],
+    rewards: Mapping[str, Reward],
     used: Mapping[SubjectDataset, Sequence[Sample]],
     display: Display,
 ) -> None:
@@ -64,7 +64,7 @@ def warn_truncated_prompts(
     dataset that are used."""
     readers = {
         "policy.kind": (config.policy.kind, policy.prompt_lengths),
-        "rewards.prompt": (config.rewards.prompt, rewards[0].prompt_lengths),
+        "rewards.prompt": (config.rewards.prompt, rewards["prompt"].prompt_lengths),
     }
     for field, (name, prompt_lengths) in readers.items():
         for dataset, samples in used.items():

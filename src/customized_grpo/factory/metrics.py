@@ -29,13 +29,12 @@ from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.toybox.oracle_metric import OracleMetric
 
 
-def build_metrics(config: Config, rewards: Mapping[str, Reward] | Sequence[Reward]) -> list[Metric]:
+def build_metrics(config: Config, rewards: Mapping[str, Reward]) -> list[Metric]:
     """Build the metrics of a run: the oracle if `evaluation.judge` names it, and the rewards by name."""
-    named = rewards if isinstance(rewards, Mapping) else dict(zip(("prompt", "identity"), rewards, strict=True))
     oracle: list[Metric] = []
     if config.evaluation.judge == "toybox":
         oracle.append(OracleMetric.load(config.policy.weights))
-    return [*oracle, RewardMetric(named)]
+    return [*oracle, RewardMetric(rewards)]
 
 
 def build_evaluator(

@@ -23,14 +23,12 @@ PICKSCORES_BACKBONE = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 """Whose tokenizer and image processor PickScore takes, which is published without any."""
 
 
-def load_rewards(
-    config: RewardsConfig, device: torch.device, toybox_weights: Path | None = None
-) -> tuple[Reward, Reward]:
-    """The (prompt, identity) rewards. Raises `UserError` where a model or a server cannot be had."""
+def load_rewards(config: RewardsConfig, device: torch.device, toybox_weights: Path | None = None) -> dict[str, Reward]:
+    """Return the rewards by name: prompt, identity. Raises `UserError` where a model or a server cannot be had."""
     judge = _judge(config) if "vlm_judge" in (config.prompt, config.identity) else None
     prompt = _load(config, "prompt", config.prompt, config.prompt_model, device, toybox_weights, judge)
     identity = _load(config, "identity", config.identity, config.identity_model, device, toybox_weights, judge)
-    return prompt, identity
+    return {"prompt": prompt, "identity": identity}
 
 
 def load_pretrained(name: str, field: str, model: str | None, config: RewardsConfig, device: torch.device) -> Reward:
@@ -118,8 +116,8 @@ def _models(answer: Any) -> Sequence[str]:
     return [entry["id"] for entry in listed or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 
 
-def build_rewards(config: Config) -> tuple[Reward, Reward]:
-    """The (prompt, identity) rewards."""
+def build_rewards(config: Config) -> dict[str, Reward]:
+    """Return the rewards of a run by name: prompt, identity."""
     device = reward_device(config)
     check_precision(config.rewards.precision, device, "rewards.")
     return load_rewards(config.rewards, device, config.policy.weights)

@@ -4,15 +4,16 @@ Shape legend: P prompts, G samples of a group, B = P * G samples in prompt-major
 the latent's shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
 import torch
 from torch import Tensor
 
-from customized_grpo.algorithm import ode_step, sde_step
+from customized_grpo.algorithm import ode_step, transition
 from customized_grpo.config.rollout import RolloutConfig
+from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.policies.sampling import decode_checked
 from customized_grpo.randomness import batched_normal, generator
@@ -39,6 +40,7 @@ class Plan:
 class Rollout(Generic[ConditionT]):
     """For the update: `states`, `next_states` [S, B, *], `log_probs` [S, B]. For rewards: `images` [P, G, 3, H, W]."""
 
+    plan: Plan
     condition: ConditionT
     states: Tensor
     next_states: Tensor
@@ -65,6 +67,20 @@ def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int)
     count = max(1, round(config.subset_share * trainable))
     chosen = torch.randperm(trainable, generator=generator(seed, iteration, "steps"))[:count]
     return Plan(sigmas, tuple(range(trainable)), tuple(sorted(chosen.tolist())))
+
+
+def iteration_samples(
+    dataset: SubjectDataset, prompts_per_iteration: int, seed: int, iteration: int, prompts: range | None = None
+) -> list[Sample]:
+    """Return the samples that `iteration` (0 is the first) draws: those of its `prompts`, all if None."""
+    wanted = batch_indices(len(dataset), prompts_per_iteration, seed, iteration)
+    return [dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
+
+
+def encode_samples(policy: Policy[ConditionT], dataset: SubjectDataset, samples: Sequence[Sample]) -> ConditionT:
+    """Return the policy's condition of `samples`, with their references in the size in which it sees them."""
+    prompts = [sample.prompt for sample in samples]
+    return policy.encode(prompts, dataset.references(samples, policy.prepare_reference))
 
 
 @torch.no_grad()
@@ -95,6 +111,7 @@ def sample_groups(
         on_progress((int(rows[-1]) + 1) / len(batch))
     images, states, next_states, log_probs = (list(column) for column in zip(*parts, strict=True))
     return Rollout(
+        plan,
         condition,
         torch.cat(states, 1),
         torch.cat(next_states, 1),
@@ -134,13 +151,11 @@ class _Sampler(Generic[ConditionT]):
             if i not in self.plan.stochastic:
                 latents = ode_step(latents, velocity, sigma, sigma_next)
                 continue
-            noise = self._noise(prompts, samples, f"step {i}")
-            step = sde_step(
-                latents, velocity, sigma, sigma_next, kind=self.config.sde, eta=self.config.eta, noise=noise
-            )
+            step = transition(latents, velocity, sigma, sigma_next, kind=self.config.sde, eta=self.config.eta)
+            next_latents = step.sample(self._noise(prompts, samples, f"step {i}"))
             if i in self.plan.trained:
-                kept.append((latents, step.next_x, step.log_prob))
-            latents = step.next_x
+                kept.append((latents, next_latents, step.log_prob(next_latents)))
+            latents = next_latents
         return latents, kept
 
     def _noise(self, prompts: Tensor, samples: Tensor, purpose: str) -> Tensor:
