@@ -95,8 +95,8 @@ def write_lines(folder: Path, *rows: dict[str, Any] | str) -> None:
         ({"group_size": 4}, ["group_size", "Did you mean 'rollout.group_size'?"]),
         ({"rollout.group_size": "many"}, ["rollout", "group_size", "many"]),
         ({"rollout.group_size": 1}, ["rollout", "group_size", "greater than or equal to 2"]),
-        ({"policy.adapter": "lorra"}, ["policy", "adapter", "lora", "full"]),
-        ({"rollout.steps": "window", "rollout.window_size": 4}, ["window", "does not fit", "num_steps=4"]),
+        ({"policy.toybox.adapter": "lorra"}, ["policy", "adapter", "lora", "full"]),
+        ({"rollout.trained_steps": "window", "rollout.window.size": 4}, ["window", "does not fit", "num_steps=4"]),
         ({"advantages.weights": "table"}, ["advantages.table has 0 rows"]),
     ],
 )
@@ -116,7 +116,7 @@ def test_a_wrong_setting_in_the_file_is_named(
         (["--iterations", "soon"], ["iterations", "soon"]),
         (["--iterations", "0"], ["iterations", "0"]),
         (["--rollout.group_size", "1"], ["group_size", "2"]),
-        (["--rollout.steps", "window", "--rollout.window_start", "9"], ["window", "does not fit"]),
+        (["--rollout.trained_steps", "window", "--rollout.window.start", "9"], ["window", "does not fit"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
         (["--resume", "--overwrite"], ["--resume and --resume_from continue a run and --overwrite deletes it"]),
         (["--resume_from", "nowhere", "--output", "no/where"], ["nowhere/manifest.json: damaged or missing"]),
@@ -231,7 +231,7 @@ def test_segmenting_needs_masks(refused: Refused, settings_file: Callable[..., P
 
 
 def test_missing_weights_are_named(refused: Refused, settings_file: Callable[..., Path], tmp_path: Path) -> None:
-    error = refused("train", "--config", settings_file({"policy.weights": tmp_path / "none"}))
+    error = refused("train", "--config", settings_file({"policy.toybox.weights": tmp_path / "none"}))
     assert "prompt_encoder.safetensors: no such weights" in error
 
 
@@ -265,7 +265,7 @@ def test_references_are_named_together_or_one_by_one() -> None:
 
 @pytest.mark.parametrize("pairs", ["0", "-1", "some"])
 def test_the_number_of_pairs_is_at_least_one(refused: Refused, pairs: str) -> None:
-    assert re.search(rf"pairs.* '?{pairs}", refused("evaluate", "--run", "nowhere", "--pairs", pairs))
+    assert re.search(rf"num_samples.* '?{pairs}", refused("evaluate", "--run", "nowhere", "--num_samples", pairs))
 
 
 @pytest.mark.parametrize(
@@ -274,10 +274,10 @@ def test_the_number_of_pairs_is_at_least_one(refused: Refused, pairs: str) -> No
         ([], "evaluate: name a run with --run DIR, or a benchmark with --benchmark dreambench"),
         (["--benchmark", "dreambench"], "data: name the benchmark's folder"),
         (["--benchmark", "dreambench", "--data", "nowhere"], "data: nowhere is no folder"),
-        (["--benchmark", "dreambench", "--pairs", "3"], "--pairs: only with --run"),
+        (["--benchmark", "dreambench", "--num-samples", "3"], "--num_samples: only with --run"),
         (["--run", "somewhere", "--num-steps", "3"], "num_steps belongs to --benchmark"),
         (["--benchmark", "dream"], "benchmark: Input should be 'dreambench' or 'folder' (found 'dream')"),
-        (["--benchmark", "dreambench", "--guidance", "x"], "guidance: Input should be a valid number"),
+        (["--benchmark", "dreambench", "--guidance-scale", "x"], "guidance_scale: Input should be a valid number"),
         (["--benchmark", "dreambench", "--numsteps", "3"], "Did you mean 'num_steps'?"),
         (
             ["--benchmark", "dreambench", "--hpsv3-as-published", "--metrics.names", "[dino]"],
@@ -441,7 +441,7 @@ def test_from_data_to_pictures(command: Callable[..., Any], settings_file: Calla
     out = done("train", "--config", settings_file(), "--data.path", "made", "--data.test", "made", "--output", "out")
     assert "report: out/report.html" in out and "iteration 2/2" in out
     assert all((tmp_path / "out" / name).stat().st_size > 0 for name in (*LOGS, "report.html", "config.yaml"))
-    assert "report: out/report.html" in done("evaluate", "--run", "out", "--data", "made", "--pairs", 2)
+    assert "report: out/report.html" in done("evaluate", "--run", "out", "--data", "made", "--num_samples", 2)
     picture = tmp_path / "made" / "references" / "test-00000.png"
     prompt = "a star on the beach wearing a red hat, on the left"
     for name, extra in (("tuned.png", ["--count", 3]), ("base.png", ["--base"])):

@@ -76,7 +76,9 @@ def test_more_processes_than_gpus(launched: dict[str, str], gpus: int, monkeypat
 
 def test_nothing_tells_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 4, {"WORLD_SIZE": "2"})
-    with pytest.raises(UserError, match=r"rewards\.device: this is one of 2 processes, and .* of 4 GPUs .* LOCAL_RANK"):
+    with pytest.raises(
+        UserError, match=r"rewards\.local\.device: this is one of 2 processes, and .* of 4 GPUs .* LOCAL_RANK"
+    ):
         resolve_device("auto", "rewards.")
     machine(monkeypatch, 4, {"WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     assert resolve_device("auto") == torch.device("cuda:0")

@@ -292,9 +292,9 @@ def test_a_setting_that_a_checkpoint_does_not_know_must_be_unset(tmp_path: Path)
     """Of a version before the setting: without it the run goes on, with it another one is asked for."""
     run = Part(0)
     path = run.save(tmp_path, 1)
-    assert run.load(path, CONFIG | {"advantages.gamma_penalty": None}) == 1
-    with pytest.raises(UserError, match=r"another configuration \(advantages.gamma_penalty: None -> 1.0\)"):
-        run.load(path, CONFIG | {"advantages.gamma_penalty": 1.0})
+    assert run.load(path, CONFIG | {"advantages.sars.gamma_penalty": None}) == 1
+    with pytest.raises(UserError, match=r"another configuration \(advantages.sars.gamma_penalty: None -> 1.0\)"):
+        run.load(path, CONFIG | {"advantages.sars.gamma_penalty": 1.0})
 
 
 def test_the_manifest_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,7 @@ def _diagnose(options: Namespace) -> None:
 
 
 def _evaluate(options: Namespace) -> None:
-    config = _settings(BenchmarkConfig, options, "run", "pairs", "num_processes")
+    config = _settings(BenchmarkConfig, options, "run", "num_samples", "num_processes")
     from customized_grpo.tracking.console import Display
 
     if options.run is not None:
@@ -169,7 +169,7 @@ def _evaluate(options: Namespace) -> None:
             raise UserError(f"evaluate: --run compares a run with its base; {given} belongs to --benchmark")
         from customized_grpo.training.run import evaluate_run
 
-        path = evaluate_run(options.run, config.data, options.pairs, Display(), ema=config.ema)
+        path = evaluate_run(options.run, config.data, options.num_samples, Display(), ema=config.ema)
         _print_path("report" if path and path.is_file() else "evaluation", path)
         return
     if config.benchmark is None and config.images is None:
@@ -177,8 +177,8 @@ def _evaluate(options: Namespace) -> None:
             "evaluate: name a run with --run DIR, or a benchmark with --benchmark dreambench --data DIR (and --adapter "
             "RUN, --policy.kind KIND, or --images DIR)"
         )
-    if options.pairs is not None:
-        raise UserError("--pairs: only with --run; a benchmark is taken whole")
+    if options.num_samples is not None:
+        raise UserError("--num_samples: only with --run; a benchmark is taken whole")
     from customized_grpo.benchmark.command import run_benchmark
 
     _print_path("benchmark", run_benchmark(config, Display()))
@@ -253,7 +253,7 @@ def _cache(folder: Path, *, clear: bool) -> None:
     from customized_grpo.policies import cache_folder
 
     if not folder.is_dir():
-        raise UserError(f"--folder: there is no folder {folder}; name the policy.cache of your runs")
+        raise UserError(f"--folder: there is no folder {folder}; name the policy.pipeline.cache of your runs")
     if clear:
         count, size = cache_folder.clear(folder)
         print(f"{folder}: {count} files removed, {cache_folder.gigabytes(size)}")
@@ -266,7 +266,8 @@ def _serve_reward(options: Namespace) -> None:
     from customized_grpo.rewards.score_request import Limits
     from customized_grpo.rewards.server import serve
 
-    settings = {name: options[name] for name in ("device", "precision", "micro_batch", "identity_reference")}
+    local = {name: options[name] for name in ("device", "precision", "micro_batch")}
+    settings = {"identity_reference": options.identity_reference, "local": local}
     parts = {"backbone": ("hpsv2", "hpsv3"), "instruction": ("hpsv3",)}
     for part, takers in parts.items():
         if options[part] is not None:

@@ -86,10 +86,12 @@ def build_parser() -> Parser:
 
     commands.add_subcommand("export", _export_parser(), help="write the adapter of a checkpoint")
     cache = Parser(
-        description="Say how much the folder of encoded prompts and references (policy.cache) takes, or empty it. "
-        "Nothing is removed while a run uses the folder."
+        description="Show the size of the folder of encoded prompts and references (policy.pipeline.cache), or "
+        "empty it. Nothing is removed while a run uses the folder."
     )
-    cache.add_argument("--folder", type=Path, default=PolicyConfig().cache, help="the folder; %(default)s if left out")
+    cache.add_argument(
+        "--folder", type=Path, default=PolicyConfig().pipeline.cache, help="the folder; %(default)s if left out"
+    )
     cache.add_argument("--clear", action="store_true", help="remove all that is encoded; runs encode it again")
     commands.add_subcommand("cache", cache, help="size of the encoded prompts and references, and how to clear them")
 
@@ -137,7 +139,9 @@ def _evaluate_parser() -> ArgumentParser:
     evaluate.add_argument("--config", action="config", help="YAML file of settings; options given after it override it")
     evaluate.add_argument("--run", type=Path | None, help="folder of a run (the --output of train): base against tuned")
     evaluate.add_argument(
-        "--pairs", type=int | None, help="with --run: number of pairs, from the first; default: the run's test_pairs"
+        "--num_samples",
+        type=int | None,
+        help="with --run: samples to evaluate, from the first; default: the run's evaluation.num_test_samples",
     )
     evaluate.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
     flags = ("ema", "hpsv3_as_published")
@@ -230,7 +234,8 @@ def _prepare_parser() -> ArgumentParser:
 def _serve_parser() -> ArgumentParser:
     serve = Parser(
         description="Serve a reward over HTTP; a trainer reaches it by rewards.prompt (or identity) = remote and the "
-        "URL in rewards.prompt_model. With the environment variable CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, "
+        "URL in rewards.remote.prompt_url (or identity_url). With the environment variable "
+        "CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, "
         "requests without that token are refused; needed wherever other machines reach the server.",
     )
     serve.add_argument(

@@ -1,10 +1,13 @@
 """From rewards to advantages: normalization, shaping, weights over time."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from customized_grpo.config.section import Pair, ReadWith, Section, Share
+from customized_grpo.config.section import Pair, Section, Share, Switches
+
+Shape = Literal["none", "sars", "min", "max", "harmonic", "product"]
+Weights = Literal["constant", "tdw", "table"]
 
 
 class TimeWeightsConfig(Section):
@@ -34,21 +37,28 @@ class TimeWeightsConfig(Section):
         return self
 
 
-class AdvantagesConfig(Section):
-    """Normalise -> shape -> weight -> clamp."""
+class SarsConfig(Section):
+    """SARS, the paper's synergy-aware reward shaping."""
 
-    normalise: Literal["group", "group_then_batch", "rank"] = "group"
-    """Z-score within the group (GRPO), then over the batch too (GDPO), or of the ranks."""
-    shape: Literal["none", "sars", "min", "max", "harmonic", "product"] = "sars"
-    """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
     gamma: float = Field(0.4, ge=0)
-    """Strength of SARS (paper's recipe: 0.4)."""
+    """Strength (paper's recipe: 0.4)."""
     gamma_penalty: float | None = Field(None, ge=0)
-    """Strength of SARS's penalties, where the rewards conflict or both are bad (the worked examples of the paper's
-    figure: about 1, with 0.5 for gamma); unset: gamma."""
+    """Strength of penalties, given to samples whose rewards conflict or are both bad (worked examples of the paper's
+    figure: about 1, with gamma 0.5); unset: gamma."""
+
+
+class AdvantagesConfig(Section):
+    """Turn rewards into advantages: normalize -> shape -> weight -> clip."""
+
+    normalize: Literal["group", "group_then_batch", "rank"] = "group"
+    """Z-score within the group (GRPO), then over the batch too (GDPO), or of the ranks."""
+    shape: Shape = "sars"
+    """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
+    sars: SarsConfig = SarsConfig()
+    """Settings of shape=sars."""
     thresholds: tuple[float | None, float | None] | None = None
     """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
-    weights: Literal["constant", "tdw", "table"] = "tdw"
+    weights: Weights = "tdw"
     """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
     constant: Pair = (0.5, 0.5)
     """(prompt, identity) weights for weights='constant', to whose mean `diagnose` calibrates; naive 1:1 is [0.5, 0.5];
@@ -60,16 +70,13 @@ class AdvantagesConfig(Section):
     """Constants of weights='tdw'."""
     table: tuple[Pair, ...] | None = None
     """One (prompt, identity) row per denoising step for weights='table'."""
-    clamp: float = Field(5.0, gt=0)
-    """Advantages are clamped to [-clamp, clamp] (paper: 5)."""
+    clip: float = Field(5.0, gt=0)
+    """Clip advantages to [-clip, clip] (paper: 5)."""
 
-    READ_WITH: ClassVar[ReadWith] = {
-        "gamma": ("shape", ["sars"]),
-        "gamma_penalty": ("shape", ["sars"]),
-        "constant": ("weights", ["constant", "table"]),  # calibrated tables start from it
-        "lookup": ("weights", ["tdw", "table"]),
-        "tdw": ("weights", ["tdw"]),
-        "table": ("weights", ["table"]),
+    SWITCHES: ClassVar[Switches] = {"shape": get_args(Shape), "weights": get_args(Weights)}
+    SHARED: ClassVar[Switches] = {
+        "constant": ("constant", "table"),  # calibrated tables start from it
+        "lookup": ("tdw", "table"),
     }
 
     @field_validator("constant", "table")

@@ -12,9 +12,9 @@ class EvaluationConfig(Section):
 
     every: int = Field(10, ge=1)
     """Iterations between validations."""
-    pairs: int = Field(96, ge=1)
+    num_samples: int = Field(96, ge=1)
     """Validation pairs, the first of the folder."""
-    test_pairs: int = Field(384, ge=2)
+    num_test_samples: int = Field(384, ge=2)
     """Pairs of the before-and-after evaluation, the first of the folder."""
     gallery: int = Field(8, ge=1)
     """Pairs shown in a gallery."""

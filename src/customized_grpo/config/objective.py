@@ -6,9 +6,10 @@ from customized_grpo.config.section import Section, Weight
 
 
 class ObjectiveConfig(Section):
-    """The clipped surrogate."""
+    """The clipped surrogate of PPO and GRPO."""
 
     clip_range: float = Field(1e-4, gt=0)
-    """Ratios count only within 1 +- clip_range (paper: 1e-4)."""
+    """Clip probability ratios to [1 - clip_range, 1 + clip_range] (paper: 1e-4). DanceGRPO: clip_range;
+    TRL: epsilon."""
     kl_weight: Weight = 0.0
-    """Weight of the KL divergence to the untuned generator (paper: 0)."""
+    """Weight of the KL divergence from the untuned generator (paper: 0). DanceGRPO: kl_coeff; TRL: beta."""

@@ -16,7 +16,7 @@ class OptimizerConfig(Section):
     """Decay rates of the moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm (paper: 1.0)."""
-    updates_per_iteration: int = Field(2, ge=1)
+    num_minibatches: int = Field(2, ge=1)
     """Optimizer steps per iteration, each on its share of the images."""
     micro_batch: int = Field(30, ge=1)
     """(image, step) pairs per backward pass: bounds memory, does not change the result."""
@@ -64,12 +64,12 @@ class EmaConfig(Section):
         return self
 
 
-class RanksConfig(Section):
+class DistributedConfig(Section):
     """Several processes, started by torchrun, accelerate launch or --num_processes."""
 
-    check_every: int = Field(10, ge=1)
+    check_weights_every: int = Field(10, ge=1)
     """Iterations between comparisons of the weights: they are equal in all processes, or the run stops."""
-    silence: float = Field(30.0, gt=2)
+    heartbeat_timeout: float = Field(30.0, gt=2)
     """Seconds without a sign of life after which a process is taken for gone, and the others stop."""
 
 

@@ -93,7 +93,7 @@ def measure_conflict(
         scores, valid = trainer.score(rollout.images, trainer.batch(samples))
         trainer.check_valid(valid)
         valid = valid.all(-1, keepdim=True).expand_as(valid)
-        advantages = NORMALISERS[config.advantages.normalise](scores, valid).flatten(0, 1).T
+        advantages = NORMALISERS[config.advantages.normalize](scores, valid).flatten(0, 1).T
         found.append(_batch_gradients(trainer, rollout, plan, advantages, ticks))
     return GradientConflict(*(np.stack(column) for column in zip(*found, strict=True)))
 

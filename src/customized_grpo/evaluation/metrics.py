@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.benchmark.config import MetricsConfig
-from customized_grpo.config.rewards import RewardsConfig
+from customized_grpo.config.rewards import LocalConfig, RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation import evaluator as evaluation
 from customized_grpo.evaluation.copy_paste import layout
@@ -59,13 +59,12 @@ def load_measures(config: MetricsConfig, layouts: Mapping[str, Tensor], *, hpsv3
         )
 
     def hpsv3() -> Measure:
-        settings = RewardsConfig(prompt="hpsv3", hpsv3=config.hpsv3, micro_batch=config.micro_batch)
+        settings = RewardsConfig(prompt="hpsv3", hpsv3=config.hpsv3, local=LocalConfig(micro_batch=config.micro_batch))
         try:
-            reward = load_hpsv3_reward(settings, config.hpsv3_weights, device)
+            reward = load_hpsv3_reward(settings, device)
         except UserError as error:
             # Said of the reward's fields, and meant of those that stand for them here.
-            text = str(error).replace("rewards.prompt_model", "metrics.hpsv3_weights")
-            raise UserError(text.replace("rewards.hpsv3", "metrics.hpsv3")) from error
+            raise UserError(str(error).replace("rewards.hpsv3", "metrics.hpsv3")) from error
         return prompt_measure("hpsv3", reward, first_character=hpsv3_as_published)
 
     loaders: dict[str, Callable[[], Measure]] = {

@@ -68,7 +68,7 @@ def init_adapter(config: PolicyConfig) -> Path | None:
 def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Write trained `parameters` of the generator of `config`, by name, as it would itself; it is not loaded."""
     if config.kind == "toybox":
-        lora = (config.lora_rank, config.lora_alpha) if config.adapter == "lora" else None
+        lora = (config.lora_rank, config.lora_alpha) if config.toybox.adapter == "lora" else None
         save_weights(parameters, folder, lora)
         return
     silence_libraries()
@@ -83,23 +83,25 @@ def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]],
 
 def check_shard(config: PolicyConfig, world: int) -> None:
     """Raise `UserError` where `world` processes are asked to spread the generator's weights, and cannot."""
-    if not config.shard:
+    if not config.pipeline.fsdp:
         return
     if world == 1:
         raise UserError(
-            "policy.shard: a single process has no other to share the frozen weights with; start several "
+            "policy.pipeline.fsdp: a single process has no other to share the frozen weights with; start several "
             "(--num_processes, torchrun), or leave it out"
         )
     device = policy_device(config)
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"policy.shard: weights are gathered on cuda or cpu, and the device is {device}; leave it out")
+        raise UserError(
+            f"policy.pipeline.fsdp: weights are gathered on cuda or cpu, and the device is {device}; leave it out"
+        )
 
 
 def load_toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int) -> ToyBoxPolicy:
     keep_freed_memory()
     return ToyBoxPolicy.load(
-        config.weights,
-        adapter=config.adapter,
+        config.toybox.weights,
+        adapter=config.toybox.adapter,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         precision=precision,

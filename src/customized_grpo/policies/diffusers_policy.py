@@ -250,7 +250,9 @@ class DiffusersPolicy:
             self._encode(prompt, references)
             row = self._cache.read(prompt, references)
         if row is None:
-            raise UserError(f"policy.cache: files go from {self._cache.folder} while it is in use; leave it alone")
+            raise UserError(
+                f"policy.pipeline.cache: files go from {self._cache.folder} while it is in use; leave it alone"
+            )
         return row
 
     def _encode(self, prompt: str, references: Sequence[Tensor]) -> None:
@@ -271,8 +273,8 @@ class DiffusersPolicy:
         encoders = [getattr(self._pipe, name) for name in self._family.text_encoders]
         if None in encoders:
             raise UserError(
-                "policy.cache: a prompt that was encoded before training is not there any more, and the encoders have "
-                "gone; leave the folder alone while a run goes on, and go on with --resume"
+                "policy.pipeline.cache: a prompt that was encoded before training is not there any more, and the "
+                "encoders have gone; leave the folder alone while a run goes on, and go on with --resume"
             )
         for encoder in encoders:
             encoder.to(device)
@@ -291,4 +293,6 @@ class DiffusersPolicy:
         try:
             self._transformer.set_attention_backend(name)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"policy.attention_backend: '{name}' cannot be used: {first_line(error)}") from error
+            raise UserError(
+                f"policy.pipeline.attention_backend: '{name}' cannot be used: {first_line(error)}"
+            ) from error

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import json
 import math
+import re
 import socket
 import sys
 import threading
@@ -297,11 +298,11 @@ def _reward(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward
             f"serve-reward: no reward '{name}'; choose hpsv3, {', '.join(ENCODERS)} or python:module.function"
         )
     config = _config(name, model, settings)
-    device = resolve_device(config.device, "--")
-    check_precision(config.precision, device, "--")
+    device = resolve_device(config.local.device, "--")
+    check_precision(config.local.precision, device, "--")
     if name == "hpsv3":
-        return load_hpsv3_reward(config, model, device)
-    return load_pretrained(name, "--model", model, config, device)
+        return load_hpsv3_reward(config, device)
+    return load_pretrained(name, "--model", config, device)
 
 
 def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> RewardsConfig:
@@ -310,6 +311,9 @@ def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward
     if side == "prompt" and settings.get("identity_reference", "whole") != "whole":
         raise UserError(f"--identity_reference: only for {' or '.join(IDENTITY_ENCODERS)}; leave it out")
     try:
-        return RewardsConfig.model_validate({side: name, f"{side}_model": model, **settings})
+        part = {} if model is None else {name: {**settings.get(name, {}), "model": model}}
+        return RewardsConfig.model_validate({side: name, **settings, **part})
     except ValidationError as error:
-        raise UserError(f"--{format_validation_error(error).replace(f'{side}_model', 'model')}") from error
+        told = format_validation_error(error)
+        options = re.sub(rf"\b({re.escape(name)}|local)\.", "", told)
+        raise UserError(f"--{options}") from error

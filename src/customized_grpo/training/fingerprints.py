@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.rewards import PRETRAINED
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import init_adapter
@@ -28,12 +29,15 @@ BLOB = re.compile("[0-9a-f]{64}")
 """How the hub's cache names a large file: by its SHA-256."""
 THREADS = 8
 MUTABLE_ON_RESUME = (
-    "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.init_from", "policy.weights",
-    "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.",
-    "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
-    "rewards.hpsv3.instruction", "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch",
-    "rewards.deadline", "rewards.vlm_judge.url", "rewards.vlm_judge.concurrency", "rollout.micro_batch",
-    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
+    "output", "iterations", "threads", "policy.pipeline.model", "policy.pipeline.base_adapter", "policy.init_from",
+    "policy.toybox.weights",
+    "policy.device", "policy.pipeline.text_encoders", "policy.pipeline.fsdp",
+    "policy.pipeline.gradient_checkpointing", "policy.pipeline.cache", "data.",
+    *(f"rewards.{kind}.model" for kind in PRETRAINED), "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
+    "rewards.hpsv3.instruction", "rewards.max_invalid_share", "rewards.local.device",
+    "rewards.local.micro_batch", "rewards.remote.", "rewards.vlm_judge.url", "rewards.vlm_judge.timeout",
+    "rewards.vlm_judge.concurrency", "rollout.micro_batch",
+    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "distributed.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes. The contents of data and weights may not."""
 
@@ -74,17 +78,15 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     policy, rewards = config.policy, config.rewards
     either = f"{CONFIGURATIONS}|{WEIGHTS}"
     if policy.kind == "toybox":
-        yield "policy.weights", policy.weights or shipped_folder(), r".*\.safetensors"
+        yield "policy.toybox.weights", policy.toybox.weights or shipped_folder(), r".*\.safetensors"
     else:
         from customized_grpo.factory.pipelines import MODELS
 
-        yield "policy.model", policy.model or MODELS[policy.kind], either
-    for side, kind, model in (
-        ("prompt", rewards.prompt, rewards.prompt_model),
-        ("identity", rewards.identity, rewards.identity_model),
-    ):
-        yield f"rewards.{side}_model", _reward_model(kind, model), either
-    if rewards.prompt == "hpsv2" and (rewards.prompt_model or "").endswith(".safetensors"):
+        yield "policy.pipeline.model", policy.pipeline.model or MODELS[policy.kind], either
+    for kind in (rewards.prompt, rewards.identity):
+        if kind in PRETRAINED:
+            yield f"rewards.{kind}.model", rewards.model_of(kind) or _usual_model(kind), either
+    if rewards.prompt == "hpsv2" and (rewards.hpsv2.model or "").endswith(".safetensors"):
         yield "rewards.hpsv2.backbone", rewards.hpsv2.backbone, CONFIGURATIONS
     if rewards.prompt == "hpsv3":
         yield "rewards.hpsv3.backbone", rewards.hpsv3.backbone, CONFIGURATIONS
@@ -94,10 +96,11 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
 def _adapters(policy: PolicyConfig) -> dict[str, Path]:
     """The LoRA files that training starts from, by field."""
     found = {"policy.init_from": init_adapter(policy)}
-    if policy.base_adapter is not None:
+    if policy.pipeline.base_adapter is not None:
         from customized_grpo.policies.base_adapter import resolve_adapter
 
-        found["policy.base_adapter"] = resolve_adapter(policy.base_adapter, "policy.base_adapter")
+        field = "policy.pipeline.base_adapter"
+        found[field] = resolve_adapter(policy.pipeline.base_adapter, field)
     return {field: path for field, path in found.items() if path is not None}
 
 
@@ -115,17 +118,15 @@ def _adapter_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _reward_model(kind: str, model: str | None) -> str | None:
-    """The weights of a reward of this kind; None if it has none of its own here."""
-    if kind in ("toybox", "vlm_judge", "remote") or kind.startswith("python:"):
-        return None
+def _usual_model(kind: str) -> str:
+    """Return the model that a pretrained reward uses if the configuration names none."""
     if kind == "hpsv3":
         from customized_grpo.rewards.hpsv3 import WEIGHTS
 
-        return model or WEIGHTS
+        return WEIGHTS
     from customized_grpo.rewards.pretrained import MODELS
 
-    return model or MODELS[kind]
+    return MODELS[kind]
 
 
 def _place(name: str) -> Path:

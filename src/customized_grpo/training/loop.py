@@ -160,7 +160,7 @@ class TrainingLoop:
                 if self._validation_is_due() or iteration == last:
                     self._validate()
                 due = iteration % self.config.checkpoint.every == 0 or iteration == last
-                if due or iteration % self.config.ranks.check_every == 0:
+                if due or iteration % self.config.distributed.check_weights_every == 0:
                     with self.ranks.synchronized():
                         self._check_equal(f"after iteration {iteration}; go on from the last checkpoint with --resume")
                 if due:
@@ -268,7 +268,7 @@ class TrainingLoop:
                     self._save_adapters()
         if "test" in self.datasets:
             self.display.note("evaluating before and after on the test data ...")
-            folder, pairs = self.output / "evaluation", self.config.evaluation.test_pairs
+            folder, pairs = self.output / "evaluation", self.config.evaluation.num_test_samples
             parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
             with self._evaluated_weights(), self.ranks.synchronized():
                 results = write_evaluation(self.config, *parts, folder, pairs, self.ranks, self._poll)
@@ -331,7 +331,7 @@ class TrainingLoop:
     def _validate(self) -> None:
         self.snapshot.wait()
         with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
-            evaluation = self._evaluate(self.config.evaluation.pairs)
+            evaluation = self._evaluate(self.config.evaluation.num_samples)
         row = {"iteration": self.trainer.iteration, "pairs": len(evaluation.samples), **evaluation.means()}
         with self.ranks.synchronized(), self.termination.critical_section():
             # The gallery first: with the line in the log, a validation is done.

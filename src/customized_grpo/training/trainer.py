@@ -203,12 +203,12 @@ class Trainer(Generic[ConditionT]):
             rewards,
             valid,
             weights=self.weights[rows],
-            normalise=settings.normalise,
+            normalise=settings.normalize,
             shape=settings.shape,
-            gamma=settings.gamma,
-            gamma_penalty=settings.gamma_penalty,
+            gamma=settings.sars.gamma,
+            gamma_penalty=settings.sars.gamma_penalty,
             thresholds=thresholds,
-            clamp=settings.clamp,
+            clamp=settings.clip,
         )
 
     def _update(
@@ -220,13 +220,13 @@ class Trainer(Generic[ConditionT]):
         on_progress: Callable[[float], None],
         before_update: Callable[[], None],
     ) -> Metrics:
-        """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples, of which this
+        """`num_minibatches` optimizer steps, each on all trained steps of its share of the samples, of which this
         process has those of the prompts `mine`."""
         num_steps = len(plan.trained)
         low, high = (place * self.config.rollout.group_size for place in (local_prompts.start, local_prompts.stop))
         matter = matters(advantages.flatten(0, 1)[low:high], self.config.objective.kl_weight)
         dealt = self._minibatch_order(*advantages.shape[:2])
-        updates = self.config.optimizer.updates_per_iteration
+        updates = self.config.optimizer.num_minibatches
         flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
         parts: list[tuple[float, ...]] = []
         norms, losses = [], []
