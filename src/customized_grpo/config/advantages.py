@@ -51,15 +51,15 @@ class AdvantagesConfig(Section):
     """Turn rewards into advantages: normalize -> shape -> weight -> clip."""
 
     normalize: Literal["group", "group_then_batch", "rank"] = "group"
-    """Z-score within the group (GRPO), then over the batch too (GDPO), or of the ranks."""
+    """group: z-score within the group (GRPO). group_then_batch: over the batch too (GDPO). rank: z-score of ranks."""
     shape: Shape = "sars"
-    """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
+    """How to combine the two advantages of a sample; sars is the paper's synergy-aware reward shaping."""
     sars: SarsConfig = SarsConfig()
-    """Settings of shape=sars."""
+    """Settings for advantages.shape=sars."""
     thresholds: tuple[float | None, float | None] | None = None
-    """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
+    """Hinge: cut (prompt, identity) rewards off at these values, with every shape; null for no limit."""
     weights: Weights = "tdw"
-    """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
+    """Weights of the rewards over the denoising steps; tdw is the paper's time-aware dynamic weighting."""
     constant: Pair = (0.5, 0.5)
     """(prompt, identity) weights for weights='constant', to whose mean `diagnose` calibrates; naive 1:1 is [0.5, 0.5];
     the paper's tuned 1:1.5, which is identity:prompt, is [0.6, 0.4]."""
@@ -67,7 +67,7 @@ class AdvantagesConfig(Section):
     """Look weights up by the true denoising step; or by the loop counter over each sample's shuffled steps, as the
     published code does (docs/differences.md, 1), to reproduce it."""
     tdw: TimeWeightsConfig = TimeWeightsConfig()
-    """Constants of weights='tdw'."""
+    """Settings for advantages.weights=tdw."""
     table: tuple[Pair, ...] | None = None
     """One (prompt, identity) row per denoising step for weights='table'."""
     clip: float = Field(5.0, gt=0)

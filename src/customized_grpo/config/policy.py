@@ -68,7 +68,7 @@ class PipelineConfig(Section):
 class PolicyConfig(Section):
     """The generator to tune."""
 
-    kind: Literal["toybox"] | Pipeline = "toybox"
+    kind: Literal["toybox", Pipeline] = "toybox"
     """Which generator: 'toybox' is the CPU-scale one whose weights ship with the package; the others are diffusers
     pipelines (docs/models.md)."""
     init_from: str | None = None
@@ -84,9 +84,9 @@ class PolicyConfig(Section):
     device: str = "auto"
     """Device of the generator: cpu, cuda, cuda:1, mps; auto: cuda if available. ToyBox runs on the CPU."""
     toybox: ToyBoxPolicyConfig = ToyBoxPolicyConfig()
-    """Settings of kind=toybox."""
+    """Settings for policy.kind=toybox."""
     pipeline: PipelineConfig = PipelineConfig()
-    """Settings of every other kind."""
+    """Settings for a policy.kind that is a diffusers pipeline."""
 
     SWITCHES: ClassVar[Switches] = {"kind": ("toybox", *PIPELINES)}
     SHARED: ClassVar[Switches] = {"pipeline": PIPELINES}

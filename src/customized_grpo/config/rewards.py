@@ -167,27 +167,28 @@ class RewardsConfig(Section):
     max_invalid_share: Share = 0.5
     """Stop when more than this share of an iteration's scores of one of the rewards could not be computed."""
     toybox: ToyBoxRewardConfig = ToyBoxRewardConfig()
-    """Settings of the ToyBox rewards."""
+    """Settings for rewards.prompt=toybox and rewards.identity=toybox."""
     hpsv3: HPSv3Config = HPSv3Config()
-    """Settings of HPSv3."""
+    """Settings for rewards.prompt=hpsv3."""
     hpsv2: HPSv2Config = HPSv2Config()
-    """Settings of HPSv2."""
+    """Settings for rewards.prompt=hpsv2."""
     pickscore: PromptEncoderConfig = PromptEncoderConfig()
-    """Settings of PickScore."""
+    """Settings for rewards.prompt=pickscore."""
     clip_t: PromptEncoderConfig = PromptEncoderConfig()
-    """Settings of CLIP-T."""
+    """Settings for rewards.prompt=clip_t."""
     siglip: PromptEncoderConfig = PromptEncoderConfig()
-    """Settings of SigLIP."""
+    """Settings for rewards.prompt=siglip."""
     dino: IdentityEncoderConfig = IdentityEncoderConfig()
-    """Settings of DINO."""
+    """Settings for rewards.identity=dino."""
     clip_i: IdentityEncoderConfig = IdentityEncoderConfig()
-    """Settings of CLIP-I."""
+    """Settings for rewards.identity=clip_i."""
     vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
-    """Settings of the judge."""
+    """Settings for rewards.prompt=vlm_judge and rewards.identity=vlm_judge."""
     remote: RemoteConfig = RemoteConfig()
-    """Settings of remote rewards."""
+    """Settings for rewards.prompt=remote and rewards.identity=remote."""
     local: LocalConfig = LocalConfig()
-    """Settings of all pretrained rewards that run in the training processes."""
+    """Settings for rewards with a pretrained model in the training processes: dino, clip_i, clip_t, siglip, pickscore,
+    hpsv2, hpsv3."""
 
     SWITCHES: ClassVar[Switches] = {"prompt": PROMPT_REWARDS, "identity": IDENTITY_REWARDS}
     SHARED: ClassVar[Switches] = {"local": PRETRAINED}

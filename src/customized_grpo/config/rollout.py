@@ -54,9 +54,9 @@ class RolloutConfig(Section):
     """Which steps to train: a random subset, with all steps stochastic (paper); or a window, with only its steps
     stochastic."""
     subset: SubsetConfig = SubsetConfig()
-    """Settings of trained_steps=subset."""
+    """Settings for rollout.trained_steps=subset."""
     window: WindowConfig = WindowConfig()
-    """Settings of trained_steps=window."""
+    """Settings for rollout.trained_steps=window."""
     micro_batch: int = Field(30, ge=1)
     """Images that go through the generator at once: bounds memory, does not change the result."""
 

@@ -65,8 +65,10 @@ class Section(BaseModel):
                 switches = [switch for switch, values in self.SWITCHES.items() if set(values) & set(readers)]
                 found = ", ".join(f"{switch}={_shown(getattr(self, switch))}" for switch in switches)
                 values = (", " if len(readers) > 2 else " or ").join(readers)
+                remedy = f", or set {switches[0]}={values}" if len(readers) == len(switches) == 1 else ""
                 raise ValueError(
-                    f"{_changed(self, name)}: only for {' or '.join(switches)}={values} (found {found}); leave it out"
+                    f"{_changed(self, name)}: only for {' or '.join(switches)}={values} (found {found}); "
+                    f"leave it out{remedy}"
                 )
         return self
 
