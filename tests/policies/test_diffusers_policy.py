@@ -344,7 +344,7 @@ def test_bf16_keeps_the_first_ratio(
     policy = load(kind, precision="bf16")
     perturb(policy)
     settings = config(
-        rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__updates_per_iteration=2
+        rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__num_minibatches=2
     )
     metrics = Trainer(settings, policy, (Brightness(), Brightness(-1.0)), dataset).train_step()
     assert metrics["first_ratio/min"] == metrics["first_ratio/max"] == 1
