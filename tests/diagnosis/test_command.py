@@ -144,7 +144,7 @@ def test_weights_are_a_comment_and_a_table(weights: Path) -> None:
 def test_train_takes_the_weights_on_top_of_a_configuration(
     command: Callable[..., CompletedProcess[str]], tmp_path: Path, weights: Path
 ) -> None:
-    own = {"rollout": {"num_steps": 3}, "advantages": {"gamma": 0.3, "constant": [0.4, 0.6]}}
+    own = {"rollout": {"num_steps": 3}, "advantages": {"sars": {"gamma": 0.3}, "constant": [0.4, 0.6]}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     merged = command("train", "--config", "own.yaml", "--config", weights, "--print_config")
     assert merged.returncode == 0, merged.stderr

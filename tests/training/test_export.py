@@ -102,8 +102,8 @@ def test_a_checkpoint_of_a_pipeline_is_exported_without_the_pipeline(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
-        "kind": kind, "model": str(save_tiny(kind, tmp_path / "model")), "lora_rank": 4, "lora_alpha": 8,
-        "precision": "fp32", "device": "cpu", "cache": str(tmp_path / "cache"),
+        "kind": kind, "lora_rank": 4, "lora_alpha": 8, "precision": "fp32", "device": "cpu",
+        "pipeline": {"model": str(save_tiny(kind, tmp_path / "model")), "cache": str(tmp_path / "cache")},
     }  # fmt: skip
     rewards = {"prompt": "clip_t", "identity": "clip_i"}
     config = Config.model_validate({"policy": settings, "rewards": rewards, "evaluation": {"judge": "none"}})
