@@ -189,12 +189,16 @@ def _config(options: argparse.Namespace) -> Config:
     side = 64 if options.tiny else 512
     rollout = {
         "prompts_per_iteration": options.prompts, "group_size": options.group_size, "num_steps": options.steps,
-        "shift": 3.0, "sde": "dance", "eta": 0.4, "subset_share": 0.6, "micro_batch": options.micro_batch,
+        "shift": 3.0, "sde": "dance", "eta": 0.4, "subset": {"timestep_fraction": 0.6},
+        "micro_batch": options.micro_batch,
     }  # fmt: skip
     policy = {
-        "kind": "flux1-kontext", "height": side, "width": side, "reference_side": side, "precision": "bf16",
-        "device": options.device, "lora_rank": options.rank, "lora_alpha": options.rank, "compile": options.compile,
-        "attention_backend": options.attention_backend,
+        "kind": "flux1-kontext", "precision": "bf16", "device": options.device, "lora_rank": options.rank,
+        "lora_alpha": options.rank,
+        "pipeline": {
+            "height": side, "width": side, "reference_side": side, "compile": options.compile,
+            "attention_backend": options.attention_backend,
+        },
     }  # fmt: skip
     return Config.model_validate(
         {
@@ -203,7 +207,7 @@ def _config(options: argparse.Namespace) -> Config:
             "evaluation": {"judge": "none"},
             "rollout": rollout,
             "optimizer": {
-                "learning_rate": 2e-5, "updates_per_iteration": options.updates, "micro_batch": options.micro_batch,
+                "learning_rate": 2e-5, "num_minibatches": options.updates, "micro_batch": options.micro_batch,
             },
         }
     )  # fmt: skip

@@ -127,9 +127,11 @@ def test_several_references_and_another_size(
 ) -> None:
     settings = make_settings({"rewards.prompt": "clip_t", "rewards.identity": "dino", "evaluation.judge": "none"})
     settings["policy"] = {
-        "kind": "flux2-klein", "model": str(save_tiny("flux2-klein", tmp_path / "klein")), "lora_rank": 4,
-        "height": 64, "width": 64, "reference_side": 64, "device": "cpu", "precision": "fp32",
-        "cache": str(tmp_path / "cache"),
+        "kind": "flux2-klein", "lora_rank": 4, "device": "cpu", "precision": "fp32",
+        "pipeline": {
+            "model": str(save_tiny("flux2-klein", tmp_path / "klein")), "height": 64, "width": 64,
+            "reference_side": 64, "cache": str(tmp_path / "cache"),
+        },
     }  # fmt: skip
     run = tmp_path / "klein-run"
     run.mkdir()
@@ -159,7 +161,7 @@ def test_several_references_and_another_size(
         ({"num_steps": 0}, "--num_steps: .* in 0 steps"),
         ({"reference": [Path("missing.png")]}, "missing.png: no such image"),
         ({"device": "cuda"}, "--device=cuda: ToyBox runs on the CPU"),
-        ({"height": 64, "width": 64}, "--height, width: not for kind='toybox'"),
+        ({"height": 64, "width": 64}, "--height, width: only for kind=flux1-kontext, .*found kind=toybox"),
         ({"checkpoint": Path("nowhere")}, "nowhere/manifest.json: damaged or missing"),
         ({"run": Path("nowhere")}, "nowhere is not the folder of a run"),
     ],

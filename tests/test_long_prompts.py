@@ -35,7 +35,7 @@ def said(display: Display) -> list[str]:
 
 
 def load(kind: str, folder: Path) -> Any:
-    settings = RewardsConfig.model_validate({"prompt": kind, "prompt_model": str(folder)})
+    settings = RewardsConfig.model_validate({"prompt": kind, kind: {"model": str(folder)}})
     return load_rewards(settings, CPU)["prompt"]
 
 
@@ -136,7 +136,7 @@ def test_a_run_and_an_evaluation_tell(
         (folder / path.name).write_bytes(path.read_bytes())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 12}))
-    rewards = {"rewards.prompt": "clip_t", "rewards.prompt_model": folder, "data.test": toybox_data / "test"}
+    rewards = {"rewards.prompt": "clip_t", "rewards.clip_t.model": folder, "data.test": toybox_data / "test"}
     config = make_config(rewards | {"iterations": 1, "evaluation.every": 1})
     train(config, display)
     train_line, test_line = said(display)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -27,8 +28,10 @@ from customized_grpo.training.run_dir import finished_adapter, load_run_config
 
 MIN_SIDE = 256
 """Smaller pictures are written enlarged by a whole factor."""
-POLICY_OPTIONS = ("device", "precision", "height", "width")
-"""Options that take the place of the run's policy.device, ..."""
+POLICY_OPTIONS = ("device", "precision")
+"""Options that replace the run's policy.device, ..."""
+PIPELINE_OPTIONS = ("height", "width")
+"""Options that replace the run's policy.pipeline.height, ..."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,15 @@ def _check(options: Options) -> None:
 
 def _policy_config(config: Config, options: Options) -> PolicyConfig:
     """Return the run's policy configuration with the device, precision and size of `options`."""
-    given = {name: getattr(options, name) for name in POLICY_OPTIONS if getattr(options, name) is not None}
+
+    def given(names: Sequence[str]) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+    settings = config.policy.model_dump()
     try:
-        return PolicyConfig.model_validate(config.policy.model_dump() | given)
+        pipeline = settings["pipeline"] | given(PIPELINE_OPTIONS)
+        return PolicyConfig.model_validate(settings | given(POLICY_OPTIONS) | {"pipeline": pipeline})
     except ValidationError as error:
-        raise UserError(f"--{format_validation_error(error)}") from error
+        raise UserError(
+            f"--{format_validation_error(error).replace('pipeline: ', '').replace('pipeline.', '')}"
+        ) from error

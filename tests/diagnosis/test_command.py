@@ -144,14 +144,14 @@ def test_weights_are_a_comment_and_a_table(weights: Path) -> None:
 def test_train_takes_the_weights_on_top_of_a_configuration(
     command: Callable[..., CompletedProcess[str]], tmp_path: Path, weights: Path
 ) -> None:
-    own = {"rollout": {"num_steps": 3}, "advantages": {"gamma": 0.3, "constant": [0.4, 0.6]}}
+    own = {"rollout": {"num_steps": 3}, "advantages": {"sars": {"gamma": 0.3}, "constant": [0.4, 0.6]}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     merged = command("train", "--config", "own.yaml", "--config", weights, "--print_config")
     assert merged.returncode == 0, merged.stderr
     fields = yaml.safe_load(merged.stdout)
     advantages = Config.model_validate({k: v for k, v in fields.items() if k in Config.model_fields}).advantages
     assert advantages.weights == "table" and advantages.table == ((0.7, 0.2), (0.3, 0.8), (0.5, 0.5))
-    assert advantages.gamma == 0.3 and advantages.constant == (0.4, 0.6)
+    assert advantages.sars.gamma == 0.3 and advantages.constant == (0.4, 0.6)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"rollout": {"num_steps": 4}}))
     refused = command("train", "--config", "own.yaml", "--config", weights)
     assert refused.returncode == 2 and "advantages.table has 3 rows, but rollout.num_steps is 4" in refused.stderr

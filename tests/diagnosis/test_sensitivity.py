@@ -59,7 +59,7 @@ def branched(trainer: Trainer[Any], step: int, prompt: int, sample: int) -> Tens
 
 def test_variances_are_those_of_groups_branched_at_a_step(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     """Whatever initial noise training uses."""
-    trainer = make_trainer({"rollout.initial_noise": "separate"}, [reward_of(brightness), reward_of(redness)])
+    trainer = make_trainer({"rollout.same_initial_noise": False}, [reward_of(brightness), reward_of(redness)])
     found = measured(trainer)
     for prompt in range(2):
         for step in range(3):

@@ -19,7 +19,7 @@ from customized_grpo.distributed.termination import SignalHandler, Terminated
 MakeSettings = Callable[..., dict[str, Any]]
 ADAPTER = "adapter_model.safetensors"
 SIX = {
-    "iterations": 6, "checkpoint.every": 1, "evaluation.every": 2, "optimizer.updates_per_iteration": 2,
+    "iterations": 6, "checkpoint.every": 1, "evaluation.every": 2, "optimizer.num_minibatches": 2,
     "ema.decay": 0.9,
 }  # fmt: skip
 PROGRAM = """

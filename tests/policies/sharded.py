@@ -155,8 +155,11 @@ def _policy(kind: str, folder: Path, shard: bool) -> Any:
 
     config = PolicyConfig.model_validate(
         {
-            "kind": kind, "model": str(folder / kind), "height": 64, "width": 96, "lora_rank": 4, "lora_alpha": 4,
-            "cache": folder / "conditions", "reference_side": 64, "shard": shard,
+            "kind": kind, "lora_rank": 4, "lora_alpha": 4,
+            "pipeline": {
+                "model": str(folder / kind), "height": 64, "width": 96, "cache": folder / "conditions",
+                "reference_side": 64, "fsdp": shard,
+            },
         }
     )  # fmt: skip
     policy = load_policy(config, 0, torch.device("cpu"), bf16=False)
@@ -212,7 +215,7 @@ def runs(folder: Path, ports: list[str]) -> None:
     for name, shard, iterations in RUNS:
         os.environ["MASTER_PORT"] = ports.pop()
         settings |= {"output": str(folder / name), "iterations": iterations}
-        settings["policy"]["shard"] = shard
+        settings["policy"]["pipeline"]["fsdp"] = shard
         train(Config.model_validate(settings), Display.silent(), resume=iterations > 2)
         if os.environ["RANK"] == "0":
             shutil.copytree(folder / name, folder / f"{name}-{iterations}")

@@ -67,9 +67,9 @@ def config(**changes: Any) -> Config:
         "evaluation": {"judge": "none"},
         "rollout": {
             "prompts_per_iteration": 2, "group_size": 4, "num_steps": 4, "shift": 3.0, "sde": "dance", "eta": 0.4,
-            "subset_share": 1.0, "micro_batch": 4,
+            "subset": {"timestep_fraction": 1.0}, "micro_batch": 4,
         },
-        "optimizer": {"learning_rate": 1e-3, "updates_per_iteration": 1, "micro_batch": 4},
+        "optimizer": {"learning_rate": 1e-3, "num_minibatches": 1, "micro_batch": 4},
     }  # fmt: skip
     for name, value in changes.items():
         section, _, field = name.partition("__")
@@ -300,12 +300,14 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
     assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in fresh.tensors.items())
     assert policy.decode(torch.randn(1, *policy.latent_shape)).shape == (1, 3, 64, 96)
     shutil.rmtree(tmp_path / "conditions")
-    with pytest.raises(UserError, match=r"policy\.cache: a prompt that was encoded before training is not there"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.cache: a prompt that was encoded before training is not there"
+    ):
         policy.encode(["a cat"], [[pictures[0]]])
 
 
 def test_offload_keeps_the_encoders(load: Load, picture: Picture, tmp_path: Path) -> None:
-    policy = load("flux1-kontext", offload=True)
+    policy = load("flux1-kontext", text_encoders="cpu")
     reference = policy.prepare_reference(picture(64, 64), 1)
     save_image(picture(64, 64), tmp_path / "a.png")
     policy.precompute([Sample("s", "a cat", (tmp_path / "a.png",))], lambda n: [reference], [0], lambda done: None)
@@ -320,14 +322,14 @@ def test_offload_keeps_the_encoders(load: Load, picture: Picture, tmp_path: Path
         ({}, {"side": 48}),
         ({}, {"precision": "bf16"}),
         ({}, {"tokenizer": "touched"}),
-        ({"kind": "qwen-image-edit-plus"}, {"kind": "qwen-image-edit-plus", "guidance": 1.0}),
+        ({"kind": "qwen-image-edit-plus"}, {"kind": "qwen-image-edit-plus", "guidance_scale": 1.0}),
     ],
 )
 def test_the_cache_tells_what_a_row_depends_on(
     one: dict[str, Any], other: dict[str, Any], load: Load, picture: Picture, tiny_models: dict[str, Path]
 ) -> None:
     def paths(settings: dict[str, Any]) -> set[Path]:
-        more = {key: settings[key] for key in ("precision", "guidance") if key in settings}
+        more = {key: settings[key] for key in ("precision", "guidance_scale") if key in settings}
         policy = load(settings.get("kind", "flux1-kontext"), reference_side=settings.get("side", 64), **more)
         reference = policy.prepare_reference(picture(64, 64, settings.get("picture", 0)), 1)
         return set(policy._cache.paths(settings.get("prompt", "a cat"), [reference]).values())
@@ -347,7 +349,7 @@ def test_bf16_keeps_the_first_ratio(
     policy = load(kind, precision="bf16")
     perturb(policy)
     settings = config(
-        rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__updates_per_iteration=2
+        rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__num_minibatches=2
     )
     rewards = {"prompt": Brightness(), "identity": Brightness(-1.0)}
     metrics = Trainer(settings, policy, rewards, dataset).train_step()

@@ -265,7 +265,7 @@ def test_broken_files_are_user_errors(run: Path, tmp_path: Path) -> None:
 
 def test_the_head_states_every_fact_of_the_configuration(run: Path) -> None:
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    unset = ["advantages.gamma_penalty"]
+    unset = ["advantages.sars.gamma_penalty"]
     assert [name for label, name in FACTS if label not in page.text] == unset
 
 

@@ -115,15 +115,25 @@ def test_a_module_that_raises(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"prompt": "python:no-module"}, "prompt"),
-        ({"prompt": "remote"}, "prompt_model: a remote reward wants its URL"),
-        ({"identity": "remote", "identity_model": "host:80"}, "identity_model: a remote reward wants its URL"),
-        ({"prompt_model": "folder"}, "prompt_model: prompt=toybox takes none"),
-        ({"prompt": "python:a.b", "prompt_model": "folder"}, "prompt=python:a.b takes none"),
+        ({"prompt": "remote"}, "remote.prompt_url: a remote reward needs its URL"),
+        (
+            {"identity": "remote", "remote": {"identity_url": "host:80"}},
+            "remote.identity_url: a remote reward needs its URL",
+        ),
+        ({"clip_t": {"model": "folder"}}, "clip_t.model: only for prompt=clip_t .found prompt=toybox.; leave it out"),
+        ({"prompt": "python:a.b", "clip_t": {"model": "folder"}}, "clip_t.model: only for .*found prompt=python:a.b"),
+        (
+            {"identity": "remote", "remote": {"identity_url": "http://a:1", "prompt_url": "http://a:1"}},
+            "remote.prompt_url: only for prompt=remote .found prompt=toybox",
+        ),
         ({"prompt": "vlm_judge", "vlm_judge": {"url": "http://x/v1"}}, "vlm_judge.url, vlm_judge.model: name"),
-        ({"vlm_judge": {"model": "m"}}, "neither reward is vlm_judge"),
-        ({"identity": "dino", "identity_leak": "low"}, "identity_leak: only for identity=toybox"),
-        ({"several_references": "max"}, "several_references: only for identity=dino or clip_i"),
-        ({"identity": "dino", "background": 0.5}, "background: only behind segmented references"),
+        ({"vlm_judge": {"model": "m"}}, "vlm_judge.model: only for prompt or identity=vlm_judge"),
+        (
+            {"prompt": "clip_t", "identity": "dino", "toybox": {"identity_leak": "low"}},
+            "toybox.identity_leak: only for ",
+        ),
+        ({"dino": {"several_references": "max"}}, "dino.several_references: only for identity=dino"),
+        ({"identity": "dino", "dino": {"background": 0.5}}, "dino.background: only behind segmented references"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], said: str) -> None:

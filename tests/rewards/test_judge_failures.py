@@ -42,8 +42,8 @@ def judge(url: str, deadline: float = 10.0, **settings: Any) -> VlmJudge:
 
 
 def loaded(url: str, deadline: float = 10.0, **settings: Any) -> Any:
-    judged = {"url": url, "model": "judge-7b"} | settings
-    config = {"prompt": "vlm_judge", "identity": "vlm_judge", "deadline": deadline, "vlm_judge": judged}
+    judged = {"url": url, "model": "judge-7b", "timeout": deadline} | settings
+    config = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": judged}
     return tuple(load_rewards(RewardsConfig.model_validate(config), CPU).values())
 
 

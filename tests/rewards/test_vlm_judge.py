@@ -156,7 +156,7 @@ def test_sigterm_does_not_wait_for_a_judge_that_hangs(
         return 200, completion('{"subject": 3, "prompt": 2}')
 
     running = server(reply)
-    rewards = both_remote(running.url) | {"identity": "vlm_judge", "identity_model": None}
+    rewards = both_remote(running.url) | {"identity": "vlm_judge", "remote": {}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(make_settings({"rewards": rewards})))
     train = [sys.executable, "-m", "customized_grpo", "train", "--config", str(tmp_path / "run.yaml")]
     with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -236,7 +236,7 @@ def both_scored(question: dict[str, Any], number: int) -> tuple[int, Any]:
 
 def both_remote(url: str) -> dict[str, Any]:
     judge = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "judge-7b"}}
-    return judge | {"identity": "remote", "identity_model": url}
+    return judge | {"identity": "remote", "remote": {"identity_url": url}}
 
 
 def test_neither_key_nor_token_is_in_what_a_run_leaves_or_says(
@@ -287,13 +287,14 @@ def test_a_secret_that_no_header_holds_is_refused_by_the_name_of_its_variable(
 @pytest.mark.parametrize(
     "url", ["https://user:hidden@host/v1", "https://host/v1?api_key=hidden", "http://host/#hidden"]
 )
-@pytest.mark.parametrize("field", ["prompt_model", "identity_model", "vlm_judge.url"])
+@pytest.mark.parametrize("field", ["remote.prompt_url", "remote.identity_url", "vlm_judge.url"])
 def test_a_url_with_a_secret_is_refused_and_not_repeated(
     field: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings: dict[str, Any] = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "m"}}
-    if field.endswith("_model"):
-        settings = {field.removesuffix("_model"): "remote", field: url}
+    if field.startswith("remote."):
+        name = field.removeprefix("remote.")
+        settings = {name.removesuffix("_url"): "remote", "remote": {name: url}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"rewards": settings}))
     with pytest.raises(SystemExit) as ended:
         main(["train", "--config", str(tmp_path / "run.yaml")])
@@ -313,7 +314,7 @@ def test_nor_do_what_it_lists_and_what_it_says_of_itself(server: Start, monkeypa
     """The token is cut out before the text is cut short: no part of it stays."""
     running = server(lambda question, number: (200, {}))
     running.about = 200, {"data": [{"id": "for sk-secret"}], "said": "x" * 50 + "sk-secret"}
-    transport = Transport("rewards.prompt_model", running.url, token="sk-secret")
+    transport = Transport("rewards.remote.prompt_url", running.url, token="sk-secret")
     with pytest.raises(UserError, match="is no reward server") as refused:
         RemoteReward(transport)
     assert "sk-" not in str(refused.value)

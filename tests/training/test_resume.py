@@ -29,7 +29,7 @@ MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
 ADAPTER = Path("adapter_model.safetensors")
-FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
+FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.num_minibatches": 2}
 MEMORY = r"out of memory while .* in iteration [24] \(CUDA out of memory\. .*micro_batch.* train --resume"
 
 
@@ -51,8 +51,8 @@ def test_six_iterations_are_three_and_a_new_process_and_three(
 ) -> None:  # fmt: skip
     """Weights, optimiser and average to the bit, with a window of steps that slides meanwhile."""
     six: dict[str, Any] = {
-        "iterations": 6, "ema.decay": 0.9, "rollout.steps": "window", "rollout.window_size": 2,
-        "rollout.window_period": 2, "optimizer.updates_per_iteration": 2, "checkpoint.every": 3,
+        "iterations": 6, "ema.decay": 0.9, "rollout.trained_steps": "window", "rollout.window.size": 2,
+        "rollout.window.period": 2, "optimizer.num_minibatches": 2, "checkpoint.every": 3,
     }  # fmt: skip
     straight, stopped = tmp_path / "straight", tmp_path / "run"
     run_training(make_config(six | {"output": straight}))

@@ -27,7 +27,7 @@ MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
 ADAPTER = Path("adapter_model.safetensors")
-FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
+FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.num_minibatches": 2}
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -129,7 +129,7 @@ def test_scores_that_are_missing_are_told_with_their_reason(
         "customized_grpo.training.run.build_rewards", lambda config: rewards(config) | {"prompt": Away(failing)}
     )
     config = make_config({"iterations": 1, "rollout.group_size": 4, "rewards.max_invalid_share": 0.3})
-    reason = r"rewards could not be computed.* \(rewards.prompt_model: http://a:1 did not answer\)"
+    reason = r"rewards could not be computed.* \(rewards.remote.prompt_url: http://a:1 did not answer\)"
     if failing == 4:
         with pytest.raises(TrainingError, match=f"100% of the prompt {reason}"):
             run_training(config)
@@ -233,7 +233,7 @@ def test_bad_input_deletes_nothing(
     shutil.copytree(four, tmp_path / "run")
     shutil.copytree(tiny_weights, tmp_path / "weights")
     (tmp_path / "weights" / "judge.safetensors").unlink()
-    changes = {"data": {"data.path": tmp_path / "none"}, "judge": {"policy.weights": tmp_path / "weights"}}
+    changes = {"data": {"data.path": tmp_path / "none"}, "judge": {"policy.toybox.weights": tmp_path / "weights"}}
     before = listing(tmp_path / "run")
     with pytest.raises(UserError, match=r"none does not exist|judge.safetensors"):
         run_training(make_config(changes[missing]), overwrite=True)

@@ -16,7 +16,7 @@ from customized_grpo.training.objectives.objective import Loss
 from customized_grpo.training.rollout import Plan
 from customized_grpo.training.trainer import RATIO_TOLERANCE, Trainer
 
-FULL = {"policy.adapter": "full", "policy.lora_rank": 32}
+FULL = {"policy.toybox.adapter": "full", "policy.lora_rank": 32}
 """All weights are trained; the rank, which is then nothing's, is as it is left out."""
 MakeTrainer = Callable[..., Trainer[Any]]
 RewardOf = Callable[[Callable[[Tensor], Tensor]], Reward]
@@ -147,9 +147,14 @@ def test_the_first_pass_ratio_is_exactly_one(make_trainer: MakeTrainer) -> None:
 
 
 @pytest.mark.parametrize("sde", ["dance", "flow", "cps"])
-@pytest.mark.parametrize("noise", ["shared", "separate"])
-def test_the_first_pass_ratio_is_one_for_every_sampler(make_trainer: MakeTrainer, sde: str, noise: str) -> None:
-    changes = {"rollout.sde": sde, "rollout.initial_noise": noise, "rollout.steps": "window", "rollout.window_size": 2}
+@pytest.mark.parametrize("same_noise", [True, False])
+def test_the_first_pass_ratio_is_one_for_every_sampler(make_trainer: MakeTrainer, sde: str, same_noise: bool) -> None:
+    changes = {
+        "rollout.sde": sde,
+        "rollout.same_initial_noise": same_noise,
+        "rollout.trained_steps": "window",
+        "rollout.window.size": 2,
+    }
     trainer = make_trainer(changes)
     for _ in range(2):
         metrics = step(trainer)
@@ -158,14 +163,14 @@ def test_the_first_pass_ratio_is_one_for_every_sampler(make_trainer: MakeTrainer
 
 
 def test_later_updates_of_an_iteration_leave_the_ratio_of_one(make_trainer: MakeTrainer) -> None:
-    metrics = step(make_trainer({"optimizer.updates_per_iteration": 4, "optimizer.learning_rate": 1e-2}))
+    metrics = step(make_trainer({"optimizer.num_minibatches": 4, "optimizer.learning_rate": 1e-2}))
     assert metrics["first_ratio/max"] == pytest.approx(1.0, abs=RATIO_TOLERANCE)
     assert max(metrics["ratio/max"] - 1, 1 - metrics["ratio/min"]) > 1e-4
     assert 0 < metrics["clip_fraction"] <= 1
 
 
 def test_every_sample_is_trained_once_on_every_trained_step(make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer({"optimizer.updates_per_iteration": 3, "optimizer.micro_batch": 5})
+    trainer = make_trainer({"optimizer.num_minibatches": 3, "optimizer.micro_batch": 5})
     watched = Watched(trainer)
     steps = trainer.train_step()["steps"]
     assert sorted(watched.items) == [(s, row) for s in range(len(steps)) for row in range(8)]
@@ -188,7 +193,7 @@ def test_every_update_has_as_much_of_every_group(make_trainer: MakeTrainer) -> N
 def test_what_has_no_advantage_costs_no_backward_pass(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     """A silent group and an invalid sample: loss, gradient and weights are those of training on them too."""
     values = torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 1.0, torch.nan, 2.5]])
-    changes = {"optimizer.updates_per_iteration": 2, "optimizer.micro_batch": 1}
+    changes = {"optimizer.num_minibatches": 2, "optimizer.micro_batch": 1}
     found = []
     for everything in (False, True):
         trainer = make_trainer(changes, [reward_of(lambda images: values)] * 2)
@@ -227,7 +232,12 @@ def test_weights_belong_to_true_steps(
     """Each (sample, step) that reaches the objective has the advantage of its own sigma, as the paper weighs it."""
     rank = torch.tensor([1.0, 2.0, 3.0])
     rewards = [reward_of(lambda images: rank.expand(images.shape[:2])), reward_of(lambda images: -rank.expand(2, 3))]
-    changes = {"rollout.num_steps": 10, "rollout.group_size": 3, "advantages.gamma": 0.0, "optimizer.micro_batch": 7}
+    changes = {
+        "rollout.num_steps": 10,
+        "rollout.group_size": 3,
+        "advantages.sars.gamma": 0.0,
+        "optimizer.micro_batch": 7,
+    }
     trainer = make_trainer(changes, rewards)
     watched, sigmas, states = Watched(trainer), [], []
 
@@ -271,9 +281,9 @@ def test_penalties_are_as_strong_as_the_configuration_says(make_trainer: MakeTra
     """Two images agree (+, +) and (-, -), two are in conflict: with gamma 0 only the bonus is missing."""
     rewards = [reward_of(lambda images: torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)),
                reward_of(lambda images: torch.tensor([[1.0, -1.0, -1.0, 1.0]] * 2))]  # fmt: skip
-    settings = {"advantages.gamma": 0.0, "advantages.weights": "constant"}
+    settings = {"advantages.sars.gamma": 0.0, "advantages.weights": "constant"}
     plain = advantages_of(make_trainer(settings, rewards))
-    shaped = advantages_of(make_trainer(settings | {"advantages.gamma_penalty": 1.0}, rewards))
+    shaped = advantages_of(make_trainer(settings | {"advantages.sars.gamma_penalty": 1.0}, rewards))
     penalty = math.tanh(0.75)  # z-scores are +-sqrt(3) / 2
     expected = torch.tensor([0.0, -penalty, -penalty, -penalty])[:, None].expand(2, 4, plain.shape[-1])
     torch.testing.assert_close(shaped - plain, expected)
@@ -281,8 +291,8 @@ def test_penalties_are_as_strong_as_the_configuration_says(make_trainer: MakeTra
 
 def test_thresholds_hide_what_lies_above_them(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     rewards = [reward_of(brightness), reward_of(lambda images: torch.arange(8.0).view(2, 4))]
-    hinged = make_trainer({"advantages.thresholds": [None, -1.0], "advantages.gamma": 0.0}, rewards)
-    flat = make_trainer({"advantages.gamma": 0.0}, [rewards[0], reward_of(lambda images: torch.ones(2, 4))])
+    hinged = make_trainer({"advantages.thresholds": [None, -1.0], "advantages.sars.gamma": 0.0}, rewards)
+    flat = make_trainer({"advantages.sars.gamma": 0.0}, [rewards[0], reward_of(lambda images: torch.ones(2, 4))])
     assert torch.allclose(advantages_of(hinged), advantages_of(flat), atol=1e-6)
 
 
@@ -362,8 +372,8 @@ def test_kl_holds_the_generator_back(make_trainer: MakeTrainer, monkeypatch: pyt
 def test_the_generator_learns_what_is_rewarded(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     """The whole chain has the right sign: the mean reward climbs far beyond its spread within a group."""
     changes = {
-        **FULL, "rollout.num_steps": 3, "rollout.group_size": 8, "rollout.subset_share": 1.0,
-        "optimizer.learning_rate": 3e-4, "advantages.gamma": 0.0,
+        **FULL, "rollout.num_steps": 3, "rollout.group_size": 8, "rollout.subset.timestep_fraction": 1.0,
+        "optimizer.learning_rate": 3e-4, "advantages.sars.gamma": 0.0,
     }  # fmt: skip
     trainer = make_trainer(changes, [reward_of(brightness), reward_of(brightness)])
     history = [step(trainer) for _ in range(12)]

@@ -14,8 +14,9 @@ from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
 from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
 from customized_grpo.benchmark.page import write_page
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.run import Config, RewardsConfig
-from customized_grpo.config.training import RanksConfig
+from customized_grpo.config.rewards import RewardsConfig, ToyBoxRewardConfig
+from customized_grpo.config.run import Config, flatten
+from customized_grpo.config.training import DistributedConfig
 from customized_grpo.data import load_image, save_image
 from customized_grpo.distributed.group import DistributedGroup, init_distributed
 from customized_grpo.distributed.termination import SignalHandler
@@ -39,7 +40,14 @@ PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 MEASURED = {"identity_to", "hpsv3_as_published", "metrics"}
 """Settings of measuring."""
-UNSEEN = {"device", "offload", "shard", "cache", "cache_limit", "gradient_checkpointing", "init_from"}
+UNSEEN = (
+    "device",
+    "init_from",
+    "pipeline.text_encoders",
+    "pipeline.fsdp",
+    "pipeline.cache",
+    "pipeline.gradient_checkpointing",
+)
 """Settings of a generator that its pictures do not depend on."""
 
 
@@ -56,7 +64,9 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
         raise UserError("ema: only of a run; name it with --adapter RUN")
     run = None if config.adapter is None else load_run_config(config.adapter)
     configure(run.threads if run else None)
-    with init_distributed(SignalHandler(), (run.ranks if run else RanksConfig()).silence) as ranks:
+    with init_distributed(
+        SignalHandler(), (run.distributed if run else DistributedConfig()).heartbeat_timeout
+    ) as ranks:
         display = display if ranks.is_main_process else Display.silent()
         with ranks.synchronized(), display.stages() as stages:
             work = _prepared(config, run, ranks, stages)
@@ -163,7 +173,7 @@ def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
             "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
         )
     policy = resolve_policy_config(run.policy if run else config.policy)
-    return with_guidance(policy, config.guidance, PUBLISHED_GUIDANCE)
+    return with_guidance(policy, config.guidance_scale, PUBLISHED_GUIDANCE)
 
 
 def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Item]) -> dict[str, Any]:
@@ -173,13 +183,13 @@ def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Ite
         return {"images": str(config.images.resolve()), **asked}
     adapter = _adapter(config)
     drawn = config.model_dump(mode="json", include={"num_steps", "shift", "seed"})
-    generator = policy.model_dump(mode="json", exclude=UNSEEN)
+    generator = flatten(policy.model_dump(mode="json"))
     return {
         **asked,
         "adapter": None if adapter is None else str(adapter.resolve()),
         "adapter_sha256": None if adapter is None else _adapter_hash(adapter),
         **drawn,
-        **{f"policy.{name}": value for name, value in generator.items()},
+        **{f"policy.{name}": value for name, value in generator.items() if not name.startswith(UNSEEN)},
     }
 
 
@@ -227,8 +237,8 @@ def _metrics(config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, 
     if _has_own_metrics(config, policy):
         if given := [name for name in sorted(MEASURED) if config.differs_from_default(name)]:
             raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
-        leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
-        scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
+        toybox = run.rewards.toybox if run else ToyBoxRewardConfig()
+        scored = Config(policy=policy, rewards=RewardsConfig(toybox=toybox))
         return build_metrics(scored, build_rewards(scored))
     return load_metrics(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
@@ -241,7 +251,7 @@ def _draw(
     mine = left[ranks.rank :: ranks.world_size]
     policy = None
     with ranks.synchronized():
-        if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
+        if mine or (left and work.policy.pipeline.fsdp):  # of a sharded generator all processes have a part
             policy = _load_policy(config, work)
             asked = [work.items[number] for number in left]
             share = range(len(left))[ranks.rank :: ranks.world_size]

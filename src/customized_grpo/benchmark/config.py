@@ -11,7 +11,7 @@ from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.section import Section
 
 PUBLISHED_GUIDANCE = 4.0
-DRAWN = ("num_steps", "guidance", "shift", "seed", "micro_batch")
+DRAWN = ("num_steps", "guidance_scale", "shift", "seed", "micro_batch")
 """Fields of drawing."""
 
 
@@ -37,7 +37,7 @@ class BenchmarkConfig(Section):
     all pictures of the subject (DreamBooth's protocol)."""
     num_steps: int = Field(25, ge=1)
     """Denoising steps (paper: 25)."""
-    guidance: float | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=1)
     """Guidance scale; unset: 4 (paper), and for flux2-klein the pipeline's own. Not for toybox."""
     shift: float | None = Field(None, gt=0)
     """Shift of the sigma schedule; unset: the generator's own schedule."""
@@ -63,8 +63,10 @@ class BenchmarkConfig(Section):
             raise ValueError("policy: with an adapter it is the run's own; leave it out")
         if self.ema and (self.images is not None or given):
             raise ValueError("ema: only of a run; name it with adapter")
-        if self.policy.guidance is not None:
-            raise ValueError("policy.guidance: a benchmark's is the field guidance; leave this out")
+        if self.policy.pipeline.guidance_scale is not None:
+            raise ValueError(
+                "policy.pipeline.guidance_scale: a benchmark's is the field guidance_scale; leave this out"
+            )
         if self.hpsv3_as_published and "hpsv3" not in self.metrics.names:
             raise ValueError("hpsv3_as_published: metrics.names has no hpsv3; add it, or leave this out")
         return self

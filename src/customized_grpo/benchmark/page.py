@@ -74,9 +74,9 @@ def _facts(settings: Mapping[str, Any], subjects: int, pictures: int) -> list[tu
     if "images" in settings:
         return facts
     facts += [("Denoising steps", str(settings["num_steps"])), ("Seed", str(settings["seed"]))]
-    if settings["policy.guidance"] is not None:
-        size = f"{settings['policy.width']} \u00d7 {settings['policy.height']}"
-        facts += [("Guidance", f"{settings['policy.guidance']:g}"), ("Size", size)]
+    if settings["policy.pipeline.guidance_scale"] is not None:
+        size = f"{settings['policy.pipeline.width']} \u00d7 {settings['policy.pipeline.height']}"
+        facts += [("Guidance", f"{settings['policy.pipeline.guidance_scale']:g}"), ("Size", size)]
     return facts
 
 

@@ -280,7 +280,8 @@ def _check_pairs(cell: Cell, ids: tuple[str, ...], first: Cell, expected: tuple[
     raise UserError(
         f"{cell.folder}: evaluated on other pairs than {first.folder} ({len(ids)} and {len(expected)}; they differ in "
         f"{other}), so the two cannot be compared. Evaluate both on the same data (`customized-grpo evaluate --run "
-        f"{cell.folder} --data FOLDER --pairs {len(expected)}`), or delete the folder and run the comparison again"
+        f"{cell.folder} --data FOLDER --num_samples {len(expected)}`), or delete the folder and run the comparison "
+        "again"
     )
 
 

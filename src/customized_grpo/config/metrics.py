@@ -1,11 +1,11 @@
 """Which metrics images of a benchmark are measured by."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from customized_grpo.config.rewards import HPSv3Config
-from customized_grpo.config.section import Section
+from customized_grpo.config.section import Section, Switches
 
 MetricName = Literal["dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy"]
 
@@ -21,19 +21,17 @@ class MetricsConfig(Section):
     """Folder or hub id of the CLIP of clip_i and clip_t."""
     dinov2: str = "facebook/dinov2-base"
     """Folder or hub id of DINOv2."""
-    hpsv3_weights: str | None = None
-    """HPSv3.safetensors, or owner/name/file on the hub; unset: the published ones."""
     hpsv3: HPSv3Config = HPSv3Config()
-    """The rest of HPSv3."""
+    """Settings of HPSv3."""
     device: str = "auto"
     """Where the metrics run, beside the generator: cpu, cuda, cuda:1, mps; auto: cuda if there is one."""
     micro_batch: int = Field(32, ge=1)
     """Pictures that go through an encoder at once: bounds memory, does not change the result."""
 
+    SWITCHES: ClassVar[Switches] = {"names": ("hpsv3",)}
+
     @model_validator(mode="after")
     def _used(self) -> "MetricsConfig":
         if not self.names:
             raise ValueError("names: empty; name at least one metric")
-        if "hpsv3" not in self.names and (self.hpsv3_weights is not None or self.hpsv3 != HPSv3Config()):
-            raise ValueError("hpsv3, hpsv3_weights: names has no hpsv3; add it, or leave them out")
         return self

@@ -95,7 +95,7 @@ def measure_conflict(
         scores = scorer.score(rollout.images, scorer.batch(dataset, samples))
         scorer.check(scores, f"batch {batch + 1} of the gradients")
         valid = scores.valid.all(-1, keepdim=True).expand_as(scores.valid)
-        advantages = NORMALISERS[config.advantages.normalise](scores.values, valid).flatten(0, 1).T
+        advantages = NORMALISERS[config.advantages.normalize](scores.values, valid).flatten(0, 1).T
         found.append(_batch_gradients(config, policy, rollout, advantages, ticks))
     return GradientConflict(*(np.stack(column) for column in zip(*found, strict=True)))
 

@@ -110,7 +110,7 @@ def measure(
         raise UserError(f"group_size: a group of {group_size} has no variance; ask for 2 or more")
     at_once = min(prompts, config.rollout.prompts_per_iteration)
     settings = config.rollout.model_copy(
-        update={"initial_noise": "shared", "group_size": group_size, "prompts_per_iteration": at_once}
+        update={"same_initial_noise": True, "group_size": group_size, "prompts_per_iteration": at_once}
     )
     scorer, sigmas = Scorer(rewards, config.rewards), policy.sigmas(settings.num_steps, settings.shift)
     steps, firsts, parts = settings.num_steps - 1, range(0, prompts, at_once), []

@@ -102,11 +102,11 @@ def read_samples(
     training, evaluation = datasets["path"], config.evaluation
     each = config.rollout.prompts_per_iteration
     read = set(batch_indices(len(training), config.iterations * each, config.seed, 0)[first * each :])
-    shown = max(evaluation.pairs, evaluation.gallery)
+    shown = max(evaluation.num_samples, evaluation.gallery)
     if "validation" not in datasets:
         read |= set(range(min(shown, len(training))))
     used: dict[SubjectDataset, Sequence[Sample]] = {training: [training[index] for index in sorted(read)]}
-    for name, count in (("validation", shown), ("test", evaluation.test_pairs)):
+    for name, count in (("validation", shown), ("test", evaluation.num_test_samples)):
         if name in datasets:
             used[datasets[name]] = datasets[name].samples[:count]
     return used

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from customized_grpo.config.metrics import MetricsConfig
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.rewards import RewardsConfig
+from customized_grpo.config.rewards import LocalConfig, RewardsConfig
 from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.distributed.group import DistributedGroup
@@ -33,7 +33,7 @@ def build_metrics(config: Config, rewards: Mapping[str, Reward]) -> list[Metric]
     """Build the metrics of a run: the oracle if `evaluation.judge` names it, and the rewards by name."""
     oracle: list[Metric] = []
     if config.evaluation.judge == "toybox":
-        oracle.append(OracleMetric.load(config.policy.weights))
+        oracle.append(OracleMetric.load(config.policy.toybox.weights))
     return [*oracle, RewardMetric(rewards)]
 
 
@@ -76,13 +76,12 @@ def load_metrics(config: MetricsConfig, layouts: Mapping[str, Tensor], *, hpsv3_
         )
 
     def hpsv3() -> Metric:
-        settings = RewardsConfig(prompt="hpsv3", hpsv3=config.hpsv3, micro_batch=config.micro_batch)
+        settings = RewardsConfig(prompt="hpsv3", hpsv3=config.hpsv3, local=LocalConfig(micro_batch=config.micro_batch))
         try:
-            reward = load_hpsv3_reward(settings, config.hpsv3_weights, device)
+            reward = load_hpsv3_reward(settings, device)
         except UserError as error:
             # Said of the reward's fields, and meant of those that stand for them here.
-            text = str(error).replace("rewards.prompt_model", "metrics.hpsv3_weights")
-            raise UserError(text.replace("rewards.hpsv3", "metrics.hpsv3")) from error
+            raise UserError(str(error).replace("rewards.hpsv3", "metrics.hpsv3")) from error
         return PromptMetric("hpsv3", reward, first_character=hpsv3_as_published)
 
     loaders: dict[str, Callable[[], Metric]] = {

@@ -138,13 +138,13 @@ def check_room(folder: Path, needed: int, there: int, free: int, limit: float | 
     have with `free` bytes and the `there` bytes of the cache."""
     if limit is not None and needed > limit:
         raise UserError(
-            f"policy.cache_limit: the prompts and references that are read take about {gigabytes(needed)} in {folder}, "
-            f"more than the limit of {gigabytes(limit)}; raise it, leave it out, or plan fewer iterations"
+            f"policy.pipeline.cache_limit: the prompts and references that are read take about {gigabytes(needed)} in "
+            f"{folder}, more than the limit of {gigabytes(limit)}; raise it, leave it out, or plan fewer iterations"
         )
     if needed > there + free:
         raise UserError(
-            f"policy.cache: the prompts and references that are read take about {gigabytes(needed)} in {folder}, where "
-            f"{gigabytes(free)} are free; name a folder on a larger disk, or plan fewer iterations"
+            f"policy.pipeline.cache: the prompts and references that are read take about {gigabytes(needed)} in "
+            f"{folder}, where {gigabytes(free)} are free; name a folder on a larger disk, or plan fewer iterations"
         )
 
 

@@ -234,7 +234,9 @@ class DiffusersPolicy(Policy[EncodedBatch]):
             self._encode(prompt, references)
             row = self._cache.read(prompt, references)
         if row is None:
-            raise UserError(f"policy.cache: files go from {self._cache.folder} while it is in use; leave it alone")
+            raise UserError(
+                f"policy.pipeline.cache: files go from {self._cache.folder} while it is in use; leave it alone"
+            )
         return row
 
     def _encode(self, prompt: str, references: Sequence[Tensor]) -> None:
@@ -252,4 +254,6 @@ class DiffusersPolicy(Policy[EncodedBatch]):
         try:
             self._transformer.set_attention_backend(name)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"policy.attention_backend: '{name}' cannot be used: {first_line(error)}") from error
+            raise UserError(
+                f"policy.pipeline.attention_backend: '{name}' cannot be used: {first_line(error)}"
+            ) from error

@@ -38,11 +38,11 @@ from customized_grpo.tracking.metric_info import HEADLINE, MetricInfo
 
 FACTS = (
     ("Policy", "policy.kind"),
-    ("Trained", "policy.adapter"),
+    ("Trained", "policy.toybox.adapter"),
     ("Data", "data.path"),
     ("Shaping", "advantages.shape"),
-    ("SARS \u03b3", "advantages.gamma"),
-    ("SARS \u03b3 of penalties", "advantages.gamma_penalty"),
+    ("SARS \u03b3", "advantages.sars.gamma"),
+    ("SARS \u03b3 of penalties", "advantages.sars.gamma_penalty"),
     ("Weights", "advantages.weights"),
     ("Samples per group", "rollout.group_size"),
     ("Groups per iteration", "rollout.prompts_per_iteration"),

@@ -163,6 +163,6 @@ def _settings_of(state: Mapping[str, Tensor], alpha: int | None) -> str:
     """Return the settings of a policy that an adapter of the tensors `state` fits."""
     ranks = {len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
     if not ranks:
-        return "policy.adapter=full, and policy.weights to those that it was trained from"
+        return "policy.toybox.adapter=full, and policy.toybox.weights to those that it was trained from"
     told = "" if alpha is None else f", policy.lora_alpha={alpha}"
-    return f"policy.adapter=lora, policy.lora_rank={max(ranks)}{told}"
+    return f"policy.toybox.adapter=lora, policy.lora_rank={max(ranks)}{told}"

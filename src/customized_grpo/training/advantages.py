@@ -54,12 +54,12 @@ def compute_advantages(
         rewards.values,
         rewards.valid,
         weights=weights[rows],
-        normalise=config.normalise,
+        normalise=config.normalize,
         shape=config.shape,
-        gamma=config.gamma,
-        gamma_penalty=config.gamma_penalty,
+        gamma=config.sars.gamma,
+        gamma_penalty=config.sars.gamma_penalty,
         thresholds=thresholds,
-        clamp=config.clamp,
+        clamp=config.clip,
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.rewards import PRETRAINED
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import init_adapter, policy_weights
@@ -57,12 +58,10 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     either = f"{CONFIGURATIONS}|{WEIGHTS}"
     field, name, files = policy_weights(policy)
     yield field, name, files or either
-    for side, kind, model in (
-        ("prompt", rewards.prompt, rewards.prompt_model),
-        ("identity", rewards.identity, rewards.identity_model),
-    ):
-        yield f"rewards.{side}_model", reward_weights(kind, model), either
-    if rewards.prompt == "hpsv2" and (rewards.prompt_model or "").endswith(".safetensors"):
+    for kind in (rewards.prompt, rewards.identity):
+        if kind in PRETRAINED:
+            yield f"rewards.{kind}.model", reward_weights(kind, rewards.model_of(kind)), either
+    if rewards.prompt == "hpsv2" and (rewards.hpsv2.model or "").endswith(".safetensors"):
         yield "rewards.hpsv2.backbone", rewards.hpsv2.backbone, CONFIGURATIONS
     if rewards.prompt == "hpsv3":
         yield "rewards.hpsv3.backbone", rewards.hpsv3.backbone, CONFIGURATIONS
@@ -72,10 +71,11 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
 def _adapters(policy: PolicyConfig) -> dict[str, Path]:
     """The LoRA files that training starts from, by field."""
     found = {"policy.init_from": init_adapter(policy)}
-    if policy.base_adapter is not None:
+    if policy.pipeline.base_adapter is not None:
         from customized_grpo.policies.base_adapter import resolve_adapter
 
-        found["policy.base_adapter"] = resolve_adapter(policy.base_adapter, "policy.base_adapter")
+        field = "policy.pipeline.base_adapter"
+        found[field] = resolve_adapter(policy.pipeline.base_adapter, field)
     return {field: path for field, path in found.items() if path is not None}
 
 

@@ -125,7 +125,7 @@ class TrainingLoop:
                 if self._validation_is_due() or iteration == last:
                     self._validate()
                 due = iteration % self.config.checkpoint.every == 0 or iteration == last
-                if due or iteration % self.config.ranks.check_every == 0:
+                if due or iteration % self.config.distributed.check_weights_every == 0:
                     with self.ranks.synchronized():
                         self._check_equal(f"after iteration {iteration}; go on from the last checkpoint with --resume")
                 if due:
@@ -163,7 +163,7 @@ class TrainingLoop:
     def _validate(self) -> None:
         self.snapshot.wait()
         with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
-            evaluation = self.validation.evaluate(self.config.evaluation.pairs, self._poll)
+            evaluation = self.validation.evaluate(self.config.evaluation.num_samples, self._poll)
         iteration = self.trainer.iteration
         row = {"iteration": iteration, "pairs": len(evaluation.samples), **evaluation.means()}
         with self.ranks.synchronized(), self.termination.critical_section():
@@ -193,7 +193,7 @@ class TrainingLoop:
 
     def _compare_before_after(self, test: Evaluator) -> None:
         self.display.note("evaluating before and after on the test data ...")
-        pairs, iterations = self.config.evaluation.test_pairs, self.config.iterations
+        pairs, iterations = self.config.evaluation.num_test_samples, self.config.iterations
         with self._evaluated_weights(), self.ranks.synchronized():
             results = write_evaluation(test, pairs, iterations, self.run.evaluation, self._poll)
         self.display.comparison(results)

@@ -54,17 +54,17 @@ def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int)
     """The steps of `iteration` (0 is the first). The last step is never stochastic: its density has no width at sigma
     0.
 
-    `subset`: every other step is stochastic, a random `subset_share` of them trained (paper). `window`: a window of
-    consecutive steps is stochastic and trained, the rest deterministic (MixGRPO, arXiv 2507.21802).
+    `subset`: every other step is stochastic, a random `timestep_fraction` of them trained (paper). `window`: a window
+    of consecutive steps is stochastic and trained, the rest deterministic (MixGRPO, arXiv 2507.21802).
     """
     trainable = config.num_steps - 1
-    if config.steps == "window":
-        start = config.window_start
+    if config.trained_steps == "window":
+        start = config.window.start
         if start is None:
-            start = iteration // config.window_period % (trainable - config.window_size + 1)
-        window = tuple(range(start, start + config.window_size))
+            start = iteration // config.window.period % (trainable - config.window.size + 1)
+        window = tuple(range(start, start + config.window.size))
         return Plan(sigmas, window, window)
-    count = max(1, round(config.subset_share * trainable))
+    count = max(1, round(config.subset.timestep_fraction * trainable))
     chosen = torch.randperm(trainable, generator=generator(seed, iteration, "steps"))[:count]
     return Plan(sigmas, tuple(range(trainable)), tuple(sorted(chosen.tolist())))
 
@@ -96,7 +96,7 @@ def sample_groups(
     done. Raises `NotFinite` where a picture is not finite.
     """
     walk = _Sampler(policy, condition, plan, config, seed, iteration, first)
-    prefix = plan.num_prefix_steps if config.initial_noise == "shared" else 0
+    prefix = plan.num_prefix_steps if config.same_initial_noise else 0
     prefix_latents = None
     if prefix:
         rows = torch.arange(num_prompts).split(config.micro_batch)
@@ -142,7 +142,7 @@ class _Sampler(Generic[ConditionT]):
         """
         condition = self.condition.take(prompts)
         if latents is None:
-            first = torch.zeros_like(samples) if self.config.initial_noise == "shared" else samples
+            first = torch.zeros_like(samples) if self.config.same_initial_noise else samples
             latents = self._noise(prompts, first, INITIAL_NOISE)
         kept = []
         for i in steps:

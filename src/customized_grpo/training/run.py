@@ -60,7 +60,7 @@ def train(
     termination = SignalHandler()
     with termination.listening():
         try:
-            with init_distributed(termination, config.ranks.silence) as ranks, ExitStack() as held:
+            with init_distributed(termination, config.distributed.heartbeat_timeout) as ranks, ExitStack() as held:
                 display = display if ranks.is_main_process else Display.silent()
                 with ranks.synchronized():
                     check_output(config.output, resume=resume or resume_from is not None, overwrite=overwrite)
@@ -128,13 +128,13 @@ def evaluate_run(
     data), write `evaluation/` and the report; with `ema`, the averaged weights are the tuned ones. Returns the report's
     path, that of `evaluation/` for an exported adapter, None in processes other than the first."""
     if pairs is not None and pairs < 1:
-        raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
+        raise UserError(f"--num_samples: {pairs} samples cannot be evaluated; give 1 or more")
     config = load_run_config(run)
     adapter = adapter_folder(run, ema=ema)
     configure(config.threads)
     path = data or config.data.test or config.data.validation or config.data.path
-    pairs = pairs or config.evaluation.test_pairs
-    with init_distributed(SignalHandler(), config.ranks.silence) as ranks:
+    pairs = pairs or config.evaluation.num_test_samples
+    with init_distributed(SignalHandler(), config.distributed.heartbeat_timeout) as ranks:
         display = display if ranks.is_main_process else Display.silent()
         with ranks.synchronized():
             policy = build_policy(config.policy, config.seed)

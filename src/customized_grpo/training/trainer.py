@@ -172,7 +172,7 @@ class Trainer(Generic[ConditionT]):
         parts: list[tuple[float, ...]] = []
         norms, losses = [], []
         done, total = 0, int(matters.sum()) * passes
-        for update, minibatch in enumerate(order.tensor_split(self.config.optimizer.updates_per_iteration)):
+        for update, minibatch in enumerate(order.tensor_split(self.config.optimizer.num_minibatches)):
             rows = minibatch[(minibatch >= low) & (minibatch < high)] - low
             loss = 0.0
             with (

@@ -19,10 +19,10 @@ def test_the_number_of_pairs_is_at_least_one(refused: Refused, pairs: str) -> No
         ([], "evaluate: name a run with --run DIR, or a benchmark with --benchmark dreambench"),
         (["--benchmark", "dreambench"], "data: name the benchmark's folder"),
         (["--benchmark", "dreambench", "--data", "nowhere"], "data: nowhere is no folder"),
-        (["--benchmark", "dreambench", "--pairs", "3"], "--pairs: only with --run"),
+        (["--benchmark", "dreambench", "--num-samples", "3"], "--num_samples: only with --run"),
         (["--run", "somewhere", "--num-steps", "3"], "num_steps belongs to --benchmark"),
         (["--benchmark", "dream"], "benchmark: Input should be 'dreambench' or 'folder' (found 'dream')"),
-        (["--benchmark", "dreambench", "--guidance", "x"], "guidance: Input should be a valid number"),
+        (["--benchmark", "dreambench", "--guidance-scale", "x"], "guidance_scale: Input should be a valid number"),
         (["--benchmark", "dreambench", "--numsteps", "3"], "Did you mean 'num_steps'?"),
         (
             ["--benchmark", "dreambench", "--hpsv3-as-published", "--metrics.names", "[dino]"],

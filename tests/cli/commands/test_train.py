@@ -44,8 +44,8 @@ def write_lines(folder: Path, *rows: dict[str, Any] | str) -> None:
         ({"group_size": 4}, ["group_size", "Did you mean 'rollout.group_size'?"]),
         ({"rollout.group_size": "many"}, ["rollout", "group_size", "many"]),
         ({"rollout.group_size": 1}, ["rollout", "group_size", "greater than or equal to 2"]),
-        ({"policy.adapter": "lorra"}, ["policy", "adapter", "lora", "full"]),
-        ({"rollout.steps": "window", "rollout.window_size": 4}, ["window", "does not fit", "num_steps=4"]),
+        ({"policy.toybox.adapter": "lorra"}, ["policy", "adapter", "lora", "full"]),
+        ({"rollout.trained_steps": "window", "rollout.window.size": 4}, ["window", "does not fit", "num_steps=4"]),
         ({"advantages.weights": "table"}, ["advantages.table has 0 rows"]),
     ],
 )
@@ -65,7 +65,7 @@ def test_a_wrong_setting_in_the_file_is_named(
         (["--iterations", "soon"], ["iterations", "soon"]),
         (["--iterations", "0"], ["iterations", "0"]),
         (["--rollout.group_size", "1"], ["group_size", "2"]),
-        (["--rollout.steps", "window", "--rollout.window_start", "9"], ["window", "does not fit"]),
+        (["--rollout.trained_steps", "window", "--rollout.window.start", "9"], ["window", "does not fit"]),
         (["--config", "missing.yaml"], ["missing.yaml"]),
         (["--resume", "--overwrite"], ["--resume and --resume_from continue a run and --overwrite deletes it"]),
         (["--resume_from", "nowhere", "--output", "no/where"], ["nowhere/manifest.json: damaged or missing"]),
@@ -154,7 +154,7 @@ def test_segmenting_needs_masks(refused: Refused, settings_file: Callable[..., P
 
 
 def test_missing_weights_are_named(refused: Refused, settings_file: Callable[..., Path], tmp_path: Path) -> None:
-    error = refused("train", "--config", settings_file({"policy.weights": tmp_path / "none"}))
+    error = refused("train", "--config", settings_file({"policy.toybox.weights": tmp_path / "none"}))
     assert "prompt_encoder.safetensors: no such weights" in error
 
 

@@ -13,10 +13,12 @@ from customized_grpo.errors import UserError
 def build_parser() -> Parser:
     """Return the parser of `cache`."""
     cache = Parser(
-        description="Say how much the folder of encoded prompts and references (policy.cache) takes, or empty it. "
-        "Nothing is removed while a run uses the folder."
+        description="Show the size of the folder of encoded prompts and references (policy.pipeline.cache), or "
+        "empty it. Nothing is removed while a run uses the folder."
     )
-    cache.add_argument("--folder", type=Path, default=PolicyConfig().cache, help="the folder; %(default)s if left out")
+    cache.add_argument(
+        "--folder", type=Path, default=PolicyConfig().pipeline.cache, help="the folder; %(default)s if left out"
+    )
     cache.add_argument("--clear", action="store_true", help="remove all that is encoded; runs encode it again")
     return cache
 
@@ -27,7 +29,7 @@ def run(options: Namespace) -> None:
 
     folder = options.folder
     if not folder.is_dir():
-        raise UserError(f"--folder: there is no folder {folder}; name the policy.cache of your runs")
+        raise UserError(f"--folder: there is no folder {folder}; name the policy.pipeline.cache of your runs")
     if options.clear:
         count, size = cache_folder.clear(folder)
         print(f"{folder}: {count} files removed, {cache_folder.gigabytes(size)}")

@@ -21,7 +21,9 @@ def build_parser() -> Parser:
     evaluate.add_config(BenchmarkConfig)
     evaluate.add_argument("--run", type=Path | None, help="folder of a run (the --output of train): base against tuned")
     evaluate.add_argument(
-        "--pairs", type=int | None, help="with --run: number of pairs, from the first; default: the run's test_pairs"
+        "--num_samples",
+        type=int | None,
+        help="with --run: samples to evaluate, from the first; default: the run's evaluation.num_test_samples",
     )
     evaluate.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
     flags = ("ema", "hpsv3_as_published")
@@ -33,30 +35,30 @@ def build_parser() -> Parser:
 
 def run(options: Namespace) -> None:
     """Evaluate a run if --run names one, else a benchmark, and print what was written."""
-    config = validate_settings(BenchmarkConfig, options, "run", "pairs", "num_processes")
+    config = validate_settings(BenchmarkConfig, options, "run", "num_samples", "num_processes")
     if options.run is not None:
-        _evaluate_run(config, options.run, options.pairs)
+        _evaluate_run(config, options.run, options.num_samples)
         return
     if config.benchmark is None and config.images is None:
         raise UserError(
             "evaluate: name a run with --run DIR, or a benchmark with --benchmark dreambench --data DIR (and --adapter "
             "RUN, --policy.kind KIND, or --images DIR)"
         )
-    if options.pairs is not None:
-        raise UserError("--pairs: only with --run; a benchmark is taken whole")
+    if options.num_samples is not None:
+        raise UserError("--num_samples: only with --run; a benchmark is taken whole")
     from customized_grpo.benchmark.command import run_benchmark
     from customized_grpo.tracking.console import Display
 
     print_path("benchmark", run_benchmark(config, Display()))
 
 
-def _evaluate_run(config: BenchmarkConfig, folder: Path, pairs: int | None) -> None:
+def _evaluate_run(config: BenchmarkConfig, folder: Path, num_samples: int | None) -> None:
     if given := changed_settings(config.model_copy(update={"data": None, "ema": False})):
         raise UserError(f"evaluate: --run compares a run with its base; {given} belongs to --benchmark")
     from customized_grpo.tracking.console import Display
     from customized_grpo.training.run import evaluate_run
 
-    path = evaluate_run(folder, config.data, pairs, Display(), ema=config.ema)
+    path = evaluate_run(folder, config.data, num_samples, Display(), ema=config.ema)
     print_path("report" if path and path.is_file() else "evaluation", path)
 
 

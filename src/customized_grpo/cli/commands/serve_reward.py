@@ -1,5 +1,6 @@
 """`customized-grpo serve-reward`: serve a reward to trainers on other machines."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,8 @@ from customized_grpo.errors import UserError
 if TYPE_CHECKING:
     from customized_grpo.rewards.reward import Reward
 
-SETTINGS = ("device", "precision", "micro_batch", "identity_reference")
-"""Options that are settings of `RewardsConfig`."""
+LOCAL = ("device", "precision", "micro_batch")
+"""Options that are settings of `RewardsConfig.local`."""
 PARTS = {"backbone": ("hpsv2", "hpsv3"), "instruction": ("hpsv3",)}
 """Options that only some rewards read, and those rewards."""
 
@@ -26,8 +27,9 @@ def build_parser() -> Parser:
     """Return the parser of `serve-reward`."""
     serve = Parser(
         description="Serve a reward over HTTP; a trainer reaches it by rewards.prompt (or identity) = remote and the "
-        "URL in rewards.prompt_model. With the environment variable CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, "
-        "requests without that token are refused; needed wherever other machines reach the server.",
+        "URL in rewards.remote.prompt_url (or identity_url). With the environment variable "
+        "CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, requests without that token are refused; needed wherever other "
+        "machines reach the server.",
     )
     serve.add_argument(
         "name", type=str, help="hpsv3, hpsv2, dino, clip_i, clip_t, siglip, pickscore, or python:module.function"
@@ -63,7 +65,8 @@ def run(options: Namespace) -> None:
     from customized_grpo.rewards.score_request import Limits
     from customized_grpo.rewards.server import check_server, serve
 
-    settings = {name: options[name] for name in SETTINGS}
+    local = {name: options[name] for name in LOCAL}
+    settings = {"identity_reference": options.identity_reference, "local": local}
     for part, readers in PARTS.items():
         if options[part] is not None:
             if options.name not in readers:
@@ -96,11 +99,11 @@ def load_reward(name: str, model: str | None, settings: Mapping[str, Any]) -> "R
             f"serve-reward: no reward '{name}'; choose hpsv3, {', '.join(ENCODERS)} or python:module.function"
         )
     config = _config(name, model, settings)
-    device = resolve_device(config.device, "--")
-    check_precision(config.precision, device, "--")
+    device = resolve_device(config.local.device, "--")
+    check_precision(config.local.precision, device, "--")
     if name == "hpsv3":
-        return load_hpsv3_reward(config, model, device)
-    return load_pretrained(name, "--model", model, config, device)
+        return load_hpsv3_reward(config, device)
+    return load_pretrained(name, "--model", config, device)
 
 
 def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> RewardsConfig:
@@ -109,9 +112,12 @@ def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward
     if side == "prompt" and settings.get("identity_reference", "whole") != "whole":
         raise UserError(f"--identity_reference: only for {' or '.join(IDENTITY_ENCODERS)}; leave it out")
     try:
-        return RewardsConfig.model_validate({side: name, f"{side}_model": model, **settings})
+        part = {} if model is None else {name: {**settings.get(name, {}), "model": model}}
+        return RewardsConfig.model_validate({side: name, **settings, **part})
     except ValidationError as error:
-        raise UserError(f"--{format_validation_error(error).replace(f'{side}_model', 'model')}") from error
+        message = format_validation_error(error)
+        option = re.sub(rf"\b({re.escape(name)}|local)\.", "", message)
+        raise UserError(f"--{option}") from error
 
 
 SERVE_REWARD = Command("serve-reward", "serve a reward to trainers on other machines", build_parser, run)

@@ -33,7 +33,8 @@ def check_guidance(pipe: Any, guidance: float | None) -> None:
     """Raise `UserError` for guidance of a transformer that embeds none."""
     if guidance is not None and not pipe.transformer.config.guidance_embeds:
         raise UserError(
-            f"policy.guidance: this model embeds no guidance, found {guidance}; leave it out, or name a model that does"
+            f"policy.pipeline.guidance_scale: this model embeds no guidance, found {guidance}; leave it out, or name "
+            "a model that does"
         )
 
 

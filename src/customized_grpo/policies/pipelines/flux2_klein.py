@@ -33,8 +33,8 @@ class Flux2Klein:
         """Raises `UserError` for guidance of a generator from which it is distilled away."""
         if pipe.config.is_distilled and guidance not in (None, 1.0):
             raise UserError(
-                f"policy.guidance: this model is distilled and takes none, found {guidance}; leave it out, or name a "
-                "base model (FLUX.2-klein-base) in policy.model"
+                f"policy.pipeline.guidance_scale: this model is distilled and takes none, found {guidance}; leave it "
+                "out, or name a base model (FLUX.2-klein-base) in policy.pipeline.model"
             )
 
     def uses_cfg(self, pipe: Any, guidance: float) -> bool:
