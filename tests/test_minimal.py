@@ -31,7 +31,7 @@ def test_the_example_computes_the_trainers_numbers(
     trainer = make_trainer(
         {
             "rollout.num_steps": 5,
-            "optimizer.updates_per_iteration": 2,
+            "optimizer.num_minibatches": 2,
             "optimizer.learning_rate": 1.5e-3,
             "policy.lora_alpha": 4,
         }

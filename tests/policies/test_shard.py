@@ -132,5 +132,5 @@ def test_what_cannot_be_sharded_is_refused() -> None:
     with pytest.raises(UserError, match=r"policy\.pipeline\.fsdp: a single process .*; start several"):
         check_shard(config, 1)
     check_shard(config, 2)
-    with pytest.raises(ValueError, match="pipeline.fsdp: only for kind=flux1-kontext or .*found kind=toybox"):
+    with pytest.raises(ValueError, match="pipeline.fsdp: only for kind=flux1-kontext, .*found kind=toybox"):
         PolicyConfig(pipeline=PipelineConfig(fsdp=True))
