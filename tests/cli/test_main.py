@@ -180,7 +180,7 @@ def test_from_data_to_pictures(command: Callable[..., Any], settings_file: Calla
     out = done("train", "--config", settings_file(), "--data.path", "made", "--data.test", "made", "--output", "out")
     assert "report: out/report.html" in out and "iteration 2/2" in out
     assert all((tmp_path / "out" / name).stat().st_size > 0 for name in (*LOGS, "report.html", "config.yaml"))
-    assert "report: out/report.html" in done("evaluate", "--run", "out", "--data", "made", "--pairs", 2)
+    assert "report: out/report.html" in done("evaluate", "--run", "out", "--data", "made", "--num_samples", 2)
     picture = tmp_path / "made" / "references" / "test-00000.png"
     prompt = "a star on the beach wearing a red hat, on the left"
     for name, extra in (("tuned.png", ["--count", 3]), ("base.png", ["--base"])):

@@ -298,7 +298,7 @@ def test_whatever_ends_a_run_leaves_its_last_whole_iteration(
 
 
 @pytest.mark.parametrize(
-    ("where", "end"), [("_objective", "device memory"), ("_optimizer_step", "a bug"), ("the log", "a disk error")]
+    ("where", "end"), [("_backward", "device memory"), ("_optimizer_step", "a bug"), ("the log", "a disk error")]
 )
 def test_what_ends_a_run_in_its_updates_costs_one_iteration(
     where: str, end: str, four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,

@@ -117,7 +117,7 @@ class Away(Reward):
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         valid = torch.ones(images.shape[:2], dtype=torch.bool)
         valid[:, : self.failing] = False
-        return Scores(images.mean((2, 3, 4)), valid, "rewards.prompt_model: http://a:1 did not answer")
+        return Scores(images.mean((2, 3, 4)), valid, "rewards.remote.prompt_url: http://a:1 did not answer")
 
 
 @pytest.mark.parametrize("failing", [1, 4])

@@ -127,7 +127,7 @@ PINNED = {
 def test_a_run_computes_what_it_always_did(make_trainer: MakeTrainer) -> None:
     """Under a KL penalty, with two updates of an iteration and micro-batches of uneven sizes."""
     changes = {
-        "objective.kl_weight": 0.1, "optimizer.updates_per_iteration": 2, "optimizer.micro_batch": 5,
+        "objective.kl_weight": 0.1, "optimizer.num_minibatches": 2, "optimizer.micro_batch": 5,
         "optimizer.learning_rate": 1e-3,
     }  # fmt: skip
     trainer = make_trainer(changes)

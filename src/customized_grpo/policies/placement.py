@@ -80,7 +80,7 @@ class Placement:
         encoders = self._encoders()
         if None in encoders:
             raise UserError(
-                "policy.cache: a prompt that was encoded before training is not there any more, and the encoders have "
+                "policy.pipeline.cache: a prompt that was encoded before training is not there any more, and the encoders have "
                 "gone; leave the folder alone while a run goes on, and go on with --resume"
             )
         for encoder in encoders:

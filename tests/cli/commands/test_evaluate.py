@@ -10,7 +10,7 @@ Refused = Callable[..., str]
 
 @pytest.mark.parametrize("pairs", ["0", "-1", "some"])
 def test_the_number_of_pairs_is_at_least_one(refused: Refused, pairs: str) -> None:
-    assert re.search(rf"pairs.* '?{pairs}", refused("evaluate", "--run", "nowhere", "--pairs", pairs))
+    assert re.search(rf"num_samples.* '?{pairs}", refused("evaluate", "--run", "nowhere", "--num_samples", pairs))
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ def build_parser() -> Parser:
     serve = Parser(
         description="Serve a reward over HTTP; a trainer reaches it by rewards.prompt (or identity) = remote and the "
         "URL in rewards.remote.prompt_url (or identity_url). With the environment variable "
-        "CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, requests without that token are refused; needed wherever other "
-        "machines reach the server.",
+        "CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, requests without that token are refused; needed wherever "
+        "other machines reach the server.",
     )
     serve.add_argument(
         "name", type=str, help="hpsv3, hpsv2, dino, clip_i, clip_t, siglip, pickscore, or python:module.function"
