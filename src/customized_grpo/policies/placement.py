@@ -80,8 +80,8 @@ class Placement:
         encoders = self._encoders()
         if None in encoders:
             raise UserError(
-                "policy.pipeline.cache: a prompt that was encoded before training is not there any more, and the encoders have "
-                "gone; leave the folder alone while a run goes on, and go on with --resume"
+                "policy.pipeline.cache: a prompt that was encoded before training is not there any more, and the "
+                "encoders have gone; leave the folder alone while a run goes on, and go on with --resume"
             )
         for encoder in encoders:
             encoder.to(device)
