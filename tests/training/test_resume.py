@@ -18,6 +18,7 @@ from customized_grpo.data import load_image, save_image
 from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import locked
+from customized_grpo.rewards.scoring import Scorer
 from customized_grpo.tracking.console import Display
 from customized_grpo.tracking.trackers import JsonlTracker
 from customized_grpo.training import checkpoint
@@ -271,13 +272,26 @@ ENDS: dict[str, tuple[BaseException, type[BaseException], str]] = {
 """What may end a run: what is raised, what comes of it, and its words."""
 
 
+def failing_scorer(at: int, raised: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """Make the scoring of iteration `at` + 1 raise."""
+    original, calls = Scorer.score, []
+
+    def fail(self: Scorer, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise raised
+        return original(self, *arguments)
+
+    patch.setattr(Scorer, "score", fail)
+
+
 def failing(trainer: str, at: int, raised: BaseException, patch: pytest.MonkeyPatch) -> None:
-    """Make a method of the trainer raise in iteration `at` + 1, at its second call there if it is called so often."""
+    """Make a method of the trainer raise in iteration `at` + 1, at its second call there."""
     original, calls = getattr(Trainer, trainer), []
 
     def fail(self: Trainer[Any], *arguments: Any) -> Any:
         calls.append(1)
-        if self.iteration == at and (trainer == "score" or len(calls) % 2 == 0):
+        if self.iteration == at and len(calls) % 2 == 0:
             raise raised
         return original(self, *arguments)
 
@@ -290,7 +304,7 @@ def test_whatever_ends_a_run_leaves_its_last_whole_iteration(
     display: Display,
 ) -> None:  # fmt: skip
     raised, error, text = ENDS[end]
-    failing("score", 1, raised, monkeypatch)
+    failing_scorer(1, raised, monkeypatch)
     with pytest.raises(error, match=text or "^$"):
         run_training(make_config(FOUR | {"checkpoint.every": 100}))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000001"]
