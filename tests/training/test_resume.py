@@ -374,7 +374,7 @@ def test_the_adapter_of_an_earlier_end_is_not_taken_for_the_runs(
     """A finished run goes on, and is stopped."""
     run = shutil.copytree(four, tmp_path / "run")
     with monkeypatch.context() as patch:
-        failing("score", 4, TrainingError("stopped"), patch)
+        failing_scorer(0, TrainingError("stopped"), patch)
         with pytest.raises(TrainingError, match="stopped"):
             run_training(make_config(FOUR | {"iterations": 6}), resume=True)
     assert (run / ADAPTER).is_file()
