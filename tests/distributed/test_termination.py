@@ -59,7 +59,7 @@ elif place == "between updates":
 elif place == "validation":
     strike(TrainingLoop, "_validate", lambda run: due(run.trainer))
 elif place == "averaged weights":
-    strike(TrainingLoop, "_evaluate", lambda run: due(run.trainer))
+    strike(TrainingLoop, "_poll", lambda run: due(run.trainer))
 elif place == "saving":
     strike(CheckpointSaver, "save", lambda saver: saver.snapshot.iteration == iteration)
 main()
