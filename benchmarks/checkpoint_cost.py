@@ -29,7 +29,7 @@ from customized_grpo.runtime.device import configure
 from customized_grpo.toybox.export import export
 from customized_grpo.training.checkpoint import State, prune_checkpoints, save_checkpoint
 from customized_grpo.training.ema import EMA
-from customized_grpo.training.fingerprints import resume_fingerprint
+from customized_grpo.training.resume import resume_fingerprint
 from customized_grpo.training.snapshot import Snapshot
 from customized_grpo.training.trainer import Trainer
 

@@ -35,18 +35,18 @@ def telling_where(where: str) -> Iterator[None]:
 
 
 def truncated(items: Sequence[str], separator: str = "\n  ", most: int = 20) -> str:
-    """The first `most` items, and how many more there are."""
+    """Return the first `most` items, and the number of the others."""
     more = [f"... and {len(items) - most} more"] if len(items) > most else []
     return separator.join([*items[:most], *more])
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Those of the fields `names` that differ, and how; empty where none does."""
+    """Return which of the fields `names` differ, and how; empty if none does."""
     changed = sorted(name for name in names if before.get(name) != now.get(name))
     return "; ".join(f"{name}: {before.get(name)} -> {now.get(name)}" for name in changed)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first, short enough for a line."""
+    """Return the first line of an error, short enough to quote."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]

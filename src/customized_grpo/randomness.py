@@ -20,7 +20,7 @@ Key = SupportsIndex | str
 
 
 def stream_seed(seed: int, *key: Key) -> int:
-    """The 64-bit seed of the stream named `(seed, *key)`: blake2b of an encoding no two names share.
+    """Return the 64-bit seed of the stream named `(seed, *key)`: blake2b of an encoding that no two names share.
 
     A key is an integer (Python's, NumPy's, or a 0-d tensor) or a string; 1 and "1" differ. Raises TypeError for any
     other key.
@@ -30,7 +30,7 @@ def stream_seed(seed: int, *key: Key) -> int:
 
 
 def generator(seed: int, *key: Key) -> torch.Generator:
-    """A fresh CPU generator at the start of the stream `(seed, *key)`, e.g. `generator(0, 12, "steps")`."""
+    """Return a fresh CPU generator at the start of the stream `(seed, *key)`, e.g. `generator(0, 12, "steps")`."""
     return torch.Generator().manual_seed(stream_seed(seed, *key))
 
 
@@ -42,7 +42,7 @@ def batched_normal(
     purpose: str,
     shape: Sequence[int],
 ) -> Tensor:
-    """Standard normal noise [N, *shape], float32 on the CPU, for N samples.
+    """Return standard normal noise [N, *shape], float32 on the CPU, for N samples.
 
     Row n is `torch.randn(shape, generator=generator(seed, iteration, prompt_indices[n], sample_indices[n],
     purpose))`, whatever the other rows are. Equal indices give equal rows: that is how a group shares its initial

@@ -14,10 +14,10 @@ Values = Sequence[float] | Sequence[bool] | npt.NDArray[np.floating] | npt.NDArr
 
 @cache
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
-    """Quantile of Student's t with `freedom` >= 1 degrees of freedom, to about six digits.
+    """Return the quantile of Student's t with `freedom` >= 1 degrees of freedom, to about six digits.
 
-    With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1) on a bounded
-    range, where a plain trapezoid sum is accurate for every `freedom`.
+    With t = sqrt(freedom) tan(angle) the density is proportional to cos(angle)^(freedom - 1) on a bounded range, where
+    a plain trapezoid sum is accurate for every `freedom`.
     """
     widest = min(math.pi / 2, 40 / math.sqrt(freedom))
     angles = np.linspace(-widest, widest, 200_001)
@@ -27,7 +27,7 @@ def t_quantile(freedom: int, probability: float = 0.975) -> float:
 
 
 def mean_interval(values: Values) -> tuple[float, float, float]:
-    """Mean and 95 % interval (mean, low, high) of independent values; NaNs are left out.
+    """Return mean and 95 % interval (mean, low, high) of independent values; NaNs are left out.
 
     Values that are all 0 or 1 (booleans too) are a share: Wilson's score interval (Wilson 1927), which stays
     inside [0, 1] and does not collapse at 0 and 1. Others: Student's t. No values give three NaNs, a single
@@ -47,7 +47,7 @@ def mean_interval(values: Values) -> tuple[float, float, float]:
 
 
 def paired_difference(before: Values, after: Values) -> tuple[float, float, float]:
-    """Mean and 95 % Student's t interval (mean, low, high) of `after - before` over the same pairs, in order.
+    """Return mean and 95 % Student's t interval (mean, low, high) of `after - before` over the same pairs, in order.
 
     Pairing takes out the spread between easy and hard pairs, so it is narrower than the interval of a
     difference of two means. A pair with a NaN on either side is left out. Raises ValueError if the
@@ -60,7 +60,7 @@ def paired_difference(before: Values, after: Values) -> tuple[float, float, floa
 
 
 def t_interval(values: Values) -> tuple[float, float, float]:
-    """Mean and 95 % Student's t interval (mean, low, high) of independent values; NaNs are left out.
+    """Return mean and 95 % Student's t interval (mean, low, high) of independent values; NaNs are left out.
 
     No values give three NaNs, a single value NaN bounds.
     """
@@ -74,11 +74,11 @@ def t_interval(values: Values) -> tuple[float, float, float]:
 
 
 def bootstrap_interval(values: Values, clusters: Sequence[str], draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean and 95 % percentile bootstrap interval (mean, low, high) of `values` that come in `clusters`: whole clusters
-    are drawn anew, since the pictures of one subject are alike (Efron and Tibshirani 1993, section 8).
+    """Return the mean and 95 % percentile bootstrap interval (mean, low, high) of `values` in `clusters`.
 
-    NaNs are left out. Equal input gives equal intervals. No values give three NaNs, a single cluster NaN bounds.
-    Raises ValueError if the lengths differ.
+    Whole clusters are drawn again, since the pictures of one subject are alike (Efron and Tibshirani 1993, section 8).
+    NaNs are left out. Equal input gives equal intervals. No values give three NaNs, a single cluster NaN bounds. Raises
+    ValueError if the lengths differ.
     """
     sample = np.asarray(values, dtype=np.float64)
     if len(sample) != len(clusters):

@@ -198,7 +198,7 @@ def test_a_sibling_folder_with_the_same_beginning_is_outside(folder: Path) -> No
 
 def test_repeated_ids_are_named_with_the_first_line(folder: Path) -> None:
     metadata(folder, record(), record(id="other"), record())
-    assert "metadata.jsonl:3: the id 'cat-1' is already that of line 1" in message(folder)
+    assert "metadata.jsonl:3: the id 'cat-1' is already the id of line 1" in message(folder)
 
 
 def test_all_that_is_wrong_with_a_line_is_said(folder: Path) -> None:
@@ -402,7 +402,7 @@ def test_written_metadata_is_read_back(folder: Path) -> None:
         ([Sample("1", "p", (Path("/etc/passwd"),))], "leaves the data folder"),
         ([Sample("1", " ", (Path("a.png"),))], '"prompt" is empty'),
         ([Sample("1", "p", ())], '"references" is empty'),
-        ([Sample("1", "p", (Path("a.png"),))] * 2, "is already that of line 1"),
+        ([Sample("1", "p", (Path("a.png"),))] * 2, "is already the id of line 1"),
     ],
 )
 def test_what_could_not_be_read_is_not_written(folder: Path, samples: list[Sample], said: str) -> None:

@@ -281,7 +281,7 @@ def test_a_torn_table(lay: Lay, tmp_path: Path) -> None:
     source = lay(tmp_path / "src", {"train": ROWS})
     (path,) = [*source.glob("*.arrow"), *source.glob("data/*.parquet")]
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(UserError, match="cannot be read .*; save or download the dataset anew"):
+    with pytest.raises(UserError, match="cannot be read .*; save or download the dataset again"):
         prepare(source, None, Options())
 
 

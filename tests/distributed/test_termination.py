@@ -24,7 +24,8 @@ SIX = {
 }  # fmt: skip
 PROGRAM = """
 import os, signal, sys
-from customized_grpo.training import loop as session
+from customized_grpo.training.loop import TrainingLoop
+from customized_grpo.training.saving import CheckpointSaver
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.cli.main import main
 
@@ -56,11 +57,11 @@ elif place == "between updates":
         return due(trainer) and len(steps) % 2 == 0
     strike(Trainer, "_optimizer_step", second)
 elif place == "validation":
-    strike(session.TrainingLoop, "_validate", lambda run: due(run.trainer))
+    strike(TrainingLoop, "_validate", lambda run: due(run.trainer))
 elif place == "averaged weights":
-    strike(session.TrainingLoop, "_evaluate", lambda run: due(run.trainer))
+    strike(TrainingLoop, "_evaluate", lambda run: due(run.trainer))
 elif place == "saving":
-    strike(session.TrainingLoop, "_checkpoint", lambda run: due(run.trainer))
+    strike(CheckpointSaver, "save", lambda saver: saver.snapshot.iteration == iteration)
 main()
 """
 """Trains as the command does, and sends itself a signal at a place of an iteration."""

@@ -25,16 +25,16 @@ THREE = {"iterations": 3, "checkpoint.every": 1, "optimizer.updates_per_iteratio
 LIMITED = """
 import resource, sys
 from customized_grpo.cli.main import main
-from customized_grpo.training.loop import TrainingLoop
+from customized_grpo.training.saving import CheckpointSaver
 
-checkpoint, limit = TrainingLoop._checkpoint, int(sys.argv.pop(1))
+save, limit = CheckpointSaver.save, int(sys.argv.pop(1))
 
-def limited(session):
-    if session.trainer.iteration == 2:
+def limited(saver):
+    if saver.snapshot.iteration == 2:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-    checkpoint(session)
+    save(saver)
 
-TrainingLoop._checkpoint = limited
+CheckpointSaver.save = limited
 main()
 """
 """Trains as the command does; from the second save on, no file may be larger than a limit."""

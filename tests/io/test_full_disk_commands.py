@@ -25,7 +25,7 @@ from customized_grpo.io.hub import from_hub
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.weights import save_network
 from customized_grpo.tracking.console import Display
-from customized_grpo.training import loop as session
+from customized_grpo.training import loop
 
 Limit = Callable[[int], AbstractContextManager[None]]
 MakeConfig = Callable[..., Config]
@@ -172,10 +172,12 @@ def test_events_of_tensorboard(
         def __init__(self, *arguments: object, **settings: object) -> None:
             pass
 
-        def add_scalar(self, *arguments: object) -> None:
+        def add_image(self, *arguments: object) -> None:
             raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("customized_grpo.training.run._summary_writer", lambda: Full)
+        add_scalar = add_image
+
+    monkeypatch.setattr("customized_grpo.tracking.registry.load_summary_writer", lambda: Full)
     with pytest.raises(StorageError, match=f"{tmp_path / 'run'}: no space to write"):
         run_training(make_config({"log.tensorboard": True}))
 
@@ -228,7 +230,7 @@ def test_other_errors_of_a_download_pass(error: Exception) -> None:
 
 def test_nothing_is_written_without_a_guard() -> None:
     """Every call that changes a disk stands in a `with` of one of the guards."""
-    sources = sorted(Path(session.__file__).parents[1].rglob("*.py"))
+    sources = sorted(Path(loop.__file__).parents[1].rglob("*.py"))
     found = [f"{path.name}, {call}" for path in sources for call in unguarded(ast.parse(path.read_text()))]
     assert len(sources) > 100 and found == []
 

@@ -266,7 +266,7 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
     rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
     monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: rewards)
     monkeypatch.setattr("customized_grpo.diagnosis.command.build_rewards", lambda config: rewards)
-    monkeypatch.setattr("customized_grpo.training.loop.fingerprints", lambda config: {})
+    monkeypatch.setattr("customized_grpo.training.resume.fingerprints", lambda config: {})
     policy = {
         "kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "lora_rank": 2,
         "lora_alpha": 2, "device": "cpu", "precision": "fp32", "reference_side": 32,

@@ -18,7 +18,7 @@ from customized_grpo.rewards import hpsv3 as hpsv3_module
 from customized_grpo.rewards.server import _reward
 from customized_grpo.runtime import device as runtime
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
-from customized_grpo.training.fingerprints import resume_fingerprint
+from customized_grpo.training.resume import resume_fingerprint
 from customized_grpo.types import PromptBatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -5,7 +5,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.testing.tiny_pipelines import save_tiny
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
 from customized_grpo.training.fingerprints import fingerprint, fingerprints
-from customized_grpo.training.loop import TrainingLoop
+from customized_grpo.training.resume import pin
 
 
 def pipeline(folder: Path, weights: bytes = b"weights") -> Path:
@@ -153,6 +152,5 @@ def test_machines_with_other_data_or_weights_are_told_apart(
             return json.dumps(json.loads(text) | {"policy.weights.sha256": "0" * 64})
 
     dataset = SubjectDataset.open(toybox_data / "train")
-    session: Any = SimpleNamespace(ranks=Second(), config=make_config(), trainer=SimpleNamespace(dataset=dataset))
     with pytest.raises(UserError, match=r"other data or weights .*\(policy\.weights\.sha256: 0{64} -> "):
-        TrainingLoop.pin(session)
+        pin(make_config(), dataset, Second())

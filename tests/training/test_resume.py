@@ -19,9 +19,9 @@ from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import locked
 from customized_grpo.tracking.console import Display
+from customized_grpo.tracking.trackers import JsonlTracker
 from customized_grpo.training import checkpoint
 from customized_grpo.training.checkpoint import list_checkpoints
-from customized_grpo.training.loop import TrainingLoop
 from customized_grpo.training.run import train
 from customized_grpo.training.trainer import Trainer, TrainingError
 
@@ -298,7 +298,7 @@ def test_whatever_ends_a_run_leaves_its_last_whole_iteration(
 
 
 @pytest.mark.parametrize(
-    ("where", "end"), [("_objective", "device memory"), ("_optimizer_step", "a bug"), ("_log", "a disk error")]
+    ("where", "end"), [("_objective", "device memory"), ("_optimizer_step", "a bug"), ("the log", "a disk error")]
 )
 def test_what_ends_a_run_in_its_updates_costs_one_iteration(
     where: str, end: str, four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
@@ -307,13 +307,13 @@ def test_what_ends_a_run_in_its_updates_costs_one_iteration(
     """In the fourth iteration: in its second update, or when its weights are there but not its line in the log."""
     raised, error, text = ENDS[end]
 
-    def fail(self: TrainingLoop, name: str, row: Any) -> None:
-        if row["iteration"] == 4:
+    def fail(self: JsonlTracker, name: str, row: Any, step: int) -> None:
+        if step == 4:
             raise raised
 
     with monkeypatch.context() as patch:
-        if where == "_log":
-            patch.setattr(TrainingLoop, "_log", fail)
+        if where == "the log":
+            patch.setattr(JsonlTracker, "log", fail)
         else:
             failing(where, 3, raised, patch)
         with pytest.raises(error, match=text):

@@ -24,8 +24,9 @@ from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.factory.config import resolve_config
 from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
+from customized_grpo.io.jsonl import last_row
 from customized_grpo.tracking.console import Display, RunState
-from customized_grpo.training.run_dir import load_run_config
+from customized_grpo.training.run_dir import LOGS, load_run_config
 
 POLL_SECONDS = 1.0
 RECORD = "grid.yaml"
@@ -210,18 +211,8 @@ def _observed(config: CompareConfig, cell: Cell) -> RunState:
 
 def _progress(cell: Cell) -> tuple[int, float | None]:
     """The last iteration of a run, and joint success on its last validation."""
-    metrics, checks = (_last_row(cell.folder / f"{name}.jsonl") for name in ("metrics", "evaluations"))
+    metrics, checks = (last_row(cell.folder / name) or {} for name in LOGS)
     return metrics.get("iteration", 0), checks.get("joint_success")
-
-
-def _last_row(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    with path.open("rb") as log:
-        log.seek(max(0, path.stat().st_size - 8192))
-        lines = log.read().split(b"\n")[:-1]
-    row: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return row
 
 
 def _reason(log_path: Path, before: int, code: int) -> str:

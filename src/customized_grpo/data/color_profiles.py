@@ -1,8 +1,8 @@
-"""Colours of a picture by its profile -> sRGB, in which all pictures are seen.
+"""Convert the colors of a picture from its profile to sRGB, in which all pictures are seen.
 
-A picture without a profile is taken for sRGB as it is. ICC profiles are converted by relative colorimetric intent with
-black-point compensation, which leaves the values of sRGB profiles as they are: measured, none differs by more than a
-level of 255.
+A picture without a profile is taken for sRGB. ICC profiles are converted by relative colorimetric intent with black-
+point compensation, which leaves the values of sRGB profiles unchanged: measured, none differs by more than a level of
+255.
 """
 
 import io
@@ -67,7 +67,7 @@ def to_srgb(image: Image.Image) -> ToRgb | None:
 
 
 def matrix_profile(chromaticities: Chromaticities, gamma: float | None) -> bytes:
-    """An ICC profile of RGB with these primaries and the curve value ** gamma; None is the curve of sRGB.
+    """Return an ICC profile of RGB with these primaries and the curve value ** gamma; None is the curve of sRGB.
 
     ICC.1:2010, with the white adapted to D50 by Bradford's matrix (its annex E).
     """
@@ -98,7 +98,8 @@ def matrix_profile(chromaticities: Chromaticities, gamma: float | None) -> bytes
 
 
 def _profile_of(image: Image.Image) -> bytes | None:
-    """The ICC profile of a picture, or one that says the same as what it has in its place; None for sRGB."""
+    """Return the ICC profile of a picture, or a profile equal to the color space that its metadata name; None for
+    sRGB."""
     if "icc_profile" in image.info:
         if not image.info["icc_profile"]:
             raise ValueError("its colour profile is damaged (a part of it is missing)")
@@ -115,7 +116,7 @@ def _profile_of(image: Image.Image) -> bytes | None:
 
 
 def _interoperability(exif: bytes) -> str | None:
-    """The index of the interoperability rules that EXIF data name."""
+    """Return the index of the interoperability rules that EXIF data name."""
     found = Image.Exif()
     try:
         found.load(exif)
@@ -125,7 +126,8 @@ def _interoperability(exif: bytes) -> str | None:
 
 
 def _of_png(gamma: float, chromaticities: Chromaticities) -> bytes | None:
-    """By the chunks gAMA and cHRM; near those of sRGB they mean sRGB (PNG specification, 3rd edition, 13.13)."""
+    """Return the profile that the chunks gAMA and cHRM describe; near those of sRGB they mean sRGB (PNG
+    specification, 3rd edition, 13.13)."""
     if not 0.1 <= gamma <= 10 or not all(0 < y < 1 for y in chromaticities[1::2]):
         raise ValueError(f"its gamma {gamma} and chromaticities {chromaticities} are damaged")
     near = abs(gamma * 2.2 - 1) < 0.05

@@ -66,7 +66,7 @@ class SubjectDataset:
         *,
         decode: bool = True,
     ) -> "SubjectDataset":
-        """Read and check a dataset folder: each line, each path, and each distinct picture, decoded wholly.
+        """Read and check a dataset folder: each line, each path, and each distinct picture, decoded completely.
 
         `max_pixels` bounds a picture's height x width, `cache_bytes` the memory that holds resized pictures. `decode`:
         whether to look at the pictures, which one process of a machine does for all.
@@ -95,7 +95,7 @@ class SubjectDataset:
         return iter(self.samples)
 
     def sha256(self) -> str:
-        """Of its samples in their order, with their pictures, wherever the folder lies."""
+        """Return the hash of the samples in their order, with their pictures, wherever the folder lies."""
         digest = hashlib.sha256()
         pictures = {path for sample in self for path in (*sample.references, *sample.masks)}
         hashes = {path: file_sha256(path) for path in pictures}
@@ -106,20 +106,23 @@ class SubjectDataset:
         return digest.hexdigest()
 
     def references(self, samples: Sequence[Sample], prepare: Prepare) -> list[list[Tensor]]:
-        """The references of B samples, for each its K pictures [3, h, w] in [0, 1], as `prepare` leaves them."""
+        """Return the references of B samples as `prepare` leaves them: for each sample K pictures [3, h, w] in [0,
+        1]."""
         return [
             [self._pictures.get(load_image, path, prepare, len(sample.references)) for path in sample.references]
             for sample in samples
         ]
 
     def originals(self, samples: Sequence[Sample]) -> "Originals":
-        """The references of B samples in the size of their files, for each its K pictures [3, h, w] in [0, 1]."""
+        """Return the references of B samples in the size of their files: for each sample K pictures [3, h, w] in [0,
+        1]."""
         return Originals(load_image, [sample.references for sample in samples], self._max_pixels)
 
     def masks(self, samples: Sequence[Sample]) -> "Originals | None":
-        """The masks of B samples, K of [1, h, w] in [0, 1] each, of the size of `originals`; None if none has any.
+        """Return the masks of B samples, or None if no sample has any.
 
-        Raises UserError when only some have masks.
+        For each sample K masks [1, h, w] in [0, 1], of the size of `originals`. Raises UserError when only some samples
+        have masks.
         """
         without = [sample.id for sample in samples if not sample.masks]
         if len(without) == len(samples):
@@ -149,7 +152,7 @@ class Originals(Sequence[list[Tensor]]):
     @overload
     def __getitem__(self, index: slice) -> "Originals": ...
     def __getitem__(self, index: int | slice) -> "list[Tensor] | Originals":
-        """The pictures [C, h, w] of a sample, or a part of the samples."""
+        """Return the pictures [C, h, w] of a sample, or a part of the samples."""
         if isinstance(index, slice):
             return Originals(self._load, self.paths[index], self._max_pixels)
         return [self._load(path, self._max_pixels) for path in self.paths[index]]
@@ -172,7 +175,7 @@ def write_metadata(folder: str | Path, samples: Iterable[Sample]) -> Path:
 
 
 def batch_indices(num_samples: int, per_iteration: int, seed: int, iteration: int) -> list[int]:
-    """Indices of the `per_iteration` samples that iteration `iteration` (counted from 0) uses.
+    """Return indices of the `per_iteration` samples that iteration `iteration` (counted from 0) uses.
 
     All samples once in a shuffled order, then all again in another: epoch e's order depends on (seed, e)
     alone, and iteration k takes the places from k x per_iteration on, across the ends of epochs. Raises
@@ -217,7 +220,7 @@ _Name = Annotated[_Text, AfterValidator(_one_line)]
 
 
 class _Record(BaseModel):
-    """A line of metadata.jsonl as it is written."""
+    """A line of metadata.jsonl, as written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -229,7 +232,7 @@ class _Record(BaseModel):
 
 
 def _read_metadata(folder: Path) -> list[tuple[int, Sample]]:
-    """The samples of a folder with their line numbers; pictures not looked at."""
+    """Return the samples of a folder with their line numbers, without looking at the pictures."""
     path = folder / METADATA
     if not folder.is_dir():
         state = "is not a folder" if folder.exists() else "does not exist"
@@ -258,7 +261,7 @@ def _parse_lines(metadata: Path, lines: Sequence[tuple[int, bytes]]) -> list[tup
             continue
         if sample.id in line_of_id:
             problems.append(
-                f"{metadata}:{number}: the id {sample.id!r} is already that of line {line_of_id[sample.id]}; "
+                f"{metadata}:{number}: the id {sample.id!r} is already the id of line {line_of_id[sample.id]}; "
                 "give each sample its own"
             )
         line_of_id.setdefault(sample.id, number)
@@ -268,7 +271,7 @@ def _parse_lines(metadata: Path, lines: Sequence[tuple[int, bytes]]) -> list[tup
 
 
 def _parse_sample(root: Path, line: bytes) -> Sample:
-    """One line's sample. Raises UserError that says all that is wrong with it, without the place."""
+    """Return the sample of one line. Raises UserError that lists all that is wrong with it, without the place."""
     try:
         value = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_reject_duplicate_keys)
     except UnicodeDecodeError as error:
@@ -300,7 +303,7 @@ def _parse_sample(root: Path, line: bytes) -> Sample:
 
 
 def _reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`. Raises UserError for a field given twice, of which JSON would take the last."""
+    """Return the object of `pairs`. Raises UserError for a field given twice: JSON would take the last one."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -310,7 +313,7 @@ def _reject_duplicate_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _inside(root: Path, field: str, names: Sequence[str]) -> tuple[Path, ...]:
-    """The files `names` mean, links followed. Raises UserError for one that is absolute or outside `root`."""
+    """Return the files `names` mean, links followed. Raises UserError for one that is absolute or outside `root`."""
     paths = []
     for index, name in enumerate(names):
         if os.path.isabs(name):
@@ -370,7 +373,7 @@ def _inspect_mask(path: Path, max_pixels: int) -> tuple[int, int]:
 
 
 def _size(inspect: _Inspect, max_pixels: int, path: Path) -> tuple[int, int] | str:
-    """(height, width), or what is wrong with the file."""
+    """Return (height, width), or what is wrong with the file."""
     try:
         return inspect(path, max_pixels)
     except UserError as error:
@@ -385,7 +388,7 @@ def _raise_listed(problems: Sequence[str], headline: str) -> None:
 
 
 def _worded(error: dict[str, Any]) -> str:
-    """A pydantic error in our words."""
+    """Return the words for a pydantic error."""
     head, *rest = error["loc"]
     name = f'"{head}' + "".join(f"[{part}]" for part in rest if isinstance(part, int)) + '"'
     if error["type"] == "missing":

@@ -32,7 +32,7 @@ EntryOrProblem = Entry | Problem
 
 
 def inside(root: Path, path: Path) -> Path:
-    """The file that `path` means, links followed. Raises ValueError when it is outside the folder `root`."""
+    """Return the file that `path` means, links followed. Raises ValueError when it is outside the folder `root`."""
     real, top = path.resolve(), root.resolve()
     if not real.is_relative_to(top):
         raise ValueError(f"{path.name} leads out of {root} to {real}; move the file into it")

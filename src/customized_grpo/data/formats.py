@@ -31,7 +31,7 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def is_picture(path: Path) -> bool:
-    """Tell whether the name of a file is that of a picture that is read."""
+    """Tell whether the name of a file is the name of a picture that is read."""
     return path.suffix.lower() in SUFFIXES and remedy(path.suffix) is None
 
 
@@ -82,7 +82,7 @@ def _reads_heif() -> bool:
 
 
 def _kind(head: bytes) -> str | None:
-    """The suffix of the kind that the first bytes of a file tell; None where they are left to Pillow."""
+    """Return the suffix of the format that the first bytes of a file show; None for formats that are left to Pillow."""
     if head[4:8] == b"ftyp":
         size = int.from_bytes(head[:4], "big")
         brands = {head[place : place + 4] for place in (8, *range(16, min(size, len(head)), 4))}
@@ -101,7 +101,7 @@ def _unidentified(path: Path, head: bytes) -> str:
 
 
 def _problem_of_tiff(image: TiffImagePlugin.TiffImageFile, path: Path) -> str | None:
-    """Raw files are TIFFs too, whose first image is a thumbnail."""
+    """Return why a TIFF cannot be read: raw files are TIFFs too, whose first image is a thumbnail."""
     tags = image.tag_v2
     if path.suffix.lower() in _RAW or _DNG_VERSION in tags or tags.get(_REDUCED, 0) & 1:
         return remedy(_RAW[0])

@@ -56,18 +56,18 @@ class Named:
 
 
 def is_saved(source: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder `source`."""
+    """Return whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder `source`."""
     return (source / _DICT).is_file() or ((source / _INFO).is_file() and (source / _STATE).is_file())
 
 
 def parquet_files(source: Path) -> list[Path]:
-    """The parquet files in the folder `source`, or up to two folders down, in order."""
+    """Return the parquet files in the folder `source`, or up to two folders down, in order."""
     found = [path for pattern in ("*", "*/*", "*/*/*") for path in source.glob(f"{pattern}.parquet")]
     return sorted(path for path in found if not any(map(is_left_behind, path.relative_to(source).parts)))
 
 
 def open_tables(source: Path, split: str | None = None) -> list[Table]:
-    """The tables of the dataset at `source`, all splits or one; nothing but their heads is read.
+    """Return the tables of the dataset at `source`, all splits or one; nothing but their heads is read.
 
     Raises `UserError` without the datasets library, for damaged files, files outside `source`, and an unknown split.
     """
@@ -88,7 +88,7 @@ def open_tables(source: Path, split: str | None = None) -> list[Table]:
 
 
 def read_hugging_face(source: Path, tables: Sequence[Table], named: Named = Named()) -> Generator[EntryOrProblem]:
-    """An entry or a problem for each row of `tables`, rows counted from 0 in their split.
+    """Yield an entry or a problem for each row of `tables`, rows counted from 0 in their split.
 
     A picture that lies in a table is a file only until the next entry is asked for. Raises `UserError` for columns
     that are missing, before any row, and for damaged files.
@@ -110,7 +110,7 @@ def read_hugging_face(source: Path, tables: Sequence[Table], named: Named = Name
 
 
 def _columns(table: Table, named: Named) -> dict[str, str]:
-    """The column that is the prompt, the references, and if there are any the masks and the subject."""
+    """Return the columns of the prompt, the references, and, if any, the masks and the subject."""
     there = ", ".join(table.columns)
     roles = {}
     for role, usual, name in (("prompt", PROMPTS, named.prompt), ("reference", REFERENCES, named.reference)):
@@ -136,7 +136,7 @@ def _first(columns: Sequence[str], usual: Sequence[str]) -> str | None:
 
 
 def _rows(table: Table, columns: Sequence[str]) -> Iterator[dict[str, Any] | str]:
-    """The rows of a table; a text says what is wrong with one that cannot be read."""
+    """Yield the rows of a table; a text says what is wrong with one that cannot be read."""
     batches = iter(table.batches(columns))
     while True:
         with _telling(table.path):
@@ -149,7 +149,7 @@ def _rows(table: Table, columns: Sequence[str]) -> Iterator[dict[str, Any] | str
                 one.validate(full=True)
                 (row,) = one.to_pylist()
             except ValueError as error:
-                row = f"cannot be read ({first_line(error)}); write the table anew, or leave the row out"
+                row = f"cannot be read ({first_line(error)}); write the table again, or leave the row out"
             yield row
 
 
@@ -183,12 +183,15 @@ def _entry(
 
 
 def _is_there(value: Any) -> bool:
-    """Null, an empty list, and a picture with neither bytes nor a path are nothing."""
+    """Return whether a value is a picture: null, an empty list, and a picture without bytes and path are none."""
     return any(each is not None for each in value.values()) if isinstance(value, dict) else bool(value)
 
 
 def _picture(source: Path, scratch: Path, name: str, value: Any, labels: dict[Path, str]) -> Path:
-    """The file of a picture: its own in `source`, or one made of its bytes. Raises ValueError with what is wrong."""
+    """Return the file of a picture: its own in `source`, or one made of its bytes.
+
+    Raises ValueError with what is wrong.
+    """
     if isinstance(value, dict) and value.keys() >= {"bytes", "path"}:
         value = value["path"] if value["bytes"] is None else value["bytes"]
     if isinstance(value, bytes):
@@ -251,7 +254,7 @@ def _parquet_tables(source: Path) -> Iterator[Table]:
 
 
 def _split_of(source: Path, path: Path) -> str:
-    """The split a parquet file belongs to, by its name: train-00000-of-00002, test, or 0000 in a folder train."""
+    """Return the split of a parquet file by its name: train-00000-of-00002, test, or 0000 in a folder train."""
     shard = re.fullmatch(r"(.+?)-\d+-of-\d+.*", path.stem)
     if shard:
         return shard[1]
@@ -283,8 +286,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _telling(path: Path) -> Iterator[None]:
-    """What goes wrong with the dataset's files is said with their name."""
+    """Name the file in errors of the datasets library."""
     try:
         yield
     except _BROKEN as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)}); save or download the dataset anew") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); save or download the dataset again") from error

@@ -117,9 +117,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def resize_square(image: Tensor, size: int) -> Tensor:
-    """[C, H, W] cropped to the square at its centre and resized (bilinear, antialiased) to [C, size, size].
+    """Crop [C, H, W] to the square at its center and resize it (bilinear, antialiased) to [C, size, size].
 
-    An image that is already size x size is returned as it is. Raises ValueError for a size below 1.
+    An image that is already size x size is returned unchanged. Raises ValueError for a size below 1.
     """
     if size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
@@ -151,7 +151,7 @@ def resize(image: Tensor, size: tuple[int, int], kernel: str = "bicubic") -> Ten
 
 
 def within(image: Tensor, side: int) -> Tensor:
-    """Scale [C, H, W] down to at most `side` pixels on its longer side; a smaller image is returned as it is."""
+    """Scale [C, H, W] down to at most `side` pixels on its longer side; a smaller image is returned unchanged."""
     height, width = image.shape[-2:]
     longer = max(height, width)
     if longer <= side:
@@ -160,7 +160,7 @@ def within(image: Tensor, side: int) -> Tensor:
 
 
 def fit(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """[C, H, W] scaled to lie wholly within (height, width) `size`, centred on white."""
+    """Scale [C, H, W] to fit inside (height, width) `size`, centered on white."""
     height, width = image.shape[-2:]
     if (height, width) == size:
         return image
@@ -187,7 +187,7 @@ class PictureCache:
         self._pictures: OrderedDict[tuple[ImageLoader, Path, Prepare, int], Tensor] = OrderedDict()
 
     def get(self, load: ImageLoader, path: Path, prepare: Prepare, count: int) -> Tensor:
-        """`prepare(load(path, max_pixels), count)`. The tensor is shared: do not write into it."""
+        """Return `prepare(load(path, max_pixels), count)`. The tensor is shared: do not write into it."""
         key = (load, path, prepare, count)
         if key in self._pictures:
             self._pictures.move_to_end(key)
@@ -202,7 +202,7 @@ class PictureCache:
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """[3, H, W] or [1, H, W] in [0, 1] as an 8-bit picture, values clamped and rounded."""
+    """Return [3, H, W] or [1, H, W] in [0, 1] as an 8-bit picture, values clamped and rounded."""
     pixels = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(pixels if pixels.shape[-1] == 3 else pixels[..., 0])
 
@@ -249,7 +249,7 @@ def image_grid(images: Tensor, columns: int, scale: int = 1, padding: int = 0, b
 
 
 def _decode(path: Path, max_pixels: int) -> Image.Image:
-    """The first frame, decoded wholly and turned upright."""
+    """Decode the first frame completely and turn it upright."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: {'not a file' if os.path.exists(path) else 'no such image file'}")
     if os.path.getsize(path) == 0:
@@ -283,12 +283,15 @@ def _conversion(path: Path, image: Image.Image) -> ToRgb | None:
 
 
 def _rgb(image: Image.Image, convert: ToRgb | None) -> Tensor:
-    """[3, H, W] in [0, 1] of an 8-bit image, its transparency left out."""
+    """Return an 8-bit image as [3, H, W] in [0, 1], without its transparency."""
     return _pixels(image.convert("RGB") if convert is None else convert(image))
 
 
 def _grey_16bit(image: Image.Image, convert: ToRgb | None) -> Tensor:
-    """[3, H, W] in [0, 1] of a 16-bit greyscale image, converted by the 256 levels that its values lie between."""
+    """Return a 16-bit grayscale image as [3, H, W] in [0, 1].
+
+    The image is converted by the 256 levels that its values lie between.
+    """
     grey = _pixels_16bit(image)
     if convert is None:
         return grey.repeat(3, 1, 1)
@@ -298,7 +301,7 @@ def _grey_16bit(image: Image.Image, convert: ToRgb | None) -> Tensor:
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """[C, H, W] in [0, 1] of an 8-bit image."""
+    """Return an 8-bit image as [C, H, W] in [0, 1]."""
     values = torch.from_numpy(np.array(image))
     if values.ndim == 2:
         values = values[..., None]
@@ -306,5 +309,5 @@ def _pixels(image: Image.Image) -> Tensor:
 
 
 def _pixels_16bit(image: Image.Image) -> Tensor:
-    """[1, H, W] in [0, 1] of a 16-bit greyscale image, which Pillow's own conversion would clip at 255."""
+    """Return a 16-bit grayscale image as [1, H, W] in [0, 1]; Pillow's own conversion would clip it at 255."""
     return torch.from_numpy(np.array(image).astype(np.float32) / 65535)[None]

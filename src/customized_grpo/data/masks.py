@@ -79,7 +79,7 @@ def misfit(picture: Path, mask: Path) -> str | None:
 
 
 def _fitting(of_picture: Header, of_mask: Header) -> list[int]:
-    """The orientations that bring the mask to the shape of the upright picture."""
+    """Return the orientations that bring the mask to the shape of the upright picture."""
     shape, orientation = of_mask.upright, of_picture.orientation
     if of_mask.orientation is not None or orientation is None or not 2 <= orientation <= 8:
         return [1] if _alike(shape, of_picture.upright) else []
@@ -91,7 +91,7 @@ def _fitting(of_picture: Header, of_mask: Header) -> list[int]:
 def _both(picture: Path, of_picture: Header, mask: Path) -> str:
     return (
         f"{mask}: the mask fits its picture {picture}, which EXIF turns (orientation {of_picture.orientation}), both "
-        "as it is stored and as it is shown; save the picture upright, without an orientation, and a mask that fits it"
+        "as stored and as shown; save the picture upright, without an orientation, and a mask that fits it"
     )
 
 

@@ -113,7 +113,7 @@ def _check(source: Path, output: Path | None, options: Options) -> None:
 
 
 def _reading(name: str, source: Path, options: Options) -> tuple[int, Generator[EntryOrProblem]]:
-    """How many entries and problems there are, and these."""
+    """Return the number of entries and problems, and an iterator over both."""
     if name == HUGGING_FACE:
         tables = open_tables(source, options.split)
         named = Named(options.prompt_column, options.reference_column)
@@ -130,7 +130,7 @@ def _reading(name: str, source: Path, options: Options) -> tuple[int, Generator[
 class _Pictures:
     """Writes each distinct picture once, with its mask; or, without a folder, only looks at it.
 
-    With `makes_masks` missing masks are made, by `segment`, where there is a folder.
+    With `makes_masks`, missing masks are made by `segment` if there is a folder.
     """
 
     def __init__(self, folder: Path | None, max_side: int, segment: Segment | None, makes_masks: bool) -> None:
@@ -142,7 +142,10 @@ class _Pictures:
         return sum(not isinstance(each, str) for each in self._written.values())
 
     def sample(self, entry: Entry, identifier: str, references: str) -> Sample | Problem:
-        """An entry as it is written, with its first reference or all. What is wrong is told of the first picture."""
+        """Return an entry as written, with its first reference or all.
+
+        A problem names the first picture.
+        """
         last = 1 if references == "first" else len(entry.references)
         masks: Sequence[Path | None] = entry.masks or [None] * len(entry.references)
         written = [self._write(*pair) for pair in zip(entry.references[:last], masks[:last], strict=True)]

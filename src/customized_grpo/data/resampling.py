@@ -25,8 +25,8 @@ def to_levels(images: Tensor) -> Tensor:
 def resample(levels: Tensor, size: tuple[int, int], kernel: str) -> Tensor:
     """Resize `levels` [..., h, w] uint8 to (height, width) `size`, equal to Pillow's `Image.resize` in every level.
 
-    `kernel`: one of SUPPORT, or "nearest". The order of the axes is that of Pillow 13: the vertical one first where the
-    height shrinks by more than twice the pixels that the width does, else the horizontal one.
+    `kernel`: one of SUPPORT, or "nearest". The order of the axes is Pillow 13's: the vertical one first if the height
+    shrinks by more than twice the pixels that the width does, else the horizontal one.
     """
     lost_rows, lost_columns = levels.shape[-2] - size[0], levels.shape[-1] - size[1]
     rows_first = lost_rows > 0 and lost_rows > 2 * lost_columns
@@ -51,8 +51,10 @@ def _along(levels: Tensor, length: int, kernel: str) -> Tensor:
 
 
 def _taps(length: int, new_length: int, kernel: str) -> tuple[Tensor, Tensor]:
-    """For each of the K pixels that a new pixel may be made of: where they lie [K, new_length] int64, and their weights
-    [K, new_length] int32, in units of 2^-PRECISION."""
+    """Return the position and the weight of each of the K pixels that make up a new pixel.
+
+    Positions are [K, new_length] int64, weights [K, new_length] int32 in units of 2^-PRECISION.
+    """
     scale = length / new_length
     stretch = max(scale, 1.0)
     reach = SUPPORT[kernel] * stretch

@@ -1,4 +1,4 @@
-"""Subject data as others lay it out, read as entries: a prompt, pictures of its subject, masks where there are any.
+"""Subject data in the layouts of others, read as entries: a prompt, pictures of its subject, and masks if any.
 
 Nothing here opens a picture. Paths may not leave the source folder, links followed.
 """
@@ -18,7 +18,7 @@ from customized_grpo.io.text import read_text_lines
 
 PROMPTS, CLASSES = "prompts.txt", "prompts_and_classes.txt"
 MASK = "_mask"
-"""What the name of a mask has after that of its picture."""
+"""Suffix of a mask's name after the name of its picture."""
 PLACE = "{}"
 """Where a template of prompts.txt has the subject's name."""
 LISTED = 30
@@ -27,9 +27,10 @@ Reader = Callable[[Path], Iterator[EntryOrProblem]]
 
 
 def read_folders(source: Path) -> Iterator[EntryOrProblem]:
-    """A folder per subject with its pictures and a prompts.txt, one prompt a line; `{}` stands for the folder's name.
+    """Read a folder per subject with its pictures and a prompts.txt, one prompt a line.
 
-    Masks, where there are any, are named after their pictures: toy.jpg and toy_mask.png.
+    `{}` in a prompt stands for the folder's name. Masks, if any, are named after their pictures: toy.jpg and
+    toy_mask.png.
     """
     for folder in (path for path in listed(source) if path.is_dir()):
         prompts = folder / PROMPTS
@@ -51,8 +52,10 @@ def read_folders(source: Path) -> Iterator[EntryOrProblem]:
 
 
 def read_dreambench(source: Path) -> Iterator[EntryOrProblem]:
-    """DreamBench's folder: one of pictures for each subject, and prompts_and_classes.txt with the subjects' classes and
-    25 templates for objects and for living things."""
+    """Read DreamBench's folder: a folder of pictures per subject, and prompts_and_classes.txt.
+
+    That file holds the subjects' classes and 25 templates for objects and for living things.
+    """
     try:
         text = "\n".join(read_text_lines(source / CLASSES))
     except (OSError, UnicodeDecodeError) as error:
@@ -84,8 +87,10 @@ def read_dreambench(source: Path) -> Iterator[EntryOrProblem]:
 
 
 def read_manifest(source: Path) -> Iterator[EntryOrProblem]:
-    """JSON lists of `{"prompt", "image_path" or "image_paths"}`, as UNO and DreamBench's lists are; a picture to be
-    drawn (`image_tgt_path`) is not needed."""
+    """Read JSON lists of `{"prompt", "image_path" or "image_paths"}`, as UNO's and DreamBench's lists are.
+
+    A picture to be drawn (`image_tgt_path`) is not needed.
+    """
     for path, number, record in _records(source):
         place = f"{path.name}:{number}"
         paths = record.get("image_paths", record.get("image_path"))
@@ -93,8 +98,11 @@ def read_manifest(source: Path) -> Iterator[EntryOrProblem]:
 
 
 def read_syncd(source: Path) -> Iterator[EntryOrProblem]:
-    """SynCD: lists of `{"filenames", "prompts"}` beside their pictures, with masks/ of the same names; or of `{"id",
-    "ref_img", "img", "text", "category_description"}`. The reference of a prompt is another picture of its subject."""
+    """Read SynCD: JSON lists beside their pictures.
+
+    Either lists of `{"filenames", "prompts"}` with masks/ of the same names, or lists of `{"id", "ref_img", "img",
+    "text", "category_description"}`. The reference of a prompt is another picture of its subject.
+    """
     for path, number, record in _records(source):
         place = f"{path.name}:{number}"
         if "ref_img" in record:
@@ -121,7 +129,7 @@ READERS: dict[str, Reader] = {
 
 
 def recognise(source: Path) -> str:
-    """The reader for the folder `source`, of `READERS` or `HUGGING_FACE`. Raises `UserError` where none fits."""
+    """Return the reader for the folder `source`, of `READERS` or `HUGGING_FACE`. Raises `UserError` where none fits."""
     if is_saved(source):
         return HUGGING_FACE
     if (source / CLASSES).is_file():

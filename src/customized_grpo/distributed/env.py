@@ -12,7 +12,7 @@ _LOCAL_WORLD = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 
 def world_size() -> int:
-    """How many processes were launched together. Raises `UserError` where what launched them says no number."""
+    """Return the number of processes launched together. Raises `UserError` if the launcher's number is not one."""
     said = os.environ.get("WORLD_SIZE", "1")
     if not said.isdecimal() or int(said) < 1:
         raise UserError(f"WORLD_SIZE: the environment variable is {said!r}, expected a number of processes; unset it")
@@ -20,22 +20,23 @@ def world_size() -> int:
 
 
 def local_world() -> int:
-    """How many processes of this run are on this machine, by what launched them; 1 where that does not say."""
+    """Return how many processes of this run are on this machine; 1 if the launcher does not say."""
     return int(_told(_LOCAL_WORLD) or 1)
 
 
 def local_rank() -> int:
-    """Which of them this process is."""
+    """Return which of them this process is."""
     return int(_told(_LOCAL_RANK) or 0)
 
 
 def processes_here() -> int:
-    """How many there are at least: where nothing says how many, those before this one are known."""
+    """Return at least how many processes run on this machine; without a launcher's number, the ranks before this one
+    count."""
     return max(local_world(), local_rank() + 1)
 
 
 def _told(names: Sequence[str]) -> str | None:
-    """What the first of these variables says that is set; a process that runs alone is told nothing."""
+    """Return the first of these environment variables that is set; None in a single-process run."""
     if world_size() == 1:
         return None
     return next((os.environ[name] for name in names if name in os.environ), None)

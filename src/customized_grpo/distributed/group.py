@@ -24,7 +24,7 @@ from customized_grpo.errors import TrainingError, UserError, first_line
 BUCKET = 1 << 26
 """Numbers that are summed at once: bounds the memory of the copy."""
 TEXT = 2000
-"""Bytes of an error that other processes are told."""
+"""Bytes of an error that are sent to other processes."""
 _FINE, _USER_ERROR, _TRAINING_ERROR, _TERMINATED = range(4)
 
 
@@ -38,7 +38,7 @@ class DistributedGroup:
         """Whether all processes have agreed to end."""
 
     def before_force(self, act: Callable[[], None]) -> None:
-        """Have `act` done in a thread before this process is ended by force, because another one is gone."""
+        """Run `act` in a thread before this process is ended by force, because another process is gone."""
         if self._watch is not None:
             self._watch.last_act = act
 
@@ -48,7 +48,8 @@ class DistributedGroup:
         return self.rank == 0
 
     def local_range(self, count: int, rank: int | None = None) -> range:
-        """Which of `count` things in order are those of `rank` (of this one if None): a run of neighbours."""
+        """Return the part of `count` things in order that belongs to `rank` (None: this process): a run of
+        neighbors."""
         rank = self.rank if rank is None else rank
         return range(rank * count // self.world_size, (rank + 1) * count // self.world_size)
 
@@ -73,7 +74,10 @@ class DistributedGroup:
                 tensor.copy_(summed.view_as(tensor))
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """The rows [n, ...] of all processes [N, ...] in the order of ranks, on the CPU; n may differ, the rest not."""
+        """Return the rows [n, ...] of all processes as [N, ...] in the order of ranks, on the CPU.
+
+        Processes may have different numbers n of rows; all else must be equal.
+        """
         if self.world_size == 1:
             return tensor
         kind = torch.uint8 if tensor.dtype == torch.bool else tensor.dtype
@@ -90,20 +94,20 @@ class DistributedGroup:
         return bytes(self.gather(own).tolist()).decode()
 
     def all_gather(self, row: Tensor) -> Tensor:
-        """The `row` [n] of each process, [N, n], on the CPU."""
+        """Return the `row` [n] of each process as [N, n], on the CPU."""
         return torch.stack([row] if self.world_size == 1 else self._gathered(row.cpu()))
 
     def mismatched_ranks(self, value: Tensor) -> list[int]:
-        """The ranks whose `value` [n] is not that of rank 0."""
+        """Return the ranks whose `value` [n] differs from rank 0's."""
         values = self.all_gather(value)
         return [rank for rank, each in enumerate(values) if not torch.equal(each, values[0])]
 
     @contextmanager
     def synchronized(self) -> Iterator[None]:
-        """What is within succeeds in every process, or fails in every one.
+        """Make a block succeed in every process, or fail in every process.
 
-        An error in one is raised in the first, under the other's name; the rest end quietly. A SIGTERM that any of them
-        heard is `Terminated` in all.
+        An error in one process is raised in the first, under the other's name; the rest end quietly. A signal that any
+        of them received is `Terminated` in all.
         """
         if self.world_size == 1:
             yield
@@ -132,7 +136,7 @@ class DistributedGroup:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within `together`: what is within talks to no other process, so that SIGTERM need not wait for its end."""
+        """Mark a block that does no communication, so that a signal may interrupt it. Use inside `synchronized`."""
         if self._watch is None:
             yield
             return
@@ -141,7 +145,7 @@ class DistributedGroup:
 
     @contextmanager
     def blaming(self) -> Iterator[None]:
-        """An error of torch within is put down to the process that is gone, if one is."""
+        """Attribute a torch error to the process that died, if one did."""
         try:
             yield
         except RuntimeError as error:
@@ -165,7 +169,7 @@ class DistributedGroup:
 
     @contextmanager
     def _talking(self) -> Iterator[None]:
-        """What torch.distributed says of a process that is gone, with its name."""
+        """Name the process that is gone in errors of torch.distributed."""
         try:
             yield
         except RuntimeError as error:
@@ -176,10 +180,10 @@ class DistributedGroup:
 
 @contextmanager
 def init_distributed(termination: SignalHandler, silence: float) -> Iterator[DistributedGroup]:
-    """The processes of this run, connected; the only one where none were launched together.
+    """Initialize torch.distributed; yield a group of one in a single-process run.
 
-    Raises `UserError` where they cannot be connected. `silence`: seconds after which a process without a sign of life
-    is gone.
+    `silence`: seconds without a heartbeat after which a process is taken for gone. Raises `UserError` if the processes
+    cannot be connected.
     """
     world = world_size()
     if world == 1:

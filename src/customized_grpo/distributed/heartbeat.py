@@ -21,11 +21,11 @@ STORE = 0
 
 
 class HeartbeatMonitor:
-    """Signs of life of every process, and what one says to all: that it was told to end.
+    """Monitors the heartbeats of all processes, and broadcasts a termination signal.
 
-    A process that is silent for `silence` seconds is gone. Whoever waits for it then stops, by itself or by force: some
-    ways to wait never end. One thread talks to the store, which is in one of the processes and may be gone with it;
-    another only looks at the clock.
+    A process that is silent for `silence` seconds is gone. A process that waits for it then stops, by itself or by
+    force: some ways to wait never end. One thread talks to the store, which lives in one of the processes and may be
+    gone with it; another only looks at the clock.
     """
 
     def __init__(self, store: Any, rank: int, world: int, termination: SignalHandler, silence: float) -> None:
@@ -52,14 +52,14 @@ class HeartbeatMonitor:
             self._threads[-1].start()
 
     def who_is_gone(self, error: RuntimeError) -> str:
-        """What to say once talking has failed with `error`: known when the silence of one has lasted."""
+        """Return the message for a failed exchange: which process is gone, once its silence has lasted."""
         found = self.finds_one_gone()
         # The caller has heard it, and may have a checkpoint to write before it ends.
         self.close()
         return self._told() if found else f"processes could not talk: {first_line(error)}"
 
     def finds_one_gone(self) -> bool:
-        """Whether a process is silent from now on, or was already."""
+        """Return whether a process falls silent from now on, or was silent already."""
         self._silence = min(self._silence, GRACE)
         return self._found.wait(self._silence + GRACE)
 

@@ -28,7 +28,7 @@ MARKER = "CUSTOMIZED_GRPO_SAVING"
 
 
 def is_launched(count: int) -> bool:
-    """Whether this process is one of `count` already. Raises `UserError` where it is one of another number."""
+    """Return whether this process is one of `count` already. Raises `UserError` if it belongs to another number."""
     world = world_size()
     if count < 1:
         raise UserError(f"--num_processes: {count} processes cannot be started; give 1 or more")

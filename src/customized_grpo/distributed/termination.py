@@ -49,7 +49,7 @@ class SignalHandler:
         return 128 + (self._number or signal.SIGTERM)
 
     def defer(self) -> None:
-        """From now on raise `Terminated` in `poll` alone: where processes wait for each other, none leaves alone."""
+        """Raise `Terminated` only in `poll` from now on: while processes wait for each other, none leaves alone."""
         self._deferred = True
 
     @contextmanager
@@ -68,7 +68,8 @@ class SignalHandler:
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """Within, this process waits for no other: `Terminated` is raised where a signal finds it, deferred or not."""
+        """Raise `Terminated` wherever a signal finds this block, deferred or not: the block waits for no other
+        process."""
         before, self._deferred = self._deferred, False
         try:
             self.check()

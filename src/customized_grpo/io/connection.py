@@ -32,7 +32,7 @@ class Route:
     variable: str | None = None
 
     def words(self) -> str:
-        """The way in words, for messages about a connection that fails; empty for the direct one."""
+        """Return the way in words, for messages about a connection that fails; empty for the direct one."""
         return f", through the proxy that {self.variable} names" if self.variable else ""
 
 
@@ -80,7 +80,7 @@ def open_client(address: httpx2.URL, route: Route, headers: dict[str, str]) -> h
 
 
 def _through(scheme: str, url: str) -> Route:
-    """The way through the proxy that is named for a scheme."""
+    """Return the way through the proxy that is named for a scheme."""
     names = (f"{scheme}_proxy", f"{scheme}_proxy".upper())
     variable = next((name for name in names if os.environ.get(name) == url), f"{scheme}_proxy (of the system)")
     return Route(_proxy(variable, url if "://" in url else f"http://{url}"), variable)
@@ -117,7 +117,7 @@ def _check_host(address: httpx2.URL) -> None:
 
 
 def _certificates() -> ssl.SSLContext:
-    """The certificates to trust: those that SSL_CERT_FILE or SSL_CERT_DIR names, else the system's."""
+    """Return the certificates to trust: those that SSL_CERT_FILE or SSL_CERT_DIR names, else the system's."""
     loaders: dict[str, Callable[[str], ssl.SSLContext]] = {
         "SSL_CERT_FILE": lambda path: ssl.create_default_context(cafile=path),
         "SSL_CERT_DIR": lambda path: ssl.create_default_context(capath=path),
@@ -141,7 +141,7 @@ def _certificates() -> ssl.SSLContext:
 
 
 def _is_local(host: str) -> bool:
-    """Whether a host is this machine: no proxy can reach it."""
+    """Return whether a host is this machine: no proxy can reach it."""
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -152,7 +152,7 @@ def _is_local(host: str) -> bool:
 
 
 def _is_exempt(host: str, port: int, entries: str) -> bool:
-    """Whether NO_PROXY names a host: `*`, itself, a domain above it, or its network, with or without a port."""
+    """Return whether NO_PROXY names a host: `*`, itself, a domain above it, or its network, with or without a port."""
     for entry in (entry.strip().lower().split("://")[-1] for entry in entries.split(",")):
         found = re.fullmatch(r"\[(.+)\](?::(\d+))?|([^:]+)(?::(\d+))?", entry)
         name, wanted = (found[1] or found[3], found[2] or found[4]) if found else (entry, None)

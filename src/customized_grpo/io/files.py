@@ -146,17 +146,17 @@ def read_header(file: BinaryIO) -> dict[str, Any]:
 
 
 def file_sha256(path: Path) -> str:
-    """What the bytes of a file hash to; they are never all in memory."""
+    """Return the SHA-256 of a file, which is never in memory as a whole."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[int | None]:
-    """Hold the lock of `folder` against `what` else writes into it; its descriptor, which processes that are handed it
-    hold too, or None where the disk has no locks.
+    """Hold the lock of `folder`, so that nothing else (`what`) writes into it.
 
-    Raises `UserError` where another holds it.
+    Yields the descriptor, which processes that inherit it hold too; None on a disk without locks. Raises `UserError` if
+    another process holds the lock.
     """
     with writing(folder):
         file = (folder / LOCK).open("w")
@@ -206,7 +206,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def _nearest(folder: Path) -> Path:
-    """`folder`, or of the folders that it would be made in the first that is there."""
+    """Return `folder`, or its nearest parent that exists."""
     return next(path for path in (folder, *folder.resolve().parents) if path.exists())
 
 

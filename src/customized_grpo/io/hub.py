@@ -38,7 +38,7 @@ def check_shards(folder: Path, field: str) -> None:
             names = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{field}: {path} is no index of weights ({first_line(error)}); download it anew"
+                f"{field}: {path} is no index of weights ({first_line(error)}); download it again"
             ) from error
         others = [name for name in sorted(names) if not name.endswith(".safetensors") or {"/", "\\"} & set(name)]
         if others:
@@ -50,8 +50,10 @@ def check_shards(folder: Path, field: str) -> None:
 
 @contextmanager
 def forbid_pickles() -> Iterator[None]:
-    """Within, `torch.load` raises ValueError: whatever makes a library turn to it (an index on the hub, a name in a
-    configuration), no pickle is read."""
+    """Make `torch.load` raise ValueError inside this block.
+
+    A library may turn to it because of an index on the hub or a name in a configuration; no pickle is read either way.
+    """
 
     def refuse(file: Any, *arguments: Any, **settings: Any) -> NoReturn:
         raise ValueError(f"{file} is no safetensors file, and others are never read")
@@ -65,8 +67,10 @@ def forbid_pickles() -> Iterator[None]:
 
 
 def resolve_file(name: str, field: str) -> Path:
-    """The safetensors file `name`, or `owner/name/file.safetensors` of the hub, downloaded where need be. Raises
-    `UserError`, naming the configuration `field`, where there is none."""
+    """Return the safetensors file `name`, downloading `owner/name/file.safetensors` from the hub if needed.
+
+    Raises `UserError`, naming the configuration `field`, if it cannot be found.
+    """
     path = Path(name)
     if path.is_file():
         return path
@@ -79,8 +83,10 @@ def resolve_file(name: str, field: str) -> Path:
 
 
 def download_beside(name: str, beside: str, field: str) -> None:
-    """Download the file `beside` that stands in the folder of `owner/name/file` on the hub. Raises `UserError`, naming
-    the configuration `field`, where there is none."""
+    """Download the file `beside` from the folder of `owner/name/file` on the hub.
+
+    Raises `UserError`, naming the configuration `field`, if there is none.
+    """
     _download_file(f"{name.rpartition('/')[0]}/{beside}", field)
 
 

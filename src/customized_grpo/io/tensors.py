@@ -11,8 +11,10 @@ from customized_grpo.errors import UserError
 
 
 def read_tensors(path: Path, field: str) -> dict[str, Tensor]:
-    """The tensors in the file `path` by name. Raises `UserError`, naming the configuration `field`, for a damaged
-    one."""
+    """Return the tensors in the file `path` by name.
+
+    Raises `UserError`, naming the configuration `field`, for a damaged one.
+    """
     try:
         return load_file(path)
     except SafetensorError as error:
@@ -20,7 +22,7 @@ def read_tensors(path: Path, field: str) -> dict[str, Tensor]:
 
 
 def mismatch(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """The first thing wrong with `state` where the names and shapes of `expected` are wanted; "" where nothing is."""
+    """Return the first difference between `state` and the names and shapes of `expected`; "" if there is none."""
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unknown:
         return f"it {'lacks' if missing else 'has'} {(missing or unknown)[0]}"

@@ -18,8 +18,11 @@ CPU = torch.device("cpu")
 
 
 def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
-    """The device named, or for "auto" CUDA's, the CPU without one. In a run of several processes "cuda" is this one's
-    own GPU. Raises `UserError` where it is none, or not here; `prefix` and "device" make the name of the field."""
+    """Return the device named, or for "auto" CUDA's, the CPU without one.
+
+    In a run of several processes "cuda" is this one's own GPU. Raises `UserError` where it is none, or not here;
+    `prefix` and "device" make the name of the field.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and world_size() > 1 and torch.cuda.is_available():
@@ -35,7 +38,8 @@ def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
 
 
 def _own_gpu(prefix: str) -> int:
-    """Which GPU is this process's. Two on one would only fail, in NCCL, when they first talk."""
+    """Return the index of this process's GPU. Two processes on one GPU would fail only when NCCL first connects
+    them."""
     gpus, processes = torch.cuda.device_count(), processes_here()
     if gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ:
         return 0  # what launched the process shows it its own alone
@@ -55,7 +59,7 @@ def _own_gpu(prefix: str) -> int:
 def resolve_precision(
     precision: Literal["auto", "fp32", "bf16"], device: torch.device = CPU
 ) -> Literal["fp32", "bf16"]:
-    """`precision`, or for "auto" bf16 where `device` multiplies it natively: emulated, it is 20 times slower."""
+    """Return `precision`, or for "auto" bf16 where `device` multiplies it natively: emulated, it is 20 times slower."""
     if precision != "auto":
         return precision
     if device.type == "cuda":

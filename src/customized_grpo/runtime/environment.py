@@ -15,7 +15,7 @@ DECISIVE = ("torch", "peft", "diffusers", "transformers", "numpy", "pillow")
 
 
 def describe() -> dict[str, str]:
-    """Names and values: versions, processor, accelerators."""
+    """Return names and values: versions, processor, accelerators."""
     facts = {
         "customized-grpo": __version__,
         "python": platform.python_version(),
@@ -30,5 +30,5 @@ def describe() -> dict[str, str]:
 
 @cache
 def library_versions() -> dict[str, str]:
-    """Versions of the package and of the libraries that decide the result of a run."""
+    """Return versions of the package and of the libraries that decide the result of a run."""
     return {"customized-grpo": __version__, **{name: metadata.version(name) for name in DECISIVE}}

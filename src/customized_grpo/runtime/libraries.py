@@ -2,7 +2,10 @@
 
 
 def silence_libraries() -> None:
-    """No bars and no notes; errors stay. Call it before the models' own modules are imported: some talk then."""
+    """Silence progress bars and notes of libraries; errors stay.
+
+    Call this before a model's own modules are imported: some print at import.
+    """
     # They take seconds to import, and ToyBox needs neither.
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -55,7 +55,7 @@ def _render_chunk(subjects: Subjects, scenes: Scenes) -> tuple[Tensor, Tensor]:
 
 
 def _soft(distance: Tensor) -> Tensor:
-    """Coverage in [0, 1] of a region given by its signed distance in pixels."""
+    """Return the coverage in [0, 1] of a region given by its signed distance in pixels."""
     return (0.5 - distance).clamp(0, 1)
 
 
@@ -68,7 +68,7 @@ def _over(image: Tensor, paint: Tensor, coverage: Tensor) -> Tensor:
 
 
 def hsv_to_rgb(hue: Tensor, saturation: float, value: float) -> Tensor:
-    """Colours [B, 3] of `hue` [B] in turns, at one saturation and value."""
+    """Return the colors [B, 3] of `hue` [B] in turns, at one saturation and value."""
     k = (torch.tensor([5.0, 3.0, 1.0]) + hue.unsqueeze(-1) * 6) % 6
     return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -143,7 +143,7 @@ def _ghost(u: Tensor, v: Tensor) -> Tensor:
 
 
 def _skin(subjects: Subjects, u: Tensor, v: Tensor) -> Tensor:
-    """The two-coloured skin [B, 3, H, W]."""
+    """Return the two-colored skin [B, 3, H, W]."""
     first = hsv_to_rgb(subjects.hues[:, 0], 0.62, 0.98).view(-1, 3, 1, 1)
     second = hsv_to_rgb(subjects.hues[:, 1], 0.95, 0.62).view(-1, 3, 1, 1)
     u, v = torch.broadcast_tensors(u, v)
@@ -170,7 +170,7 @@ def _eyes(image: Tensor, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
 
 
 def _accessories(image: Tensor, accessory: Tensor, u: Tensor, v: Tensor, radius: Tensor) -> Tensor:
-    """Dress each picture's subject in what it wears."""
+    """Draw on each picture what its subject wears."""
     nowhere = torch.full_like(u + v, 9.0)
 
     def worn(name: str, distance: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _accessories(image: Tensor, accessory: Tensor, u: Tensor, v: Tensor, radius:
 
 
 def _backgrounds(scenes: Scenes, x: Tensor, y: Tensor) -> Tensor:
-    """Backgrounds [B, 3, H, W]."""
+    """Return backgrounds [B, 3, H, W]."""
     draw = {
         "beach": _beach, "snow": _snow, "forest": _forest, "desert": _desert,
         "city": _city, "space": _space, "meadow": _meadow, "sea": _sea,

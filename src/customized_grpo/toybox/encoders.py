@@ -74,11 +74,11 @@ class PromptEncoder(nn.Module):
         self.mix = nn.Sequential(nn.Linear(128, 256), nn.SiLU(), nn.Linear(256, EMBEDDING))
 
     def image(self, images: Tensor) -> Tensor:
-        """Images [B, 3, 32, 32] in [0, 1]."""
+        """Encode images [B, 3, 32, 32] in [0, 1]."""
         return F.normalize(self.trunk(images).float(), dim=-1)
 
     def text(self, tokens: Tensor) -> Tensor:
-        """Token ids [B, MAX_WORDS]."""
+        """Encode token ids [B, MAX_WORDS]."""
         said = (tokens != PADDING).unsqueeze(-1)
         words = ((self.words(tokens) + self.places) * said).sum(1) / said.sum(1)
         return F.normalize(self.mix(words).float(), dim=-1)
@@ -94,6 +94,6 @@ class JudgeNetwork(nn.Module):
         self.hues = nn.Linear(256, 4)
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Logits by attribute, and hue vectors [B, 2, 2] (cosine, sine; unit length in the limit of training)."""
+        """Return logits by attribute, and hue vectors [B, 2, 2]: cosine and sine, of unit length once trained."""
         features = F.silu(self.trunk(images))
         return {name: head(features) for name, head in self.heads.items()}, self.hues(features).unflatten(-1, (2, 2))

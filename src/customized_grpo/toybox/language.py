@@ -84,7 +84,10 @@ class Request:
 
 
 def words_of(prompt: str) -> list[str]:
-    """The words of `prompt`, checked. Raises `UserError` for an unknown word or more than `MAX_WORDS` of them."""
+    """Return the words of `prompt`, checked.
+
+    Raises `UserError` for an unknown word or more than `MAX_WORDS` of them.
+    """
     words = re.findall(r"[^\s,.;:!?]+", prompt.lower())
     for word in words:
         if word not in _IDS:
@@ -102,7 +105,7 @@ def words_of(prompt: str) -> list[str]:
 
 
 def tokenize(prompts: Sequence[str]) -> Tensor:
-    """Token ids [B, MAX_WORDS] int64, 0 for padding. Raises `UserError` as `words_of` does."""
+    """Return token ids [B, MAX_WORDS] int64, 0 for padding. Raises `UserError` as `words_of` does."""
     ids = torch.full((len(prompts), MAX_WORDS), PADDING)
     for row, prompt in enumerate(prompts):
         words = [_IDS[word] for word in words_of(prompt)]
@@ -111,7 +114,7 @@ def tokenize(prompts: Sequence[str]) -> Tensor:
 
 
 def parse(prompt: str) -> Request:
-    """What `prompt` asks for. An accessory left unsaid means none is worn; the rest left unsaid is free."""
+    """Return what `prompt` asks for. An accessory left unsaid means none is worn; the rest left unsaid is free."""
     words = words_of(prompt)
 
     def first(kind: str) -> int | None:
@@ -121,7 +124,7 @@ def parse(prompt: str) -> Request:
 
 
 def caption(subjects: Subjects, scenes: Scenes, generator: torch.Generator) -> list[str]:
-    """One prompt for each picture [B], in a wording drawn from `generator`."""
+    """Return one prompt for each picture [B], in a wording drawn from `generator`."""
     choices = torch.randint(1 << 16, (len(subjects), 4), generator=generator).tolist()
     attributes = torch.stack([subjects.shape, scenes.scene, scenes.accessory, scenes.position], dim=1).tolist()
     captions = []

@@ -43,22 +43,23 @@ class Context:
     pooled: Tensor
 
     def take(self, index: Tensor) -> "Context":
-        """The rows `index` [N] of the batch, repeats allowed."""
+        """Return the rows `index` [N] of the batch, repeats allowed."""
         return Context(self.keys[:, index], self.values[:, index], self.bias[index], self.pooled[index])
 
 
 def patchify(images: Tensor) -> Tensor:
-    """[B, 3, 32, 32] -> tokens [B, N, PIXELS]."""
+    """Split images [B, 3, 32, 32] into tokens [B, N, PIXELS]."""
     return F.pixel_unshuffle(images, PATCH).flatten(2).transpose(1, 2)
 
 
 def unpatchify(tokens: Tensor) -> Tensor:
-    """Tokens [B, N, PIXELS] -> [B, 3, 32, 32]."""
+    """Merge tokens [B, N, PIXELS] into images [B, 3, 32, 32]."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (GRID, GRID)), PATCH)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention over [B, H, *, D/H], written out: at these lengths faster than the fused kernel on a CPU."""
+    """Compute softmax attention over [B, H, *, D/H], written out: at these lengths faster than the fused kernel on a
+    CPU."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     if bias is not None:
         scores = scores + bias.to(scores.dtype)
@@ -66,17 +67,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, *, D] -> [B, H, *, D/H]."""
+    """Split the heads: [B, *, D] -> [B, H, *, D/H]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
-    """[B, H, *, D/H] -> [B, *, D]."""
+    """Merge the heads: [B, H, *, D/H] -> [B, *, D]."""
     return x.transpose(1, 2).flatten(2)
 
 
 def time_features(sigma: Tensor, width: int) -> Tensor:
-    """Sines and cosines [B, width] of the noise level `sigma` [B] in [0, 1]."""
+    """Return sines and cosines [B, width] of the noise level `sigma` [B] in [0, 1]."""
     frequencies = torch.exp(-math.log(1000.0) * torch.arange(width // 2, device=sigma.device) / (width // 2))
     angles = 1000.0 * sigma[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -115,7 +116,7 @@ class ContextTower(nn.Module):
         self.pool = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor, reference: Tensor) -> Context:
-        """`tokens` [B, MAX_WORDS] int64, `reference` [B, 3, 32, 32] in [-1, 1]."""
+        """Encode `tokens` [B, MAX_WORDS] int64 and `reference` [B, 3, 32, 32] in [-1, 1]."""
         x = torch.cat([self.patches(patchify(reference)), self.words(tokens)], dim=1) + self.positions
         absent = F.pad(tokens == PADDING, (GRID * GRID, 0))
         bias = torch.zeros_like(absent, dtype=torch.float32).masked_fill(absent, -1e4)[:, None, None]
@@ -141,7 +142,7 @@ class DenoiserBlock(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, modulation: Tensor, context: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """`x` [B, N, D], `modulation` [B, 6, D], `context` one layer's keys and values, and the bias."""
+        """Update `x` [B, N, D] by `modulation` [B, 6, D] and `context`: one layer's keys, values and bias."""
         parts = (modulation + self.modulation.to(modulation.dtype)).unsqueeze(2).unbind(1)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         h = F.layer_norm(x, x.shape[-1:]) * (1 + scale1) + shift1
@@ -181,7 +182,7 @@ class Denoiser(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, latents: Tensor, sigma: Tensor, context: Context) -> Tensor:
-        """`latents` [B, 3, 32, 32], `sigma` [B] in (0, 1] -> velocity [B, 3, 32, 32] float32."""
+        """Predict the velocity [B, 3, 32, 32] float32 of `latents` [B, 3, 32, 32] at `sigma` [B] in (0, 1]."""
         x = self.patches(patchify(latents)) + self.positions
         now = F.silu(self.time(time_features(sigma, self.width)) + context.pooled)
         modulation = self.modulation(now).unflatten(-1, (6, self.width))

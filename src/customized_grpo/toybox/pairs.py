@@ -60,7 +60,7 @@ class Pairs:
     captions: list[str]
 
     def take(self, index: Tensor) -> "Pairs":
-        """The pairs at `index` [N]."""
+        """Return the pairs at `index` [N]."""
         return Pairs(
             self.subjects.take(index),
             self.reference_scenes.take(index),

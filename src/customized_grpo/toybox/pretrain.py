@@ -49,7 +49,7 @@ def pretrain(output: Path, seed: int, only: Sequence[str] | None, threads: int |
     if missing and (set(missing) - {CLEAN_GENERATOR} or "generator" in made):
         raise UserError(f"--only: {output} lacks {', '.join(missing)}; make these too")
     if only is None and output.is_dir() and any(output.iterdir()):
-        raise UserError(f"--output: {output} is not empty; name a new folder, or say with --only what to make anew")
+        raise UserError(f"--output: {output} is not empty; name a new folder, or name with --only what to make again")
     check_folder(output, "--output")
     configure(threads)
     keep_freed_memory()

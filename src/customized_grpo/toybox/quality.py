@@ -53,7 +53,7 @@ def measure_quality(folder: Path, pairs: int = MEASURED_PAIRS) -> dict[str, dict
 
 
 def _draw(folder: Path, pairs: Pairs, draw: torch.Generator) -> Tensor:
-    """What the base draws for the pairs, by the deterministic ODE."""
+    """Draw the pairs with the base, by the deterministic ODE."""
     policy = ToyBoxPolicy.load(folder)
     noise = torch.randn(len(pairs.captions), *policy.latent_shape, generator=draw)
     condition = policy.encode(pairs.captions, [[reference] for reference in pairs.references])
@@ -67,13 +67,7 @@ def _verdict(judge: Oracle, images: Tensor, pairs: Pairs) -> dict[str, float]:
 
 
 def _measure_encoders(folder: Path, pairs: Pairs, draw: torch.Generator) -> dict[str, dict[str, float]]:
-    """How informative and how hackable the rewards are.
-
-    identity_encoder_*: AUC at telling the reference's subject in another scene from another subject in the reference's
-    scene; how often a copy of the reference, and the right subject in the reference's scene, score above a correct
-    render of the prompt. prompt_encoder: how often the right caption beats one for another setting of the same
-    subject.
-    """
+    """Measure how informative and how hackable the rewards are."""
     prompt = load_network(PromptEncoder(), "prompt_encoder", folder)
     order = torch.arange(len(pairs.captions)).roll(1)
     other_subject = render(pairs.subjects.take(order), pairs.reference_scenes)[0]
@@ -105,9 +99,9 @@ def _measure_encoders(folder: Path, pairs: Pairs, draw: torch.Generator) -> dict
 
 
 def _measure_copy_meter(judge: Oracle, pairs: Pairs, draw: torch.Generator) -> dict[str, float]:
-    """AUC of the copy score at telling copies of the reference from correct renders of the prompt; and which share of
-    pictures that are no copies, but stand on the reference's background, it calls copies.
+    """Measure how well the copy score separates copies of the reference from correct renders of the prompt (AUC).
 
+    Also measure the share of pictures that it calls copies although they only stand on the reference's background.
     Jittered copies are crops of 60 to 100 % of the side, half of them mirrored, with other brightness and contrast.
     """
 

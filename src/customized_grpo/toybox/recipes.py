@@ -48,14 +48,14 @@ class GeneratorRecipe:
 
 
 def train_clean_generator(recipe: GeneratorRecipe, seed: int, progress: Progress) -> Generator:
-    """The first phase: a generator that does as its prompt and reference say."""
+    """Train the first phase: a generator that follows its prompt and its reference."""
     torch.manual_seed(seed)
     steps, report = recipe.clean_steps, _named(progress, "generator, clean pairs")
     return _train_flow(Generator(), recipe, steps, 1.0, None, torch.Generator().manual_seed(seed), report)
 
 
 def train_noisy_generator(model: Generator, recipe: GeneratorRecipe, seed: int, progress: Progress) -> Generator:
-    """The second phase: `model` goes on with noisy pairs, and learns to err as the web does."""
+    """Train the second phase: `model` continues on noisy pairs and learns to err as data from the web does."""
     draw = torch.Generator().manual_seed(seed)
     steps, report = recipe.noisy_steps, _named(progress, "generator, noisy pairs")
     return _train_flow(model, recipe, steps, recipe.noisy_lr_scale, recipe.noise, draw, report)
@@ -88,7 +88,10 @@ MAX_JUDGE_NOISE = 0.12
 def train_identity_encoder(
     recipe: EncoderRecipe, seed: int, progress: Progress, stage: str = "identity encoder"
 ) -> IdentityEncoder:
-    """Self-supervised: two crops of one picture belong together (SimCLR, arXiv 2002.05709); some pairs cross scenes."""
+    """Train an encoder by self-supervision: two crops of one picture belong together (SimCLR, arXiv 2002.05709).
+
+    Some pairs cross scenes.
+    """
 
     def loss(encoder: IdentityEncoder, pairs: Pairs, draw: torch.Generator) -> Tensor:
         across = torch.rand(len(pairs.captions), 1, 1, 1, generator=draw) < recipe.cross_scene
@@ -101,7 +104,7 @@ def train_identity_encoder(
 
 
 def train_prompt_encoder(recipe: EncoderRecipe, seed: int, progress: Progress) -> PromptEncoder:
-    """Contrastive between pictures and captions (CLIP, arXiv 2103.00020)."""
+    """Train an encoder of pictures and captions by contrast (CLIP, arXiv 2103.00020)."""
 
     def loss(encoder: PromptEncoder, pairs: Pairs, draw: torch.Generator) -> Tensor:
         return _info_nce(encoder.image(pairs.targets), encoder.text(tokenize(pairs.captions)), recipe.temperature)
@@ -110,7 +113,7 @@ def train_prompt_encoder(recipe: EncoderRecipe, seed: int, progress: Progress) -
 
 
 def train_judge(recipe: EncoderRecipe, seed: int, progress: Progress) -> JudgeNetwork:
-    """Supervised by the world's own labels, on targets and references, with noise."""
+    """Train the oracle's network on the world's own labels, on targets and references, with noise."""
 
     def loss(judge: JudgeNetwork, pairs: Pairs, draw: torch.Generator) -> Tensor:
         count = len(pairs.captions)
@@ -151,15 +154,18 @@ def _train_encoder(
 
 
 def _info_nce(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Row b of `first` belongs with row b of `second`, unit vectors [B, E], and with no other; both ways."""
+    """Return the contrastive loss, both ways, of unit vectors [B, E]: row b of `first` belongs with row b of
+    `second` alone."""
     logits = first.float() @ second.float().T / temperature
     target = torch.arange(len(logits))
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
 def crop_and_jitter(images: Tensor, draw: torch.Generator) -> Tensor:
-    """Images [B, 3, H, W] in [0, 1], each a random crop of 60 to 100 % of its side, resized back, half of them
-    mirrored, with brightness and contrast jitter."""
+    """Crop images [B, 3, H, W] in [0, 1] at random and jitter brightness and contrast.
+
+    Crops are 60 to 100 % of the side, resized back, half of them mirrored.
+    """
     count = len(images)
     side, x, y, flip, gain, lift = torch.rand(6, count, generator=draw)
     scale = 0.6 + 0.4 * side
@@ -183,7 +189,7 @@ def _train_flow(
     draw: torch.Generator,
     progress: Callable[[int, int, float], None],
 ) -> Generator:
-    """Rectified flow: regress the velocity at logit-normal times; returns the moving average of the weights."""
+    """Train a rectified flow on the velocity at logit-normal times; return the moving average of the weights."""
     optimizers = _optimizers(model, recipe.matrix_lr * lr_scale, recipe.other_lr * lr_scale)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda k: _warm_then_decay(k, steps)) for o in optimizers]
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema_decay))
@@ -205,8 +211,10 @@ def _train_flow(
 
 
 def _optimizers(model: Generator, matrix_lr: float, other_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for the rest: a quarter lower loss than AdamW alone after 300
-    steps."""
+    """Return Muon for the matrices inside the blocks and AdamW for the rest.
+
+    The loss is a quarter lower than with AdamW alone after 300 steps.
+    """
     hidden = [
         p for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2 and "modulation" not in name
     ]

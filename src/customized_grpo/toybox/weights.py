@@ -22,7 +22,7 @@ QUALITY = "quality.json"
 
 
 def shipped_folder() -> Path:
-    """Where the installed package keeps its weights."""
+    """Return where the installed package keeps its weights."""
     return Path(str(resources.files("customized_grpo.toybox"))) / "weights"
 
 
@@ -54,18 +54,18 @@ def load_network(network: NetworkT, name: str, folder: Path | None = None) -> Ne
 
 
 def first_misfit(error: Exception) -> str:
-    """The first thing wrong, of all the tensors that an error of `load_state_dict` lists on lines of their own."""
+    """Return the first of the tensors that an error of `load_state_dict` lists on lines of their own."""
     lines = [line.strip() for line in str(error).splitlines()]
     return textwrap.shorten(lines[min(1, len(lines) - 1)].rstrip("."), 200, placeholder=" ...")
 
 
 @cache
 def read_quality(folder: Path | None = None) -> dict[str, Any]:
-    """What was measured of the weights when they were made: see `pretraining.measure_quality`."""
+    """Return what was measured of the weights when they were made: see `quality.measure_quality`."""
     path = (folder or shipped_folder()) / QUALITY
     if not path.is_file():
         raise UserError(
-            f"{path}: missing; `customized-grpo toybox pretrain --output FOLDER --only '[]'` measures it anew"
+            f"{path}: missing; `customized-grpo toybox pretrain --output FOLDER --only '[]'` measures it again"
         )
     quality: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return quality

@@ -37,7 +37,7 @@ class Subjects:
         return len(self.shape)
 
     def take(self, index: Tensor) -> "Subjects":
-        """The subjects at `index` [N]."""
+        """Return the subjects at `index` [N]."""
         return Subjects(self.shape[index], self.pattern[index], self.hues[index])
 
 
@@ -58,12 +58,13 @@ class Scenes:
         return len(self.scene)
 
     def take(self, index: Tensor) -> "Scenes":
-        """The settings at `index` [N]."""
+        """Return the settings at `index` [N]."""
         return Scenes(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 def split_of(shape: Tensor, pattern: Tensor, bins: Tensor) -> Tensor:
-    """The split (index into `SPLITS`) of each identity cell [B]: eight tenths train, one tenth each for the others.
+    """Return the split (index into `SPLITS`) of each identity cell [B]: eight tenths train, one tenth each for the
+    others.
 
     A Latin square over (shape, pattern, two hue bins): every split holds every shape, pattern and hue, but no
     combination stands in two of them.
@@ -117,7 +118,7 @@ def sample_reference_scenes(count: int, generator: torch.Generator) -> Scenes:
 
 
 def hue_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Distance of hues on the colour circle, elementwise, in [0, 0.5] turns."""
+    """Return the distance of hues on the color circle, elementwise, in [0, 0.5] turns."""
     return ((a - b + 0.5) % 1.0 - 0.5).abs()
 
 

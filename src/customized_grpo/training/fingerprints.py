@@ -1,17 +1,16 @@
-"""What decides the result of a run: its settings, and hashes of its data and weights, wherever these lie."""
+"""Hashes of the weights that a run starts from, wherever these lie."""
 
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.run import Config, flatten
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import init_adapter
 from customized_grpo.io.files import file_sha256, read_header
@@ -27,23 +26,6 @@ INDEX = "model_index.json"
 BLOB = re.compile("[0-9a-f]{64}")
 """How the hub's cache names a large file: by its SHA-256."""
 THREADS = 8
-MUTABLE_ON_RESUME = (
-    "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.init_from", "policy.weights",
-    "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.",
-    "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
-    "rewards.hpsv3.instruction", "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch",
-    "rewards.deadline", "rewards.vlm_judge.url", "rewards.vlm_judge.concurrency", "rollout.micro_batch",
-    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
-)  # fmt: skip
-"""Fields in which a resumed run may differ from the one it resumes. The contents of data and weights may not."""
-
-
-def resume_fingerprint(config: Config, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Map all that decides the result of a run to its value: fields by dotted name, and the `hashes` of what some of
-    them name, which may lie anywhere."""
-    flat = flatten(config.model_dump(mode="json"))
-    fields = {name: value for name, value in flat.items() if not name.startswith(MUTABLE_ON_RESUME)}
-    return fields | {f"{field}.sha256": sha256 for field, sha256 in hashes.items()}
 
 
 def fingerprints(config: Config) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from customized_grpo.config.run import Config
 from customized_grpo.distributed.group import DistributedGroup, init_distributed
@@ -24,8 +23,10 @@ from customized_grpo.io.files import LOCK, locked, writing
 from customized_grpo.report import write_report
 from customized_grpo.runtime.device import configure
 from customized_grpo.tracking.console import Display
+from customized_grpo.tracking.registry import load_trackers
 from customized_grpo.training.checkpoint import list_checkpoints, read_manifest
 from customized_grpo.training.loop import TrainingLoop
+from customized_grpo.training.resume import pin
 from customized_grpo.training.run_dir import (
     ANOTHER,
     CHECKPOINTS,
@@ -67,16 +68,16 @@ def train(
                         with locked(config.output, ANOTHER):
                             pass  # found out now rather than when all is loaded
                     first = _first_iteration(config.output, resume=resume, resume_from=resume_from)
-                    session = _session(config, display, termination, ranks, first)
-                session.pin()
+                    run = _training_loop(config, display, termination, ranks, first)
+                fingerprint = pin(config, run.trainer.dataset, ranks)
                 with ranks.synchronized():
                     if ranks.is_main_process:
                         held.enter_context(own(config.output, display))
                         if overwrite:
                             delete_run(config.output)
-                session.start(resume=resume, resume_from=resume_from)
-                session.loop()
-                return session.finish()
+                run.start(fingerprint, resume=resume, resume_from=resume_from)
+                run.loop()
+                return run.finish()
         except Terminated:
             raise SystemExit(termination.status) from None
 
@@ -89,7 +90,7 @@ def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) ->
     return min((int(path.name) for path in checkpoints), default=0)
 
 
-def _session(
+def _training_loop(
     config: Config, display: Display, termination: SignalHandler, ranks: DistributedGroup, first: int
 ) -> TrainingLoop:
     """All parts of a run that goes on from iteration `first` or later, built and checked; nothing is written yet but
@@ -98,7 +99,7 @@ def _session(
     if ranks.world_size > 1:
         display.note(f"{ranks.world_size} processes share {config.rollout.prompts_per_iteration} groups an iteration")
     # Cheapest first: what is wrong is told before the next part is paid for.
-    writer = _summary_writer() if config.log.tensorboard else None
+    trackers = load_trackers(config.log)
     datasets = {
         name: read_dataset(path, config)
         for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()
@@ -113,7 +114,7 @@ def _session(
     with display.stages() as stages, ranks.interruptible():
         encode_ahead(policy, used, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"], ranks)
-    return TrainingLoop(config, trainer, datasets, display, judge, writer, termination)
+    return TrainingLoop(config, trainer, datasets, display, judge, trackers, termination)
 
 
 def evaluate_run(
@@ -149,11 +150,3 @@ def evaluate_run(
                 return run / "evaluation"
             with writing(run):
                 return write_report(run)
-
-
-def _summary_writer() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("log.tensorboard needs TensorBoard: pip install 'customized-grpo[tensorboard]'") from error
-    return SummaryWriter

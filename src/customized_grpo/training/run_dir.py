@@ -1,22 +1,31 @@
 """The folder of a run: names of its files, its lock, and what may be deleted."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from torch import Tensor
 
 from customized_grpo.config.messages import format_validation_error
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, writing
+from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
 from customized_grpo.io.jsonl import read_lines
+from customized_grpo.policies.policy import Policy
 from customized_grpo.tracking.console import Display
+from customized_grpo.tracking.trackers import image_path
 from customized_grpo.training.checkpoint import list_checkpoints
+from customized_grpo.training.ema import EMA
 
-LOGS = ("metrics.jsonl", "evaluations.jsonl")
+METRICS, EVALUATIONS, GALLERIES = "metrics", "evaluations", "galleries"
+"""Names by which a run's trackers record iterations, validations and their images."""
+LOGS = (f"{METRICS}.jsonl", f"{EVALUATIONS}.jsonl")
 EMA_FOLDER = "ema"
 """Folder, in that of a run, of the averaged weights."""
 CHECKPOINTS = "checkpoints"
@@ -31,13 +40,66 @@ WRITTEN = (
     "diagnosis",
     EMA_FOLDER,
     "evaluation",
-    "galleries",
+    GALLERIES,
     "tensorboard",
     "config.yaml",
 )
 """What a run writes into its folder, and all that --overwrite deletes, in this order: a folder without a config.yaml is
 not taken for a run's."""
 ANOTHER = "another run"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Name and write the files of a run in the folder `path`."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        """Return the path of the log of iterations."""
+        return self.path / LOGS[0]
+
+    @property
+    def evaluations(self) -> Path:
+        """Return the path of the log of validations."""
+        return self.path / LOGS[1]
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of checkpoints."""
+        return self.path / CHECKPOINTS
+
+    @property
+    def evaluation(self) -> Path:
+        """Return the folder of the final evaluation."""
+        return self.path / "evaluation"
+
+    def gallery(self, iteration: int) -> Path:
+        """Return the path of the gallery that is drawn by the validation after `iteration`."""
+        return image_path(self.path, GALLERIES, iteration)
+
+    def make(self) -> None:
+        """Make the folder where it is missing."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+
+    def write_config(self, config: Config) -> None:
+        """Write config.yaml, whole or not at all."""
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        write_whole(self.path / "config.yaml", text)
+
+    def write_weights(self, sigmas: Tensor, weights: Tensor) -> None:
+        """Write weights.json: the noise levels and the weights of the rewards at each step."""
+        write_whole(self.path / "weights.json", json.dumps({"sigmas": sigmas.tolist(), "weights": weights.tolist()}))
+
+    def write_adapters(self, policy: Policy[Any], average: EMA | None) -> None:
+        """Write the adapter of the trained weights, and the adapter of the averaged weights if they are kept."""
+        with writing(self.path):
+            policy.save_adapter(self.path)
+        if average is not None:
+            with average.swapped(), writing(self.path):
+                policy.save_adapter(self.path / EMA_FOLDER)
 
 
 def adapter_folder(run: Path, *, ema: bool) -> Path:
