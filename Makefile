@@ -34,11 +34,11 @@ figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in 
 	$(BIN)/customized-grpo figures --diagnosis docs/results/diagnosis.json --output docs/images/diagnosis
 
 # A process for each core, with one thread each: several with several threads each would be far slower.
-test: $(INSTALLED) ## Run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+test: $(INSTALLED) ## Run the fast tests; a few minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-all: $(INSTALLED) ## Run the slow tests too, of several processes and a soak
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m ""
+test-all: $(INSTALLED) ## Run every test, the slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
 lint: $(INSTALLED) ## Check style, formatting, types and who imports whom
 	$(BIN)/ruff check

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 
 import pytest
 import torch
+from fork_server import ForkServer, Process, fork_server
 from rich.console import Console
 from torch import Tensor
 
@@ -212,9 +213,52 @@ def files_up_to() -> Callable[[int], AbstractContextManager[None]]:
     return limited
 
 
+@pytest.fixture(scope="session")
+def forks() -> Iterator[ForkServer]:
+    """A process with everything loaded, which is forked instead of starting Python again."""
+    with fork_server() as server:
+        yield server
+
+
 @pytest.fixture
-def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the installed command in a process of its own, in `tmp_path`."""
+def python(forks: ForkServer, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts what `python` with some arguments would, in `tmp_path` or `cwd`, with the variables of `env` added.
+    Whatever is left of the processes after the test is killed."""
+    started: list[Process] = []
+
+    def start(*arguments: object, env: Mapping[str, object] | None = None, cwd: Path = tmp_path) -> Process:
+        added = {name: str(value) for name, value in (env or {}).items()}
+        started.append(forks.start(*arguments, cwd=cwd, env=os.environ | added))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill_group()
+
+
+@pytest.fixture
+def run_python(python: Callable[..., Process]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs what `python` with some arguments would, to its end."""
+
+    def run(*arguments: object, timeout: float = 300, **options: Any) -> subprocess.CompletedProcess[str]:
+        process = python(*arguments, **options)
+        out, err = process.communicate(timeout)
+        return subprocess.CompletedProcess(process.args, process.wait(), out, err)
+
+    return run
+
+
+@pytest.fixture
+def command(
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the command in a process of its own, in `tmp_path`."""
+    return lambda *arguments: run_python("-m", "customized_grpo", *arguments)
+
+
+@pytest.fixture
+def installed_command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the installed program, in `tmp_path`."""
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).with_name("customized-grpo")

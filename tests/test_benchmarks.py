@@ -3,19 +3,20 @@
 import json
 import math
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+Run = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[1]
 
 
-def test_gpu_step_on_a_tiny_transformer() -> None:
+def test_gpu_step_on_a_tiny_transformer(run_python: Run) -> None:
     options = ["--tiny", "--device", "cpu", "--rank", "4", "--group_size", "2", "--steps", "3", "--micro_batch", "2"]
     options += ["--updates", "2"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_step.py"), *options, "--iterations", "1", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [str(ROOT / "benchmarks" / "gpu_step.py"), *options, "--iterations", "1", "--json"]
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["first ratio - 1, equal micro-batches"] == 0
@@ -26,19 +27,19 @@ def test_gpu_step_on_a_tiny_transformer() -> None:
 
 
 @pytest.mark.slow
-def test_checkpoint_cost_of_one_iteration(tmp_path: Path) -> None:
+def test_checkpoint_cost_of_one_iteration(tmp_path: Path, run_python: Run) -> None:
     options = ["--folder", str(tmp_path), "--iterations", "1", "--threads", "1", "--json"]
-    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint_cost.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    command = [str(ROOT / "benchmarks" / "checkpoint_cost.py"), *options]
+    done = run_python(*command)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert len(figures) == 6 and all(value > 0 for value in figures.values())
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_save_of_a_given_size(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "benchmarks" / "checkpoint_cost.py"), "--gigabytes", "0.01", "--json"]
-    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, timeout=300)
+def test_a_save_of_a_given_size(tmp_path: Path, run_python: Run) -> None:
+    command = [str(ROOT / "benchmarks" / "checkpoint_cost.py"), "--gigabytes", "0.01", "--json"]
+    done = run_python(*command, "--folder", tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert 0.0095 < figures["size of a checkpoint, GB"] < 0.0105 and figures["seconds of a save"] > 0
@@ -46,7 +47,7 @@ def test_a_save_of_a_given_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_soak_of_one_episode(tmp_path: Path) -> None:
+def test_a_soak_of_one_episode(tmp_path: Path, run_python: Run) -> None:
     options = [
         "--folder",
         str(tmp_path),
@@ -60,8 +61,7 @@ def test_a_soak_of_one_episode(tmp_path: Path) -> None:
         "1",
         "--json",
     ]
-    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), *options, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = run_python(ROOT / "benchmarks" / "soak.py", *options, timeout=600)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["episodes"] == figures["equal to the bit"] == 1

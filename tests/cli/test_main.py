@@ -150,8 +150,8 @@ def test_the_command_line_is_there_before_torch() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_installed_command_says_its_version(command: Callable[..., Any]) -> None:
-    done = command("--version")
+def test_the_installed_command_says_its_version(installed_command: Callable[..., Any]) -> None:
+    done = installed_command("--version")
     assert done.returncode == 0 and __version__ in done.stdout
 
 

@@ -1,9 +1,7 @@
 import fcntl
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +9,14 @@ from typing import Any
 
 import pytest
 import yaml
+from fork_server import Process
 
 from customized_grpo.cli.main import main
-from customized_grpo.compare.command import compare
+from customized_grpo.compare import grid as grid_module
+from customized_grpo.compare.command import GridError, compare
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, run_grid
+from customized_grpo.compare.results import Cell
 from customized_grpo.config.presets import PRESETS
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
@@ -23,6 +24,33 @@ from customized_grpo.tracking.console import Display
 
 Make = Callable[..., CompareConfig]
 TABLE = [[0.6, 0.4]] * 4
+PRETENDED = """
+import json, os, shutil, sys, time
+from pathlib import Path
+
+import yaml
+
+command, options = sys.argv[1], dict(zip(sys.argv[2::2], sys.argv[3::2]))
+settings = yaml.safe_load(Path(options["--config"]).read_text())
+if command == "diagnose":
+    if int(options["--prompts"]) > 12:
+        sys.exit(f"customized-grpo: error: --prompts: {options['--prompts']} are more than there are")
+    out = Path(options["--out"])
+    out.mkdir(parents=True)
+    (out / "weights.yaml").write_text(yaml.safe_dump({"advantages": {"table": [[0.6, 0.4]] * 4}}))
+    (out / "diagnosis.json").write_text(json.dumps({"settings": {"prompts": int(options["--prompts"])}}))
+else:
+    run = Path(settings["output"])
+    if run.is_dir() and list(run.iterdir()):
+        sys.exit(f"customized-grpo: error: output: {run} holds other files than a run's")
+    run.mkdir(parents=True, exist_ok=True)
+    while settings["iterations"] > 100:
+        with (run / "metrics.jsonl").open("a") as log:
+            log.write('{"iteration": 1}' + chr(10))
+        time.sleep(0.01)
+    shutil.copytree(os.environ["FINISHED_RUN"], run, dirs_exist_ok=True)
+"""
+"""Leaves at once what a command leaves that a grid starts; a long run goes on until it is stopped."""
 
 
 @pytest.fixture
@@ -41,6 +69,18 @@ def make_tree(make_settings: Callable[..., dict[str, Any]], tmp_path: Path, toyb
 @pytest.fixture
 def make(make_tree: Callable[..., Any]) -> Make:
     return lambda **changes: CompareConfig.model_validate(make_tree(**changes))
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, small_grid: Callable[..., list[Cell]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts a package of our name, which pretends, before ours for every process that a grid starts."""
+    package = tmp_path / "path" / "customized_grpo"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(PRETENDED)
+    monkeypatch.setenv("PYTHONPATH", str(package.parent))
+    monkeypatch.setenv("FINISHED_RUN", str(small_grid(("customized",), 1)[0].folder))
+    monkeypatch.setattr(grid_module, "POLL_SECONDS", 0.05)
 
 
 def begin(config: CompareConfig) -> None:
@@ -232,6 +272,42 @@ def test_the_reason_of_a_failure_is_this_attempts(tmp_path: Path) -> None:
     assert _reason(log, before, 1) == "the disk is full"
 
 
+@pytest.mark.usefixtures("pretended")
+def test_a_grid_goes_on_after_a_failure_and_repeats_nothing(
+    make_tree: Callable[..., Any], display: Display, tmp_path: Path
+) -> None:
+    """Its runs are pretended."""
+    presets = {"base": 1, "naive-1:1": 2, "customized-calibrated": 1}
+    tree = make_tree(presets=presets, intervals=False, calibration_prompts=13)
+    config = CompareConfig.model_validate(tree)
+    begin(config)
+    grid = config.output
+    stray = grid / "runs" / "naive-1-1-seed1" / "stray.txt"
+    stray.parent.mkdir(parents=True)
+    stray.touch()
+    with pytest.raises(GridError, match=r"(?s)2 runs failed.*customized-calibrated seed 0: its time weights"):
+        compare(config, display)
+    page = (grid / "comparison.html").read_text()
+    assert "naive-1:1 seed 1" in page and "holds other files" in page
+    logs = [path.parent.name for path in grid.glob("runs/*/metrics.jsonl")]
+    assert logs == ["naive-1-1-seed0"]
+    kept = grid / "runs" / logs[0] / "metrics.jsonl"
+    kept.write_text(kept.read_text() + '{"iteration": 99, "conflict_rate": 0.5}\n')
+    before = kept.read_bytes()
+
+    stray.unlink()
+    config = CompareConfig.model_validate(tree | {"calibration_prompts": 2})
+    assert compare(config, display) == grid / "comparison.html"
+    assert kept.read_bytes() == before, "a finished run is not repeated"
+    assert all(cell.finished for cell in cells_of(config))
+    assert len((grid / "comparison.csv").read_text().splitlines()) == 1 + sum(presets.values())
+    table = yaml.safe_load((grid / "configs" / "customized-calibrated-seed0.yaml").read_text())["advantages"]["table"]
+    assert table == TABLE
+    with pytest.raises(UserError, match=r"calibration_prompts: 3 are asked for, but the weights in"):
+        check_grid(config.model_copy(update={"calibration_prompts": 3}), cells_of(config))
+
+
+@pytest.mark.slow
 def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
     make_tree: Callable[..., Any], tmp_path: Path, command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
@@ -283,19 +359,33 @@ def test_a_grid_runs_goes_on_after_a_failure_and_repeats_nothing(
     assert (tmp_path / "drawn" / "plane.svg").read_bytes() == (grid / "figures" / "plane.svg").read_bytes()
 
 
-def test_nothing_is_orphaned_when_a_grid_is_stopped(make_tree: Callable[..., Any], tmp_path: Path) -> None:
-    tree = make_tree()
+@pytest.mark.usefixtures("pretended")
+def test_nothing_is_orphaned_when_a_grid_is_stopped(
+    make_tree: Callable[..., Any], tmp_path: Path, python: Callable[..., Process]
+) -> None:
+    """Its runs are pretended."""
+    check_stopped(make_tree(), tmp_path, python)
+
+
+@pytest.mark.slow
+def test_nothing_is_orphaned_when_a_grid_of_true_runs_is_stopped(
+    make_tree: Callable[..., Any], tmp_path: Path, python: Callable[..., Process]
+) -> None:
+    check_stopped(make_tree(), tmp_path, python)
+
+
+def check_stopped(tree: dict[str, Any], folder: Path, python: Callable[..., Process]) -> None:
+    """Start a grid of two endless runs, stop the grid, and see that both runs have stopped."""
     tree["train"]["iterations"] = 10_000
-    path = tmp_path / "grid.yaml"
+    path = folder / "grid.yaml"
     path.write_text(yaml.safe_dump(tree))
-    program = [sys.executable, "-m", "customized_grpo", "compare", "--config", str(path)]
-    process = subprocess.Popen(program, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    logs = [tmp_path / "grid" / "runs" / f"{name}-seed0" / "metrics.jsonl" for name in ("naive-1-1", "customized")]
+    process = python("-m", "customized_grpo", "compare", "--config", path)
+    logs = [folder / "grid" / "runs" / f"{name}-seed0" / "metrics.jsonl" for name in ("naive-1-1", "customized")]
     deadline = time.monotonic() + 120
     while not all(log.is_file() and log.stat().st_size for log in logs):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    process.terminate()
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     sizes = [log.stat().st_size for log in logs]
     time.sleep(1.0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.config.run import Config
+from customized_grpo.distributed import heartbeat
 from customized_grpo.distributed.group import DistributedGroup, init_distributed
 from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import TrainingError, UserError
@@ -77,9 +78,10 @@ def hung(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
 
 def frozen(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """All are stopped for longer than silence may last, and go on: none is taken for gone."""
-    subprocess.Popen(["sh", "-c", f"sleep 8; kill -CONT {os.getpid()}"], start_new_session=True)
+    wake = f"sleep {settings['stopped']}; kill -CONT {os.getpid()}"
+    subprocess.Popen(["sh", "-c", wake], start_new_session=True)
     os.kill(os.getpid(), signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(settings["silence"] + settings["interval"])
     with ranks.synchronized():
         pass
     raise SystemExit(5)
@@ -174,7 +176,8 @@ if __name__ == "__main__":
     chosen = json.loads(Path(sys.argv[2]).read_text())
     if chosen.get("late_rank") == int(os.environ["RANK"]):
         connect = torch.distributed.init_process_group
-        torch.distributed.init_process_group = lambda *args, **keys: (connect(*args, **keys), time.sleep(4))
+        torch.distributed.init_process_group = lambda *args, **keys: (connect(*args, **keys), time.sleep(2))
+    heartbeat.HEARTBEAT_INTERVAL = chosen.get("interval", heartbeat.HEARTBEAT_INTERVAL)
     with termination.listening(), init_distributed(termination, chosen.get("silence", 20.0)) as group:
         assert group.world_size == int(os.environ["WORLD_SIZE"])
         CHECKS[sys.argv[1]](group, chosen)

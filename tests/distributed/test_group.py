@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from fork_server import Process
 from safetensors.torch import load_file
 
 from customized_grpo.data import Sample, save_image, write_metadata
@@ -29,8 +30,10 @@ from customized_grpo.testing.tiny_pipelines import save_tiny
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 MakeSettings = Callable[..., dict[str, Any]]
+Together = Callable[..., list[int]]
 ADAPTER = "adapter_model.safetensors"
 GROUP = 4
+FIVE: dict[str, Any] = {"iterations": 5, "checkpoint.every": 100}
 SHARED: dict[str, Any] = {
     "iterations": 3, "threads": 1, "rollout.prompts_per_iteration": 3, "rollout.group_size": GROUP,
     "rollout.micro_batch": GROUP, "optimizer.micro_batch": GROUP, "optimizer.num_minibatches": 2,
@@ -55,24 +58,35 @@ def free_port() -> int:
 
 
 def environment(rank: int, world: int, port: int, address: str = "127.0.0.1") -> dict[str, str]:
+    """The variables that tell a process which one of how many it is."""
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
-    names = {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": address, "OMP_NUM_THREADS": "1"}
-    return os.environ | names | {"TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {name: str(value) for name, value in own.items()} | {"MASTER_ADDR": address}
 
 
-def together(check: str, settings: dict[str, Any], folder: Path, world: int = 2) -> list[int]:
-    """The statuses of the processes in which `check` of the worker ran."""
-    file, port = folder / "settings.json", free_port()
-    file.write_text(json.dumps(settings))
-    command = [sys.executable, str(WORKER), check, str(file)]
-    processes = [
-        subprocess.Popen(command, env=environment(rank, world, port), stderr=subprocess.PIPE, text=True)
-        for rank in range(world)
-    ]
-    told = [process.communicate()[1] for process in processes]
-    statuses = [process.returncode for process in processes]
-    assert all("Traceback" not in text for text in told), "\n".join(told)
-    return statuses
+@pytest.fixture
+def ranks(python: Callable[..., Process]) -> Callable[..., list[Process]]:
+    """Starts what `python` with some arguments would as the processes of one run."""
+
+    def ranks(*arguments: object, world: int = 2) -> list[Process]:
+        port = free_port()
+        return [python(*arguments, env=environment(rank, world, port)) for rank in range(world)]
+
+    return ranks
+
+
+@pytest.fixture
+def together(ranks: Callable[..., list[Process]], tmp_path: Path) -> Callable[..., list[int]]:
+    """Runs `check` of the worker in several processes; answers their statuses."""
+
+    def together(check: str, settings: dict[str, Any], world: int = 2) -> list[int]:
+        file = tmp_path / "settings.json"
+        file.write_text(json.dumps(settings))
+        processes = ranks(WORKER, check, file, world=world)
+        told = [process.communicate()[1] for process in processes]
+        assert all("Traceback" not in text for text in told), "\n".join(told)
+        return [process.wait() for process in processes]
+
+    return together
 
 
 @pytest.fixture
@@ -88,13 +102,15 @@ def written(make_settings: MakeSettings, tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def train(command: Callable[..., subprocess.CompletedProcess[str]]) -> Callable[..., str]:
-    """Runs `train` to its end; answers what it said."""
+def train(ranks: Callable[..., list[Process]]) -> Callable[..., str]:
+    """Runs `train` in one or several processes to its end; answers what the first one said."""
 
-    def train(config: Path, *options: object) -> str:
-        done = command("train", "--config", config, *options)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+    def train(config: Path, *options: object, world: int = 1) -> str:
+        arguments = ["-m", "customized_grpo", "train", "--config", config, *options]
+        processes = ranks(*arguments, world=world)
+        said = [process.communicate() for process in processes]
+        assert [process.wait() for process in processes] == [0] * world, said
+        return said[0][0]
 
     return train
 
@@ -124,37 +140,43 @@ def test_alone_nothing_is_exchanged() -> None:
         raise UserError("as it is")
 
 
-def test_tensors_of_three_processes(tmp_path: Path) -> None:
-    assert together("exchange", {}, tmp_path, world=3) == [0, 0, 0]
+def test_tensors_of_three_processes(together: Together) -> None:
+    assert together("exchange", {}, world=3) == [0, 0, 0]
 
 
-def test_an_error_in_one_process_is_told_by_the_first(tmp_path: Path) -> None:
-    assert together("failing", {}, tmp_path) == [5, 1]
+def test_an_error_in_one_process_is_told_by_the_first(together: Together) -> None:
+    assert together("failing", {}) == [5, 1]
 
 
-def test_sigterm_to_one_process_ends_all(tmp_path: Path) -> None:
-    assert together("told_to_end", {}, tmp_path) == [143, 143]
+def test_sigterm_to_one_process_ends_all(together: Together) -> None:
+    assert together("told_to_end", {}) == [143, 143]
 
 
 @pytest.mark.parametrize("late", [None, 0], ids=["connected", "while another connects"])
-def test_sigterm_to_one_process_ends_what_another_waits_for(late: int | None, tmp_path: Path) -> None:
-    assert together("hung", {"late_rank": late}, tmp_path) == [143, 143]
+def test_sigterm_to_one_process_ends_what_another_waits_for(late: int | None, together: Together) -> None:
+    assert together("hung", {"late_rank": late}) == [143, 143]
 
 
-def test_processes_that_were_stopped_together_go_on_together(tmp_path: Path) -> None:
-    assert together("frozen", {"silence": 3.0}, tmp_path) == [5, 5]
+@pytest.mark.parametrize(
+    ("interval", "silence", "stopped"),
+    [(0.25, 1.0, 2.5), pytest.param(1.0, 3.0, 8.0, marks=pytest.mark.slow)],
+    ids=["small", "as shipped"],
+)
+def test_processes_that_were_stopped_together_go_on_together(
+    interval: float, silence: float, stopped: float, together: Together
+) -> None:
+    assert together("frozen", {"interval": interval, "silence": silence, "stopped": stopped}) == [5, 5]
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "memory"])
 def test_what_is_not_finite_or_too_large_in_one_process_stops_all(
-    make_settings: MakeSettings, tmp_path: Path, what: str
+    make_settings: MakeSettings, together: Together, what: str
 ) -> None:
-    settings = {"config": make_settings(SHARED), "poison": what}
-    assert together("not_finite", settings, tmp_path) == [5, 5]
+    assert together("not_finite", {"config": make_settings(SHARED), "poison": what}) == [5, 5]
 
 
-def test_rewards_that_fail_in_one_process_count_among_all(make_settings: MakeSettings, tmp_path: Path) -> None:
-    assert together("failed_rewards", {"config": make_settings(SHARED)}, tmp_path) == [5, 5]
+def test_rewards_that_fail_in_one_process_count_among_all(make_settings: MakeSettings, together: Together) -> None:
+    assert together("failed_rewards", {"config": make_settings(SHARED)}) == [5, 5]
 
 
 def test_the_loss_of_another_process_does_not_end_one_in_the_middle_of_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +214,17 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def straight(place: Path, written: Callable[..., Path], train: Callable[..., str]) -> Path:
+    """The run of two processes and five iterations without a stop."""
+    found = place.with_name("straight")
+    if not found.exists():
+        train(written("straight", **FIVE, output=found), world=2)
+    return found
+
+
+@pytest.fixture
 def one(place: Path, written: Callable[..., Path], train: Callable[..., str]) -> Path:
+    """The run of one process."""
     if not place.exists():
         train(written("one", output=place))
     return place
@@ -204,10 +236,17 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize(
-    "launcher", ["torch.distributed.run", pytest.param("accelerate.commands.launch", marks=pytest.mark.slow)]
-)
 def test_two_processes_train_as_one(
+    one: Path, written: Callable[..., Path], train: Callable[..., str],
+    read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path,
+) -> None:  # fmt: skip
+    said = train(written("two"), world=2)
+    check_two(one, tmp_path / "two", said, read_log)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_of_a_launcher_train_as_one(
     one: Path, written: Callable[..., Path], read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path,
     launcher: str,
 ) -> None:  # fmt: skip
@@ -217,10 +256,15 @@ def test_two_processes_train_as_one(
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "2 processes share 3 groups an iteration" in done.stdout and done.stdout.count("iteration 3/3") == 1
-    same(one, tmp_path / "two", read_log)
+    check_two(one, tmp_path / "two", done.stdout, read_log)
+
+
+def check_two(one: Path, two: Path, said: str, rows: Callable[..., list[dict[str, Any]]]) -> None:
+    """A run of two processes said so once, left its files, and is that of one process."""
+    assert "2 processes share 3 groups an iteration" in said and said.count("iteration 3/3") == 1
+    same(one, two, rows)
     for name in ("galleries/000003.png", "report.html", "weights.json"):
-        assert (tmp_path / "two" / name).is_file()
+        assert (two / name).is_file()
 
 
 def test_resumed_in_two_processes_and_in_one_again(
@@ -228,7 +272,7 @@ def test_resumed_in_two_processes_and_in_one_again(
     read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path,
 ) -> None:  # fmt: skip
     train(written("parts", iterations=1))
-    train(written("parts", iterations=2), "--resume", "--num-processes", 2)
+    train(written("parts", iterations=2), "--resume", world=2)
     train(written("parts"), "--resume")
     same(one, tmp_path / "parts", read_log)
 
@@ -269,27 +313,42 @@ def test_a_tiny_flux_in_two_processes_is_as_in_one(
     for name, count in (("flux-one", 1), ("flux-two", 2)):
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump(settings | {"output": str(tmp_path / name)}))
-        train(config, "--num-processes", count)
+        train(config, world=count)
     same(tmp_path / "flux-one", tmp_path / "flux-two", read_log, "pytorch_lora_weights.safetensors")
 
 
 def test_a_benchmark_is_shared_out_and_each_picture_is_drawn_once(
-    command: Callable[..., subprocess.CompletedProcess[str]], toybox_data: Path, tiny_weights: Path, tmp_path: Path
+    ranks: Callable[..., list[Process]], toybox_data: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
-    shared = ["evaluate", "--benchmark", "folder", "--data", toybox_data / "test", "--num-steps", 3, "--micro-batch", 1]
+    shared = [
+        "-m", "customized_grpo", "evaluate", "--benchmark", "folder", "--data", toybox_data / "test", "--num-steps", 3,
+        "--micro-batch", 1,
+    ]  # fmt: skip
     shared += ["--policy.toybox.weights", tiny_weights, "--policy.precision", "fp32"]
     found = []
     for count in (1, 2):
         output = tmp_path / f"benchmark-{count}"
-        done = command(*shared, "--output", output, "--num-processes", count)
-        assert done.returncode == 0 and done.stdout.count("benchmark: ") == 1, done.stderr
+        processes = ranks(*shared, "--output", output, world=count)
+        said = [process.communicate() for process in processes]
+        assert [process.wait() for process in processes] == [0] * count, said
+        assert "".join(out for out, _ in said).count("benchmark: ") == 1
         found.append(json.loads((output / "benchmark.json").read_text()))
-    # One process computes with all cores, two with one each: they round otherwise.
     alone, shared_out = ([record["metrics"] for record in each["records"]] for each in found)
     assert len(shared_out) == 4 and shared_out == [pytest.approx(record, abs=1e-4) for record in alone]
 
 
 def test_more_processes_than_groups_are_refused(
+    written: Callable[..., Path], ranks: Callable[..., list[Process]]
+) -> None:
+    config = written("many", **{"rollout.prompts_per_iteration": 1})
+    processes = ranks("-m", "customized_grpo", "train", "--config", config)
+    errors = "".join(process.communicate()[1] for process in processes)
+    assert processes[0].wait() == 2 and processes[1].wait() != 0 and errors.count("error:") == 1
+    assert "rollout.prompts_per_iteration: 1 groups cannot be shared among 2 processes" in errors
+
+
+@pytest.mark.slow
+def test_a_refusal_is_the_launchers_status_and_said_once(
     written: Callable[..., Path], command: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:
     config = written("many", **{"rollout.prompts_per_iteration": 1})
@@ -313,7 +372,7 @@ def test_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @contextmanager
 def running(config: Path, log: Path, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A run of two processes that has begun; whatever is left of it is killed."""
+    """A run of two processes that the command launched and that has begun; whatever is left of it is killed."""
     command = [sys.executable, "-m", "customized_grpo", "train", "--config", str(config), "--num_processes", "2"]
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -329,7 +388,7 @@ def running(config: Path, log: Path, *options: str) -> Iterator["subprocess.Pope
         process.wait()
 
 
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes] | Process", log: Path) -> None:
     end = time.monotonic() + 240
     while not condition():
         assert process.poll() is None and time.monotonic() < end, log.read_text()
@@ -340,15 +399,25 @@ def children(process: "subprocess.Popen[bytes]") -> Sequence[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
-@pytest.mark.parametrize(
-    ("number", "lost"),
-    [
-        (signal.SIGKILL, 1),
-        *(pytest.param(number, 0, marks=pytest.mark.slow) for number in (signal.SIGSTOP, signal.SIGKILL)),
-    ],
-)
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGKILL, 0)])
 def test_the_others_stop_with_the_name_of_the_lost(
+    written: Callable[..., Path], ranks: Callable[..., list[Process]], tmp_path: Path, number: signal.Signals, lost: int
+) -> None:
+    config, log = written("lost", **{"iterations": 500, "ranks.silence": 2.1}), tmp_path / "lost" / "metrics.jsonl"
+    processes = ranks("-c", QUICK, "train", "--config", config)
+    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 0, processes[0], log)
+    os.kill(processes[lost].pid, number)
+    other = processes[1 - lost]
+    assert other.wait(timeout=120) == 1
+    text = other.written()[1]
+    assert f"process {1 - lost} of 2 stops: process {lost} (host " in text
+    assert f"process {processes[lost].pid}) is gone" in text and "Traceback" not in text
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGKILL, 0)])
+def test_the_launched_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
     config, log = written("lost", **{"iterations": 500, "distributed.heartbeat_timeout": 5.0}), tmp_path / "log"
@@ -371,6 +440,14 @@ def test_sigterm_to_processes_that_do_not_listen_yet(written: Callable[..., Path
         assert process.wait(timeout=60) == 143
 
 
+QUICK = """
+from customized_grpo.cli.main import main
+from customized_grpo.distributed import heartbeat
+
+heartbeat.HEARTBEAT_INTERVAL, heartbeat.GRACE = 0.2, 1.0
+main()
+"""
+"""Does as the command does, with shorter waits."""
 COME_APART = """
 import sys
 import torch
@@ -392,42 +469,58 @@ main()
 """Trains as the command does; after the first iteration one bit of a weight of the second process is another."""
 
 
-def test_weights_that_came_apart_are_found(written: Callable[..., Path], tmp_path: Path) -> None:
+def test_weights_that_came_apart_are_found(
+    written: Callable[..., Path], ranks: Callable[..., list[Process]], tmp_path: Path
+) -> None:
     """When they are compared next, every two iterations, and before anything is saved of them."""
     settings = {"iterations": 5, "checkpoint.every": 100, "distributed.check_weights_every": 2, "ema.decay": None}
-    config, port = written("apart", **settings), free_port()
-    command = [sys.executable, "-c", COME_APART, "train", "--config", str(config)]
-    processes = [
-        subprocess.Popen(command, env=environment(rank, 2, port), cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    told = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [1, 1], told
+    processes = ranks("-c", COME_APART, "train", "--config", written("apart", **settings))
+    told = [process.communicate()[1] for process in processes]
+    assert [process.wait() for process in processes] == [1, 1], told
     assert "the weights of process 1 are not those of process 0; after iteration 2" in told[0]
     assert not list((tmp_path / "apart").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("to_all", [True, False])
+def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
+    straight: Path, written: Callable[..., Path], ranks: Callable[..., list[Process]], train: Callable[..., str],
+    tmp_path: Path, to_all: bool, read_log: Callable[..., list[dict[str, Any]]],
+) -> None:  # fmt: skip
+    config, log = written("stopped", **FIVE), tmp_path / "stopped" / "metrics.jsonl"
+    processes = ranks("-m", "customized_grpo", "train", "--config", config)
+    wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 0, processes[0], log)
+    for process in processes if to_all else processes[1:]:
+        process.terminate()
+    assert [process.wait(timeout=120) for process in processes] == [143, 143]
+    assert "stopped by SIGTERM after iteration" in processes[0].written()[0]
+    check_stopped(config, straight, train, read_log)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
 @pytest.mark.slow
 @pytest.mark.parametrize("to_all", [True, False])
-def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
-    place: Path, written: Callable[..., Path], train: Callable[..., str], tmp_path: Path, to_all: bool,
+def test_sigterm_to_the_launcher_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
+    straight: Path, written: Callable[..., Path], train: Callable[..., str], tmp_path: Path, to_all: bool,
     read_log: Callable[..., list[dict[str, Any]]],
 ) -> None:  # fmt: skip
-    changes = {"iterations": 5, "checkpoint.every": 100}
-    straight = place.with_name("straight")
-    if not straight.exists():
-        train(written("straight", **changes, output=straight), "--num-processes", 2)
-    config, log = written("stopped", **changes), tmp_path / "log"
+    config, log = written("stopped", **FIVE), tmp_path / "log"
     with running(config, log) as process:
         os.kill(process.pid if to_all else children(process)[1], signal.SIGTERM)
         assert process.wait(timeout=120) == 143, log.read_text()
     assert "stopped by SIGTERM after iteration" in log.read_text()
-    assert len(list((tmp_path / "stopped" / "checkpoints").iterdir())) == 1
-    train(config, "--resume", "--num-processes", 2)
+    check_stopped(config, straight, train, read_log)
+
+
+def check_stopped(
+    config: Path, straight: Path, train: Callable[..., str], rows: Callable[..., list[dict[str, Any]]]
+) -> None:
+    """A run that was stopped left one checkpoint, and goes on to the bit of the run without a stop."""
+    stopped = config.with_suffix("")
+    assert len(list((stopped / "checkpoints").iterdir())) == 1
+    train(config, "--resume", world=2)
     for name in (ADAPTER, f"ema/{ADAPTER}"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (straight / name).read_bytes()
-    assert read_log(tmp_path / "stopped" / "metrics.jsonl") == read_log(straight / "metrics.jsonl")
+        assert (stopped / name).read_bytes() == (straight / name).read_bytes()
+    assert rows(stopped / "metrics.jsonl") == rows(straight / "metrics.jsonl")
 
 
 PROGRAM = """
@@ -452,19 +545,15 @@ main()
 
 @pytest.mark.parametrize("where", [pytest.param("_backward", marks=pytest.mark.slow), "_optimizer_step"])
 def test_sigterm_in_an_update_tears_none(
-    place: Path, written: Callable[..., Path], train: Callable[..., str], tmp_path: Path, where: str
-) -> None:
+    straight: Path, written: Callable[..., Path], ranks: Callable[..., list[Process]], train: Callable[..., str],
+    tmp_path: Path, where: str,
+) -> None:  # fmt: skip
     """Before the weights change and between the two updates: the iteration is given up at once."""
-    changes = {"iterations": 5, "checkpoint.every": 100}
-    straight = place.with_name("straight")
-    if not straight.exists():
-        train(written("straight", **changes, output=straight), "--num-processes", 2)
-    config, port = written("torn", **changes), free_port()
-    command = [sys.executable, "-c", PROGRAM, where, "train", "--config", str(config)]
-    processes = [subprocess.Popen(command, env=environment(rank, 2, port), cwd=tmp_path) for rank in range(2)]
+    config = written("torn", **FIVE)
+    processes = ranks("-c", PROGRAM, where, "train", "--config", config)
     assert [process.wait(timeout=240) for process in processes] == [143, 143]
     assert [path.name for path in (tmp_path / "torn" / "checkpoints").iterdir()] == ["000002"]
-    train(config, "--resume", "--num-processes", 2)
+    train(config, "--resume", world=2)
     assert (tmp_path / "torn" / ADAPTER).read_bytes() == (straight / ADAPTER).read_bytes()
 
 
@@ -500,6 +589,7 @@ def machines() -> Iterator[Sequence[tuple[str, str]]]:
                 break
 
 
+@pytest.mark.slow
 def test_two_machines(
     one: Path, written: Callable[..., Path], read_log: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -508,8 +598,8 @@ def test_two_machines(
         processes = []
         for rank, (name, _) in enumerate(hosts):
             # What torchrun says on either: one process here, two in all.
-            own = environment(rank, 2, 29611, hosts[0][1]) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-            own |= {"GLOO_SOCKET_IFNAME": name[-15:]}
+            own = os.environ | environment(rank, 2, 29611, hosts[0][1]) | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            own |= {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"} | {"GLOO_SOCKET_IFNAME": name[-15:]}
             command = ["ip", "netns", "exec", name, sys.executable, "-m", "customized_grpo", "train", "--config"]
             processes.append(
                 subprocess.Popen([*command, str(config)], env=own, stderr=subprocess.PIPE, text=True, cwd=tmp_path)

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +18,7 @@ from customized_grpo.training.checkpoint import list_checkpoints, read_manifest
 
 MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
+Run = Callable[..., subprocess.CompletedProcess[str]]
 Limit = Callable[[int], AbstractContextManager[None]]
 ADAPTER = "adapter_model.safetensors"
 THREE = {"iterations": 3, "checkpoint.every": 1, "optimizer.num_minibatches": 1}
@@ -75,14 +75,9 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
         subprocess.run(["umount", str(each)], check=True)
 
 
-def python(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment)
-
-
-def test_files_larger_than_a_limit(settings: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_files_larger_than_a_limit(settings: Callable[[Path], Path], tmp_path: Path, run_python: Run) -> None:
     run, path = tmp_path / "run", settings(tmp_path / "run")
-    done = python("-c", LIMITED, 20_000, "train", "--config", path)
+    done = run_python("-c", LIMITED, 20_000, "train", "--config", path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("customized-grpo: error: ") == 1
     assert f"error: {run / 'checkpoints'}: no space to write (" in done.stderr and "Make room, or raise" in done.stderr
@@ -90,13 +85,13 @@ def test_files_larger_than_a_limit(settings: Callable[[Path], Path], tmp_path: P
     assert "what was saved before is as it was; `train --resume` goes on from it" in done.stdout
     assert [each.name for each in (run / "checkpoints").iterdir()] == ["000001"]
     assert read_manifest(run / "checkpoints" / "000001").iteration == 1
-    again = python("-m", "customized_grpo", "train", "--config", path, "--resume")
+    again = run_python("-m", "customized_grpo", "train", "--config", path, "--resume")
     assert again.returncode == 0 and "resuming after iteration 1" in again.stdout, again.stderr
 
 
 def test_a_disk_that_fills_up(
     settings: Callable[[Path], Path], small_disk: Callable[[int], Path], tmp_path: Path, make_config: MakeConfig,
-    run_training: RunTraining,
+    run_training: RunTraining, run_python: Run,
 ) -> None:  # fmt: skip
     """It has room for two checkpoints and no third; with more room, the run comes to its end as on a larger disk."""
     run_training(make_config(THREE))
@@ -104,14 +99,14 @@ def test_a_disk_that_fills_up(
     size = sum(file.stat().st_size for file in (whole / "checkpoints" / "000003").iterdir())
     disk = small_disk(2 * size + size // 2)
     path = settings(disk / "run")
-    done = python("-m", "customized_grpo", "train", "--config", path)
+    done = run_python("-m", "customized_grpo", "train", "--config", path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {disk / 'run'}" in done.stderr and "No space left on device" in done.stderr
     names = [each.name for each in (disk / "run" / "checkpoints").iterdir()]
     assert names and not any("partial" in name for name in names)
     newest = list_checkpoints(disk / "run" / "checkpoints")[-1]
     subprocess.run(["mount", "-o", f"remount,size={20 * size}", str(disk)], check=True)
-    again = python("-m", "customized_grpo", "train", "--config", path, "--resume")
+    again = run_python("-m", "customized_grpo", "train", "--config", path, "--resume")
     assert again.returncode == 0 and f"from {newest}" in again.stdout, again.stderr
     assert (disk / "run" / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
 

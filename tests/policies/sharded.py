@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,15 @@ def dies(ranks: DistributedGroup, folder: Path) -> None:
             bench.velocity(1)
 
 
-def families(ranks: DistributedGroup, folder: Path) -> None:
+def family(ranks: DistributedGroup, folder: Path) -> None:
+    """What `families` checks, of one class of transformer."""
+    families(ranks, folder, KINDS[:1])
+
+
+def families(ranks: DistributedGroup, folder: Path, kinds: Sequence[str] = KINDS) -> None:
     """Velocities and gradients of sharded transformers are those of whole ones, of which each process has its part."""
     _align_weights()
-    for kind in KINDS:
+    for kind in kinds:
         whole, sharded = (_policy(kind, folder, shard) for shard in (False, True))
         references = [[torch.full((3, 64, side), 0.3)] for side in (64, 96)[ranks.rank :]]
         prompts = ["a cat", "a dog"][: len(references)]
@@ -230,4 +236,4 @@ if __name__ == "__main__":
             continue
         os.environ["MASTER_PORT"] = ports.pop()
         with init_distributed(SignalHandler(), silence=3.0) as ranks:
-            {part.__name__: part for part in (shares, fails, stops, dies, families)}[each](ranks, folder)
+            {part.__name__: part for part in (shares, fails, stops, dies, family, families)}[each](ranks, folder)

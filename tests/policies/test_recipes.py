@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,20 +79,17 @@ def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, outp
     options = [f"--{name}={value}" for name, value in changes.items()]
     if recipe == "uno":
         options.append("--policy.pipeline.base_adapter=null")
-    return [sys.executable, "-m", "customized_grpo", "train", "--config", recipe, *options]
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    return ["train", "--config", recipe, *options]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains(
-    recipe: str, tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path
-) -> None:
+    recipe: str, tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path,
+    run_python: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:  # fmt: skip
     output = tmp_path / "run"
     arguments = command(recipe, tiny_models[RECIPES[recipe]], rewards, data, output)
-    done = run(arguments)
+    done = run_python("-m", "customized_grpo", *arguments)
     assert done.returncode == 0, done.stderr
     assert "requires torchvision" not in done.stdout + done.stderr
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -103,7 +100,6 @@ def test_a_recipe_trains(
         assert row["reward/prompt/std"] > 0 and row["reward/identity/std"] > 0
     assert (output / "report.html").stat().st_size > 10_000
     assert Image.open(next((output / "galleries").glob("*.png"))).size[0] > 48
-    # The run's folder is a LoRA in diffusers' format.
     state = load_file(output / "pytorch_lora_weights.safetensors")
     assert any(name.endswith("lora_B.weight") and bool(tensor.any()) for name, tensor in state.items())
     if recipe == "flux1-kontext":
@@ -113,17 +109,18 @@ def test_a_recipe_trains(
 
 
 def test_a_run_goes_on_draws_and_is_evaluated(
-    tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path
-) -> None:
+    tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     recipe, output = "flux1-kontext", tmp_path / "run"
     arguments = command(recipe, tiny_models[recipe], rewards, data, output)
-    main([*arguments[3:], "--iterations=1"])
+    main([*arguments, "--iterations=1"])
     one = load_file(output / "pytorch_lora_weights.safetensors")
-    again = run([*arguments, "--resume"])
-    assert again.returncode == 0 and "resuming after iteration 1" in again.stdout
+    main([*arguments, "--resume"])
+    assert "resuming after iteration 1" in capsys.readouterr().out
     resumed = load_file(output / "pytorch_lora_weights.safetensors")
     straight = command(recipe, tiny_models[recipe], rewards, data, tmp_path / "straight")
-    main(straight[3:])
+    main(straight)
     expected = load_file(tmp_path / "straight" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     assert any(not torch.equal(one[name], expected[name]) for name in expected)
@@ -146,7 +143,7 @@ def test_a_dry_run_says_what_it_takes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    main([*command(recipe, tiny_models[RECIPES[recipe]], rewards, data, tmp_path / "run")[3:], "--dry-run"])
+    main([*command(recipe, tiny_models[RECIPES[recipe]], rewards, data, tmp_path / "run"), "--dry-run"])
     said = capsys.readouterr().out
     for words in (
         "parameters of the generator", "trained", "rollout", "update", "expected peak memory", "disk, a checkpoint",
@@ -183,7 +180,7 @@ def test_bad_settings_end_in_one_line(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = command("flux1-kontext", tiny_models["flux1-kontext"], rewards, data, tmp_path / "run")[3:]
+    arguments = command("flux1-kontext", tiny_models["flux1-kontext"], rewards, data, tmp_path / "run")
     with pytest.raises(SystemExit) as ended:
         main([*arguments, option])
     assert ended.value.code == 2

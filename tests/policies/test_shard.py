@@ -1,11 +1,9 @@
 """Frozen weights spread over processes: what is computed is what it was, whoever has how much to do."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import Process
 from safetensors.torch import load_file
 
 from customized_grpo.config.policy import PipelineConfig, PolicyConfig
@@ -22,7 +21,6 @@ from customized_grpo.factory.policy import check_shard
 
 Run = Callable[..., list[subprocess.CompletedProcess[str]]]
 WORKER = Path(__file__).with_name("sharded.py")
-QUIET = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
 MOST_GROUPS = 5
 """Process groups that a test needs, one after the other."""
 
@@ -36,26 +34,16 @@ def free_ports(count: int) -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
+def run(tmp_path: Path, python: Callable[..., Process]) -> Run:
     """Parts of `sharded.py`, one after the other, in two processes."""
 
     def run(*parts: str) -> list[subprocess.CompletedProcess[str]]:
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        command = [sys.executable, str(WORKER), str(tmp_path), ",".join(parts), *free_ports(MOST_GROUPS)]
-        processes = [
-            subprocess.Popen(
-                command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path,
-                env=os.environ | QUIET | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-        try:
-            said = [process.communicate(timeout=240) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
+        shared = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}
+        command = [WORKER, tmp_path, ",".join(parts), *free_ports(MOST_GROUPS)]
+        processes = [python(*command, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(2)]
+        said = [process.communicate(timeout=240) for process in processes]
         return [
-            subprocess.CompletedProcess(command, process.returncode, *each)
+            subprocess.CompletedProcess(process.args, process.wait(), *each)
             for process, each in zip(processes, said, strict=True)
         ]
 
@@ -109,6 +97,13 @@ def settings(tiny_models: dict[str, Path], picture: Callable[..., torch.Tensor],
     (tmp_path / "settings.json").write_text(json.dumps(tree))
 
 
+@pytest.mark.usefixtures("settings")
+def test_sharded_weights_compute_what_whole_ones_do(run: Run) -> None:
+    for process in run("family"):
+        assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("settings")
 def test_sharded_weights_change_nothing_and_a_run_goes_on_without_them(
     run: Run, tmp_path: Path, read_log: Callable[..., list[dict[str, Any]]]

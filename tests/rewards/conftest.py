@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-Reply = Callable[[dict[str, Any], int], tuple[Any, ...]]
+Reply = Callable[[dict[str, Any], int], tuple[Any, ...] | None]
 
 
 class Server:
-    """Answers the n-th question (from 0) with `reply(question, n)`: status, body (bytes, or what becomes JSON) and
-    perhaps headers; and a GET with `about`. Keeps what it was asked, and how many at once."""
+    """Answers the n-th question (from 0) with `reply(question, n)` and a GET with `about`: status, body (bytes, or what
+    becomes JSON) and perhaps headers; None for no answer at all. Keeps what it was asked, and how many at once."""
 
     def __init__(self, reply: Reply) -> None:
         self.about: tuple[Any, ...] = (200, {"data": [{"id": "judge-7b"}, {"id": "other"}], "max_images": 64})
@@ -35,10 +35,11 @@ class Server:
                     outer.keys.append(self.headers.get("Authorization"))
                     outer._now += 1
                     outer.most = max(outer.most, outer._now)
-                status, body, *more = reply(question, number)
+                answer = reply(question, number)
                 with outer._lock:
                     outer._now -= 1
-                self.answer(status, body, *more)
+                if answer is not None:
+                    self.answer(*answer)
 
             def answer(self, status: int, body: Any, headers: Mapping[str, str] | None = None) -> None:
                 data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -61,6 +62,7 @@ class Server:
 
 @pytest.fixture
 def server() -> Iterator[Callable[[Reply], Server]]:
+    """Starts servers, each with a way to reply."""
     servers: list[Server] = []
 
     def start(reply: Reply) -> Server:

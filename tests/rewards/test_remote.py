@@ -2,23 +2,19 @@
 
 import base64
 import io
-import json
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
 import torch
+from fork_server import Process
 from PIL import Image
 from torch import Tensor
 
@@ -50,7 +46,7 @@ def served() -> Iterator[Callable[..., RewardServer]]:
     def start(reward: Reward | None = None, token: str | None = None, **limits: int) -> RewardServer:
         limits = {"max_images": 64, "max_pixels": 2**20, "max_bytes": 2**24} | limits
         server = RewardServer(("127.0.0.1", 0), reward or Redness(), "redness", Limits(**limits), token)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)
         return server
 
@@ -61,50 +57,22 @@ def served() -> Iterator[Callable[..., RewardServer]]:
 
 
 @pytest.fixture
-def misbehaving() -> Iterator[Callable[..., tuple[str, list[dict[str, Any]]]]]:
-    """Starts a server that answers POSTs as told, one after the other, the last one ever after; returns its URL and
-    what it was asked."""
-    servers: list[ThreadingHTTPServer] = []
+def misbehaving(server: Callable[..., Any]) -> Callable[..., tuple[str, list[dict[str, Any]]]]:
+    """Starts a server that answers POSTs as the arguments say, one after the other, the last one ever after; returns
+    its URL and what it was asked."""
 
     def start(*answers: Answer, health: Any = None) -> tuple[str, list[dict[str, Any]]]:
-        asked: list[dict[str, Any]] = []
-        told = {"status": "ok", "reward": "test", "max_images": 64} if health is None else health
+        def reply(question: dict[str, Any], number: int) -> Answer:
+            answer = answers[min(number, len(answers) - 1)]
+            if answer is None:
+                time.sleep(2)
+            return answer
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.reply(200, told, {})
+        running = server(reply)
+        running.about = 200, {"status": "ok", "reward": "test", "max_images": 64} if health is None else health
+        return running.url.removesuffix("/v1"), running.asked
 
-            def do_POST(self) -> None:
-                asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                answer = answers[min(len(asked), len(answers)) - 1]
-                if answer is None:
-                    time.sleep(2)
-                    return
-                self.reply(*answer)
-
-            def reply(self, status: int, body: Any, headers: dict[str, str]) -> None:
-                data = body if isinstance(body, bytes) else json.dumps(body).encode()
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                with suppress(OSError):  # who asked may be gone
-                    self.wfile.write(data)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.daemon_threads = True
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_address[1]}", asked
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    return start
 
 
 def url_of(server: RewardServer) -> str:
@@ -379,22 +347,17 @@ def test_numbers_that_are_not_finite_are_not_valid() -> None:
     assert valid.tolist() == [[False, False, True]] and values.tolist() == [[0.0, 0.0, 2.0]]
 
 
-def test_the_command_serves(tmp_path: Path) -> None:
+def test_the_command_serves(tmp_path: Path, python: Callable[..., Process]) -> None:
     (tmp_path / "mine.py").write_text("def red(images, task):\n    return images[:, :, 0].mean((-2, -1))\n")
-    command = [sys.executable, "-m", "customized_grpo", "serve-reward", "python:mine.red", "--port", "0"]
-    with subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {TOKEN: "s3"}
-    ) as process:
-        try:
-            assert process.stdout is not None
-            said = process.stdout.readline()
-            assert said.startswith("serving python:mine.red on http://127.0.0.1:") and "a token is wanted" in said
-            assert "s3" not in said
-            images, batch = make_batch()
-            found = RemoteReward(transport(said.split()[3], token="s3")).score(images, batch)
-            assert torch.allclose(found.values, images[:, :, 0].mean((-2, -1)), atol=1e-6)
-        finally:
-            process.terminate()
+    process = python("-m", "customized_grpo", "serve-reward", "python:mine.red", "--port", 0, env={TOKEN: "s3"})
+    while not (said := process.written()[0]).endswith("\n"):
+        assert process.poll() is None, process.written()
+        time.sleep(0.05)
+    assert said.startswith("serving python:mine.red on http://127.0.0.1:") and "a token is wanted" in said
+    assert "s3" not in said
+    images, batch = make_batch()
+    found = RemoteReward(transport(said.split()[3], token="s3")).score(images, batch)
+    assert torch.allclose(found.values, images[:, :, 0].mean((-2, -1)), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from fork_server import Process
 from PIL import Image
 from torch import Tensor
 
@@ -126,9 +126,9 @@ def test_one_failing_image_is_invalid_alone(server: Start) -> None:
             return 500, {}
         return 200, completion('{"subject": 3, "prompt": 2}')
 
-    reward = JudgeReward(judge(server(reply).url, deadline=3.0), "prompt")
+    reward = JudgeReward(judge(server(reply).url, deadline=1.0), "prompt")
     scores = reward.score(*make_batch())
-    assert scores.reason is not None and "within 3 s (status 500" in scores.reason
+    assert scores.reason is not None and "within 1 s (status 500" in scores.reason
     assert scores.valid.tolist() == [[True] * 3, [False] * 3] and scores.values.isfinite().all()
 
 
@@ -145,7 +145,7 @@ def test_a_judge_that_hangs_is_given_up(server: Start) -> None:
 
 
 def test_sigterm_does_not_wait_for_a_judge_that_hangs(
-    server: Start, make_settings: Callable[..., dict[str, Any]], tmp_path: Path
+    server: Start, make_settings: Callable[..., dict[str, Any]], tmp_path: Path, python: Callable[..., Process]
 ) -> None:
     """Neither the run nor the end of its process: both answers under way are 60 s off."""
     go = threading.Event()
@@ -158,17 +158,15 @@ def test_sigterm_does_not_wait_for_a_judge_that_hangs(
     running = server(reply)
     rewards = both_remote(running.url) | {"identity": "vlm_judge", "remote": {}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(make_settings({"rewards": rewards})))
-    train = [sys.executable, "-m", "customized_grpo", "train", "--config", str(tmp_path / "run.yaml")]
-    with subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            while len(running.asked) < 2 and process.poll() is None:
-                time.sleep(0.05)
-            process.terminate()
-            said = process.communicate(timeout=45)
-        finally:
-            process.kill()
-            go.set()
-    assert process.returncode == 143 and "Traceback" not in said[1], said[1]
+    process = python("-m", "customized_grpo", "train", "--config", tmp_path / "run.yaml")
+    try:
+        while len(running.asked) < 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.terminate()
+        said = process.communicate(timeout=45)
+    finally:
+        go.set()
+    assert process.wait() == 143 and "Traceback" not in said[1], said[1]
 
 
 def test_who_waits_while_it_is_given_up_hears_so(server: Start) -> None:

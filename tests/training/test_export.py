@@ -33,15 +33,22 @@ MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
 
 
+@pytest.fixture(scope="module")
+def trained_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of `trained` lie, once one test made them."""
+    return tmp_path_factory.mktemp("trained")
+
+
 @pytest.fixture(params=["lora", "full"])
 def trained(
-    request: pytest.FixtureRequest, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining
+    request: pytest.FixtureRequest, trained_place: Path, make_config: MakeConfig, run_training: RunTraining
 ) -> Config:
-    """A run of two iterations with averaged weights, a checkpoint after each."""
+    """A run of two iterations with averaged weights, a checkpoint after each. Tests only read it."""
     changes = {"policy.toybox.adapter": request.param, "checkpoint.every": 1, "ema.decay": 0.5, "evaluation.every": 1}
     rank = {} if request.param == "lora" else {"policy.lora_rank": 32}
-    config = make_config(changes | rank | {"output": tmp_path / "trained", "ema.evaluate": False})
-    run_training(config)
+    config = make_config(changes | rank | {"output": trained_place / request.param, "ema.evaluate": False})
+    if not config.output.exists():
+        run_training(config)
     return config
 
 
