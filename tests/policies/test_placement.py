@@ -68,7 +68,7 @@ def test_kept_encoders_go_back_beside_the_transformer() -> None:
 def test_freed_encoders_encode_nothing() -> None:
     parts = placement(pipeline([]), keep_encoders=False)
     parts.release_encoders()
-    with pytest.raises(UserError, match=r"policy\.cache: a prompt that was encoded before"), parts.encoding():
+    with pytest.raises(UserError, match=r"policy\.pipeline\.cache: a prompt that was encoded before"), parts.encoding():
         pass
 
 
