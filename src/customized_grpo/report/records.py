@@ -112,7 +112,7 @@ def to_columns(rows: list[dict[str, Any]]) -> Columns:
 
 
 def data_uri(path: Path, inside: Path, limit: int = 256) -> str:
-    """A picture as a PNG data URI, at most `limit` pixels a side; "" if absent, broken or not in `inside`."""
+    """Return a picture as a PNG data URI, at most `limit` pixels a side; "" if absent, broken or not in `inside`."""
     if not path.resolve().is_relative_to(inside.resolve()) or not path.is_file():
         return ""
     content = path.read_bytes()
