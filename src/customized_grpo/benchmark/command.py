@@ -24,6 +24,7 @@ from customized_grpo.errors import UserError, describe_changes
 from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.evaluator import Sampling, draw, json_number
 from customized_grpo.evaluation.metrics import Metric, measure
+from customized_grpo.evaluation.statistics import bootstrap_interval
 from customized_grpo.factory.data import check_prompts, encode_rows, raise_problems
 from customized_grpo.factory.metrics import build_metrics, has_own_metrics, load_metrics
 from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config, with_guidance
@@ -31,7 +32,6 @@ from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
 from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import configure
-from customized_grpo.statistics import bootstrap_interval
 from customized_grpo.tracking.console import Display, StageProgress
 from customized_grpo.training.run_dir import adapter_folder, load_run_config
 from customized_grpo.types import PromptBatch

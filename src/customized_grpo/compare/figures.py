@@ -22,10 +22,10 @@ from customized_grpo.compare.results import (
     summarise,
 )
 from customized_grpo.config.presets import BASE, BASELINE, METHOD
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import style
 from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT
-from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.metric_info import metric_info
 
 CURVES = (BASELINE, "naive-1:1.5", METHOD)

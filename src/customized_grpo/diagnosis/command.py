@@ -19,13 +19,13 @@ from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.factory.config import resolve_config
 from customized_grpo.factory.data import encode_ahead, load_dataset, warn_truncated_prompts
 from customized_grpo.factory.policy import build_policy, build_start
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import UNFINISHED, check_folder, write_whole, writing
 from customized_grpo.runtime.device import configure
-from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run_dir import load_run_config
 

@@ -17,10 +17,10 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.diagnosis.gradients import FRESH_NOISE, OnProgress, Ticks, silent
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import Scorer
-from customized_grpo.statistics import t_interval
 from customized_grpo.training.advantages import PAIR
 from customized_grpo.training.rollout import Plan, encode_samples, iteration_samples, sample_groups
 

@@ -14,9 +14,9 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import mean_interval
 from customized_grpo.io.jsonl import is_number, read_lines
 from customized_grpo.report.svg import Array
-from customized_grpo.statistics import mean_interval
 from customized_grpo.tracking.metric_info import MetricInfo, headline_first, overview
 
 Interval = tuple[float, float, float]
