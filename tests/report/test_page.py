@@ -298,3 +298,9 @@ def test_a_new_metric_needs_one_row(run: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Lit pictures 50.0 % 41.9 % to 58.1 % 51.2 %" in text and "0 better, 1 worse" in text
     shutil.rmtree(run / "evaluation")
     assert "lit pictures 50.0 %" in report(run).text
+
+
+def test_a_third_reward_has_a_chart_of_its_own(run: Path) -> None:
+    rewrite(run / "metrics.jsonl", lambda row: row.update({"reward/style/mean": 0.5, "reward/style/std": 0.1}))
+    text = report(run).text
+    assert all(f"{name} reward" in text for name in ("Prompt", "Identity", "Style"))

@@ -28,9 +28,9 @@ JUDGED = ("prompt_satisfied", "identity_kept", "joint_success")
 def reward_charts(run: Run) -> list[Chart]:
     """Return one chart a reward: raw mean of each iteration, the same smoothed, and the validations."""
     charts = []
-    for name in ("prompt", "identity"):
+    for name in run.metrics.reward_names():
         x, y = run.metrics["iteration"], run.metrics[f"reward/{name}/mean"]
-        series = _raw_and_smooth(x, y, name)
+        series = _raw_and_smooth(x, y, metric_info(f"reward/{name}").hue)
         if run.evaluations.has(f"reward/{name}"):
             checks = run.evaluations
             series.append(Series("validation", checks["iteration"], checks[f"reward/{name}"], "joint", "dots"))
@@ -92,7 +92,10 @@ def first_ratio_error(metrics: Columns) -> dict[str, Any] | None:
 def health_charts(metrics: Columns) -> list[Chart]:
     """Return small charts of what goes wrong first when training goes wrong."""
     x = metrics["iteration"]
-    spread = [Series(name, x, smooth(metrics[f"reward/{name}/std"]), name) for name in ("prompt", "identity")]
+    spread = [
+        Series(name, x, smooth(metrics[f"reward/{name}/std"]), metric_info(f"reward/{name}").hue)
+        for name in metrics.reward_names()
+    ]
     charts = [
         _ratio_chart("Ratio \u03c1 in the update", "\u03c1 \u2212 1, range shaded", metrics, "ratio"),
         _ratio_chart("Ratio \u03c1 on the first pass", "\u03c1 \u2212 1", metrics, "first_ratio", FIRST_RATIO_ALARM),

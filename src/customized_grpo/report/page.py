@@ -218,7 +218,7 @@ def remarks(run: Run) -> list[tuple[str, str]]:
             "clipping and gradients are off."
         )
         found.append(("WARNING", text))
-    names = ("loss", "grad_norm", "reward/prompt/mean", "reward/identity/mean")
+    names = ("loss", "grad_norm", *(f"reward/{name}/mean" for name in metrics.reward_names()))
     broken = {name: int((~np.isfinite(metrics[name])).sum()) for name in names}
     if any(broken.values()):
         told = ", ".join(f"{name} in {count}" for name, count in broken.items() if count)

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,11 @@ class Columns:
 
     def has(self, name: str) -> bool:
         return bool(np.isfinite(self[name]).any())
+
+    def reward_names(self) -> list[str]:
+        """Return the names of the rewards with a column `reward/NAME/mean`, in the order of the columns."""
+        found = (re.fullmatch("reward/(.+)/mean", name) for name in self.values)
+        return [match[1] for match in found if match]
 
 
 @dataclass(frozen=True)
