@@ -405,7 +405,10 @@ def children(process: "subprocess.Popen[bytes]") -> Sequence[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGKILL, 0)])
+@pytest.mark.parametrize(
+    ("number", "lost"),
+    [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow)],
+)
 def test_the_others_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], ranks: Callable[..., list[Process]], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
@@ -487,7 +490,7 @@ def test_weights_that_came_apart_are_found(
     assert not list((tmp_path / "apart").glob("checkpoints/*"))
 
 
-@pytest.mark.parametrize("to_all", [True, False])
+@pytest.mark.parametrize("to_all", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_sigterm_leaves_a_checkpoint_and_the_run_goes_on_to_the_bit(
     straight: Path, written: Callable[..., Path], ranks: Callable[..., list[Process]], train: Callable[..., str],
     tmp_path: Path, to_all: bool, read_log: Callable[..., list[dict[str, Any]]],
@@ -549,7 +552,7 @@ main()
 """Trains as the command does; the second process sends itself SIGTERM in the third iteration, at a call of `place`."""
 
 
-@pytest.mark.parametrize("where", ["_objective", "_optimizer_step"])
+@pytest.mark.parametrize("where", [pytest.param("_objective", marks=pytest.mark.slow), "_optimizer_step"])
 def test_sigterm_in_an_update_tears_none(
     straight: Path, written: Callable[..., Path], ranks: Callable[..., list[Process]], train: Callable[..., str],
     tmp_path: Path, where: str,

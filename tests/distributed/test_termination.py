@@ -115,7 +115,8 @@ def same(first: Path, second: Path) -> None:
     [
         ("scoring", 3, 3), ("update", 2, 2), ("between updates", 4, 4), ("validation", 4, 4),
         ("averaged weights", 4, 4), ("saving", 3, 3), ("sampling", 0, None),
-        ("sampling", 2, 2), ("validation", 0, None),
+        pytest.param("sampling", 2, 2, marks=pytest.mark.slow),
+        pytest.param("validation", 0, None, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_signal_leaves_a_checkpoint_of_the_last_whole_iteration(

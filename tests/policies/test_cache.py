@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import EVERY_FAMILY_OR_FAST
 from torch import Tensor
 
 from customized_grpo.cli.main import main
@@ -26,7 +27,6 @@ from customized_grpo.training.run import _first_iteration, evaluate_run, train
 
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]
-EVERY = pytest.mark.parametrize("kind", tuple(PIPELINES))
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_run_encodes_what_it_reads(data: SubjectDataset) -> None:
     assert len(long[data]) == len(data)
 
 
-@EVERY
+@EVERY_FAMILY_OR_FAST
 def test_what_rows_share_is_kept_and_read_once(kind: str, load: Load, data: SubjectDataset, tmp_path: Path) -> None:
     policy = load(kind)
     encode(policy, data)
@@ -106,7 +106,7 @@ def test_a_negative_prompt_is_encoded_once(load: Load, data: SubjectDataset, mon
     assert prompts.count("") == 1 and set(prompts) == {"", *(sample.prompt for sample in data)}
 
 
-@EVERY
+@EVERY_FAMILY_OR_FAST
 def test_the_bytes_of_rows_are_known_before(kind: str, load: Load, data: SubjectDataset, tmp_path: Path) -> None:
     """Exactly, but for the header of each file; a Qwen's texts are as long as they are."""
     policy = load(kind)

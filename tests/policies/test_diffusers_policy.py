@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import EVERY_FAMILY, EVERY_FAMILY_OR_FAST
 from safetensors import safe_open
 from torch import Tensor
 
@@ -33,7 +34,6 @@ from customized_grpo.types import PromptBatch
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]
 KINDS = tuple(PIPELINES)
-EVERY = pytest.mark.parametrize("kind", KINDS)
 
 
 class Brightness:
@@ -76,7 +76,7 @@ def config(**changes: Any) -> Config:
     return Config.model_validate(tree)
 
 
-@EVERY
+@EVERY_FAMILY
 def test_references_of_any_size_and_number(kind: str, load: Load, picture: Picture) -> None:
     policy = load(kind)
     most = min(2, PIPELINES[kind].max_references)
@@ -100,7 +100,7 @@ def test_references_of_any_size_and_number(kind: str, load: Load, picture: Pictu
     assert images.shape == (3, 3, 64, 96) and images.min() >= 0 and images.max() <= 1
 
 
-@EVERY
+@EVERY_FAMILY
 def test_the_reference_and_the_prompt_matter(kind: str, load: Load, picture: Picture) -> None:
     policy = load(kind)
     one, other = (policy.prepare_reference(picture(64, 64, seed), 1) for seed in (0, 1))
@@ -112,7 +112,7 @@ def test_the_reference_and_the_prompt_matter(kind: str, load: Load, picture: Pic
     assert (first - prompt).abs().max() > 1e-4
 
 
-@EVERY
+@EVERY_FAMILY_OR_FAST
 def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
     kind: str, load: Load, dataset: SubjectDataset, perturb: Callable[..., None]
 ) -> None:
@@ -151,7 +151,7 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
     assert len(batch.prompts) == 2
 
 
-@EVERY
+@EVERY_FAMILY
 def test_rollout_and_update_compute_the_same_velocity_bitwise(
     kind: str, load: Load, picture: Picture, perturb: Callable[..., None]
 ) -> None:
@@ -205,7 +205,7 @@ def test_compiled_blocks_are_not_given_up(load: Load, picture: Picture, monkeypa
             assert torch.allclose(velocity, expected, atol=1e-5)
 
 
-@EVERY
+@EVERY_FAMILY_OR_FAST
 def test_a_plain_pipeline_takes_the_adapter(
     kind: str,
     load: Load,
@@ -334,7 +334,7 @@ def test_the_cache_tells_what_a_row_depends_on(
     assert paths(other) != first
 
 
-@EVERY
+@EVERY_FAMILY_OR_FAST
 def test_bf16_keeps_the_first_ratio(
     kind: str, load: Load, dataset: SubjectDataset, perturb: Callable[..., None]
 ) -> None:

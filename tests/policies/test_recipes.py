@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from families import FAST
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -79,7 +80,9 @@ def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, outp
     return ["train", "--config", str(CONFIGS / f"{recipe}.yaml"), *options]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe", [recipe if recipe in FAST else pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES]
+)
 def test_a_recipe_trains(
     recipe: str, tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path,
     run_python: Callable[..., subprocess.CompletedProcess[str]],

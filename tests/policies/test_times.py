@@ -5,15 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from diffusers.models.embeddings import Timesteps
+from families import EVERY_FAMILY_OR_FAST
 from torch import Tensor
 
 from customized_grpo.algorithm import shift_sigmas
-from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 
 SIGMAS = shift_sigmas(25, 3.0)[:-1]
 """The paper's schedule."""
-KINDS = list(PIPELINES)
 
 
 def told(policy: DiffusersPolicy, picture: Callable[..., Tensor]) -> Tensor:
@@ -38,14 +37,14 @@ def told(policy: DiffusersPolicy, picture: Callable[..., Tensor]) -> Tensor:
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_FAMILY_OR_FAST
 def test_in_fp32_the_generator_is_told_the_sigma_of_the_step(
     kind: str, load: Callable[..., DiffusersPolicy], picture: Callable[..., Tensor]
 ) -> None:
     assert (told(load(kind), picture) - 1000 * SIGMAS.double()).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@EVERY_FAMILY_OR_FAST
 def test_in_bf16_it_is_told_what_the_pipeline_tells_it(
     kind: str, load: Callable[..., DiffusersPolicy], picture: Callable[..., Tensor]
 ) -> None:

@@ -70,7 +70,7 @@ def test_micro_batches_change_nothing(policy: ToyBoxPolicy, condition: Context, 
 
 
 @pytest.mark.parametrize("kind", ["dance", "flow", "cps"])
-@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("start", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_shared_prefix_gives_the_images_of_samples_walked_alone(
     policy: ToyBoxPolicy, condition: Context, start: int, kind: str
 ) -> None:
