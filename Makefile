@@ -19,14 +19,14 @@ help: ## List the targets
 setup: $(INSTALLED) ## Create .venv and install the package and its tools in tested versions
 
 demo: $(INSTALLED) $(MANIFESTS) ## Train on ToyBox from nothing to a report; a few minutes
-	$(BIN)/customized-grpo train --config configs/toybox.yaml --overwrite \
+	$(BIN)/customized-grpo train --config toybox --overwrite \
 		--data.validation $(DATA)/validation --data.test $(DATA)/test $(ARGS)
 
 compare: $(INSTALLED) $(MANIFESTS) ## The paper's experiment, 56 runs; hours, and goes on where it stopped
-	$(BIN)/customized-grpo compare --config configs/compare.yaml $(ARGS)
+	$(BIN)/customized-grpo compare --config compare $(ARGS)
 
 compare-leak: $(INSTALLED) $(MANIFESTS) ## When does it help? 18 runs; goes on where it stopped
-	$(BIN)/customized-grpo compare --config configs/compare-leak.yaml $(ARGS)
+	$(BIN)/customized-grpo compare --config compare-leak $(ARGS)
 
 figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in docs/results
 	$(BIN)/customized-grpo figures --csv docs/results/comparison.csv --output docs/images/comparison
@@ -40,10 +40,11 @@ test: $(INSTALLED) ## Run the fast tests; a few minutes
 test-all: $(INSTALLED) ## Run every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
-lint: $(INSTALLED) ## Check style, formatting and types
+lint: $(INSTALLED) ## Check style, formatting, types and who imports whom
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 benchmark: $(INSTALLED) ## Measure what a training iteration costs
 	$(BIN)/python benchmarks/toybox_step.py $(ARGS)

@@ -1,4 +1,4 @@
-"""What saving a checkpoint in each iteration costs, with the settings of configs/toybox.yaml, in one run.
+"""What saving a checkpoint in each iteration costs, with the settings of the recipe toybox, in one run.
 
     python benchmarks/checkpoint_cost.py [--folder DIR] [--iterations N] [--threads N] [--json]
     python benchmarks/checkpoint_cost.py --gigabytes 14.4 [--folder DIR] [--json]
@@ -21,6 +21,7 @@ import torch
 import yaml
 from torch import nn
 
+from customized_grpo.config.recipes import find_recipe
 from customized_grpo.config.run import Config
 from customized_grpo.factory.data import load_dataset
 from customized_grpo.factory.policy import build_policy
@@ -33,7 +34,7 @@ from customized_grpo.training.resume import resume_fingerprint
 from customized_grpo.training.snapshot import Snapshot
 from customized_grpo.training.trainer import Trainer
 
-SETTINGS = Path(__file__).parents[1] / "configs" / "toybox.yaml"
+SETTINGS = find_recipe("toybox")
 PAIRS = 24
 """Pairs in the benchmark's data folder."""
 LAYERS = 50

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image, write_metadata
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.types import PromptBatch, References
@@ -39,8 +39,9 @@ from diffusers import (  # noqa: E402
 )
 
 from customized_grpo.factory.pipelines import settings_of  # noqa: E402
-from customized_grpo.policies.conditions import ConditionCache, EncodedBatch, EncodedPrompt  # noqa: E402
+from customized_grpo.policies.conditions import ConditionCache  # noqa: E402
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy  # noqa: E402
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt  # noqa: E402
 from customized_grpo.policies.pipelines.flux1_kontext import Flux1Kontext  # noqa: E402
 from customized_grpo.testing import tiny_pipelines as tiny  # noqa: E402
 from customized_grpo.training.dry_run import estimate_pipeline  # noqa: E402
@@ -58,7 +59,7 @@ class RandomPolicy(DiffusersPolicy):
         return EncodedBatch((self.row,) * len(prompts), torch.arange(len(prompts)))
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward that costs nothing and differs from image to image."""
 
     def __init__(self, channel: int) -> None:
@@ -120,7 +121,7 @@ def measure(
 ) -> dict[str, Any]:
     """Seconds by phase, operations, memory, and the ratio of the first pass in bf16; `expected`: of the dry run."""
     device = policy.device
-    trainer = Trainer(config, policy, (Brightness(0), Brightness(1)), dataset)
+    trainer = Trainer(config, policy, {"prompt": Brightness(0), "identity": Brightness(1)}, dataset)
     cuda = device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -188,12 +189,16 @@ def _config(options: argparse.Namespace) -> Config:
     side = 64 if options.tiny else 512
     rollout = {
         "prompts_per_iteration": options.prompts, "group_size": options.group_size, "num_steps": options.steps,
-        "shift": 3.0, "sde": "dance", "eta": 0.4, "subset_share": 0.6, "micro_batch": options.micro_batch,
+        "shift": 3.0, "sde": "dance", "eta": 0.4, "subset": {"timestep_fraction": 0.6},
+        "micro_batch": options.micro_batch,
     }  # fmt: skip
     policy = {
-        "kind": "flux1-kontext", "height": side, "width": side, "reference_side": side, "precision": "bf16",
-        "device": options.device, "lora_rank": options.rank, "lora_alpha": options.rank, "compile": options.compile,
-        "attention_backend": options.attention_backend,
+        "kind": "flux1-kontext", "precision": "bf16", "device": options.device, "lora_rank": options.rank,
+        "lora_alpha": options.rank,
+        "pipeline": {
+            "height": side, "width": side, "reference_side": side, "compile": options.compile,
+            "attention_backend": options.attention_backend,
+        },
     }  # fmt: skip
     return Config.model_validate(
         {
@@ -202,7 +207,7 @@ def _config(options: argparse.Namespace) -> Config:
             "evaluation": {"judge": "none"},
             "rollout": rollout,
             "optimizer": {
-                "learning_rate": 2e-5, "updates_per_iteration": options.updates, "micro_batch": options.micro_batch,
+                "learning_rate": 2e-5, "num_minibatches": options.updates, "micro_batch": options.micro_batch,
             },
         }
     )  # fmt: skip

@@ -25,10 +25,10 @@ SETTINGS: dict[str, Any] = {
     "threads": 1,
     "rollout": {"prompts_per_iteration": 4, "micro_batch": 24},
     "optimizer": {"micro_batch": 24},
-    "evaluation": {"every": 1000, "pairs": 2, "gallery": 1},
+    "evaluation": {"every": 1000, "num_samples": 2, "gallery": 1},
     "checkpoint": {"every": 1000},
 }
-"""As `configs/toybox.yaml`, but groups that two processes share evenly, and nothing but iterations."""
+"""As the recipe `toybox`, but groups that two processes share evenly, and nothing but iterations."""
 ROUNDS = 2
 
 

@@ -30,16 +30,16 @@ SETTINGS: dict[str, Any] = {
     "policy": {"precision": "fp32"},
     "rollout": {"prompts_per_iteration": 3, "group_size": 6, "num_steps": 6, "micro_batch": 6},
     "optimizer": {"micro_batch": 6},
-    "evaluation": {"every": 4, "pairs": 4, "gallery": 2},
+    "evaluation": {"every": 4, "num_samples": 4, "gallery": 2},
     "checkpoint": {"every": 3, "keep_last": 2},
     "ema": {"decay": 0.9},
-    "ranks": {"check_every": 1, "silence": 5.0},
+    "distributed": {"check_weights_every": 1, "heartbeat_timeout": 5.0},
 }
 FAULTS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP")
 """Drawn from; a process that was stopped goes on after a while."""
 QUIET, FROZEN = (1.0, 30.0), (1.0, 8.0)
 """Seconds from a start, or a fault, to the next fault, and from SIGSTOP to SIGCONT: bounds of what is drawn. A process
-may be frozen for more than `ranks.silence`: then the others give it up, and the run is started anew."""
+may be frozen for more than `distributed.heartbeat_timeout`: then the others give it up, and the run is started anew."""
 MOST = 200
 """Starts of an episode after which it is taken to lead nowhere."""
 COMPARED = ("adapter_model.safetensors", "ema/adapter_model.safetensors", "weights.json")

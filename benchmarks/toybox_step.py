@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from customized_grpo.config.rollout import RolloutConfig
+from customized_grpo.config.rollout import RolloutConfig, WindowConfig
 from customized_grpo.config.run import Config
 from customized_grpo.factory.data import load_dataset
 from customized_grpo.factory.policy import build_policy
@@ -144,9 +144,9 @@ def measure_prefix(trainer: Trainer[Context], repeats: int) -> list[Figure]:
     The predicted saving is the share of forward evaluations that fall away.
     """
     policy = trainer.policy
-    window = {"steps": "window", "window_start": WINDOW_START, "window_size": WINDOW_SIZE}
-    shared = trainer.config.rollout.model_copy(update={**window, "initial_noise": "shared"})
-    alone = shared.model_copy(update={"initial_noise": "separate"})
+    window = {"trained_steps": "window", "window": WindowConfig(start=WINDOW_START, size=WINDOW_SIZE)}
+    shared = trainer.config.rollout.model_copy(update={**window, "same_initial_noise": True})
+    alone = shared.model_copy(update={"same_initial_noise": False})
     _, condition = _encoded(trainer)
     with_prefix, without = _median_seconds(
         repeats, lambda: _sample(policy, condition, shared), lambda: _sample(policy, condition, alone)
@@ -196,7 +196,7 @@ def _options() -> argparse.Namespace:
 
 
 def _trainer(options: argparse.Namespace, data: Path, **rollout: Any) -> Trainer[Context]:
-    settings = {"policy": {"weights": options.weights}, "data": {"path": data}, "rollout": rollout}
+    settings = {"policy": {"toybox": {"weights": options.weights}}, "data": {"path": data}, "rollout": rollout}
     config = Config.model_validate({**settings, "threads": options.threads})
     policy = build_policy(config.policy, config.seed)
     return Trainer(config, policy, build_rewards(config), load_dataset(data, config, policy))
@@ -216,8 +216,8 @@ def _sample(policy: Policy[Context], condition: Context, config: RolloutConfig) 
     return rollout.images
 
 
-def _score(rewards: Sequence[Reward], images: torch.Tensor, batch: PromptBatch) -> None:
-    for reward in rewards:
+def _score(rewards: Mapping[str, Reward], images: torch.Tensor, batch: PromptBatch) -> None:
+    for reward in rewards.values():
         reward.score(images, batch)
 
 

@@ -43,14 +43,14 @@ SMALL: dict[str, Any] = {
     "rollout.prompts_per_iteration": 2,
     "rollout.group_size": 4,
     "rollout.num_steps": 4,
-    "optimizer.updates_per_iteration": 1,
+    "optimizer.num_minibatches": 1,
     "evaluation.every": 2,
-    "evaluation.pairs": 2,
-    "evaluation.test_pairs": 3,
+    "evaluation.num_samples": 2,
+    "evaluation.num_test_samples": 3,
     "evaluation.gallery": 2,
 }
 """What makes a run take seconds, by dotted name."""
-FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
+FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.num_minibatches": 2}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -93,7 +93,7 @@ def make_settings(tmp_path: Path, tiny_weights: Path, toybox_data: Path) -> Call
     """The settings of a small run as a tree, changed by dotted names; by default its output is `tmp_path/run`."""
 
     def make(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        paths = {"output": tmp_path / "run", "policy.weights": tiny_weights, "data.path": toybox_data / "train"}
+        paths = {"output": tmp_path / "run", "policy.toybox.weights": tiny_weights, "data.path": toybox_data / "train"}
         tree: dict[str, Any] = {}
         for name, value in (SMALL | paths | dict(changes or {})).items():
             *sections, field = name.split(".")
@@ -126,12 +126,13 @@ def make_trainer(make_config: Callable[..., Config]) -> Callable[..., Trainer[An
         config = make_config(changes)
         policy = build_policy(config.policy, config.seed)
         dataset = SubjectDataset.open(config.data.path)
-        return Trainer(config, policy, rewards or build_rewards(config), dataset)
+        named = build_rewards(config) if rewards is None else dict(zip(("prompt", "identity"), rewards, strict=True))
+        return Trainer(config, policy, named, dataset)
 
     return make
 
 
-class FunctionReward:
+class FunctionReward(Reward):
     """A reward that is a function of the images [P, G, 3, H, W]; what is not finite is invalid."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:

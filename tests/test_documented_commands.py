@@ -9,19 +9,20 @@ from typing import Any
 import pytest
 
 from customized_grpo.benchmark.config import BenchmarkConfig
-from customized_grpo.cli import main as cli
-from customized_grpo.cli.parser import Parser, build_parser
+from customized_grpo.cli.main import build_parser
+from customized_grpo.cli.parser import BadArguments, Parser
 from customized_grpo.compare.config import CompareConfig
-from customized_grpo.config.files import check_file
 from customized_grpo.config.messages import values_of
+from customized_grpo.config.recipes import find_recipe, list_recipes
 from customized_grpo.config.run import Config
+from customized_grpo.errors import UserError
 from customized_grpo.factory.config import check_shares
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "configs").glob("*.yaml")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *map(find_recipe, list_recipes()))
 LAUNCHERS = {"torchrun": "--nproc_per_node", "accelerate": "--num_processes"}
 ELIDED = {
-    "train": ["--config", "configs/flux1-kontext.yaml"],
+    "train": ["--config", "flux1-kontext"],
     "generate": ["--reference", "toy.png", "--prompt", "a toy"],
 }
 """What `...` stands for in a command."""
@@ -33,7 +34,7 @@ def commands(page: Path) -> Iterator[str]:
     for line in text.splitlines():
         found = re.match(r"(?:#?\s{3,}|#\s+)(?:[A-Z_]+=\S+ )*((customized-grpo|torchrun|accelerate launch) .*)", line)
         if found:
-            yield re.sub(r"\s+#.*", "", found[1])
+            yield re.sub(r"\s+[#>].*", "", found[1])
 
 
 EVERY = [(page, command) for page in PAGES for command in commands(page)]
@@ -50,10 +51,8 @@ def split(command: str) -> tuple[list[str], int]:
     if "..." in arguments:
         place = arguments.index("...")
         arguments[place : place + 1] = ELIDED[arguments[0]]
-    named = values_of("config", arguments)
-    for path in (path for path in named if not (ROOT / path).is_file()):
-        assert not path.startswith("configs/"), path
-        place = arguments.index(path)  # what another command writes
+    for path in (each for each in values_of("config", arguments) if each.endswith(".yaml")):
+        place = arguments.index(path)  # what another command or the user writes; recipes go by their names
         del arguments[place - 1 : place + 1]
     return arguments, count
 
@@ -65,20 +64,18 @@ def parser() -> Parser:
 
 def settings(parser: Parser, arguments: Sequence[str]) -> tuple[str, Any]:
     """The command and its options, parsed as `main` does it."""
-    options = parser.parse_args(parser.command_of(arguments)[1].underscored(arguments))
+    command = parser.command_of(arguments)[1]
+    options = parser.parse_args(command.resolve_configs(command.normalize_flags(arguments)))
     return options.subcommand, options[options.subcommand]
 
 
 @pytest.mark.parametrize(("page", "command"), EVERY, ids=[f"{page.name}-{n}" for n, (page, _) in enumerate(EVERY)])
-def test_a_documented_command_is_taken(
-    page: Path, command: str, parser: Parser, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_documented_command_is_taken(page: Path, command: str, parser: Parser) -> None:
     arguments, count = split(command)
     name, options = settings(parser, arguments)
     model = {"train": Config, "compare": CompareConfig, "evaluate": BenchmarkConfig, "diagnose": Config}.get(name)
-    for path in values_of("config", arguments) if model else ():
-        check_file(Path(path), model)
+    if name == "recipes" and options.name is not None:
+        find_recipe(options.name)
     if model is None:
         return
     known = set(model.model_fields)
@@ -94,8 +91,9 @@ def test_the_commands_are_found() -> None:
     assert len(EVERY) > 30 and {page.name for page, _ in EVERY} >= {"README.md", "models.md", "uno.yaml"}
 
 
-def test_a_command_that_is_not_taken_is_found(parser: Parser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    for wrong in ("customized-grpo train --config configs/toybox.yaml --rollout.et 1", "customized-grpo trains"):
-        with pytest.raises(cli.BadArguments):
+def test_a_command_that_is_not_taken_is_found(parser: Parser) -> None:
+    for wrong in ("customized-grpo train --config toybox --rollout.et 1", "customized-grpo trains"):
+        with pytest.raises(BadArguments):
             settings(parser, split(wrong)[0])
+    with pytest.raises(UserError, match="the name of a recipe: compare, "):
+        settings(parser, split("customized-grpo train --config toyboxx")[0])

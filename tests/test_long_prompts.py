@@ -14,7 +14,6 @@ from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
 from customized_grpo.factory.data import warn_truncated_prompts
 from customized_grpo.factory.rewards import build_rewards, load_rewards
-from customized_grpo.policies.policy import ReadsPrompts
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.tracking.console import Display
@@ -36,14 +35,13 @@ def said(display: Display) -> list[str]:
 
 
 def load(kind: str, folder: Path) -> Any:
-    settings = RewardsConfig.model_validate({"prompt": kind, "prompt_model": str(folder)})
-    return load_rewards(settings, CPU)[0]
+    settings = RewardsConfig.model_validate({"prompt": kind, kind: {"model": str(folder)}})
+    return load_rewards(settings, CPU)["prompt"]
 
 
 @pytest.mark.parametrize(("kind", "model", "limit"), [("clip_t", "clip", 77), ("siglip", "siglip", 64)])
 def test_what_comes_after_the_limit_is_not_read(kind: str, model: str, limit: int, tiny: dict[str, Path]) -> None:
     reward = load(kind, tiny[model])
-    assert isinstance(reward, ReadsPrompts)
     images = torch.rand(1, 2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
     def score(prompt: str) -> Tensor:
@@ -92,14 +90,19 @@ def dataset(tmp_path: Path) -> SubjectDataset:
     ("policy", "reward", "count", "expected"),
     [
         (Reads(5), Reads(5), None, []),
-        (Reads(None), object(), None, []),
+        (Reads(None), Reads(None), None, []),
         (
-            object(),
+            Reads(None),
             Reads(3),
             None,
             ["rewards.prompt: 2 of 5 prompts used of D are longer than the 3 tokens that toybox"],
         ),
-        (object(), Reads(3), 4, ["rewards.prompt: 1 of 4 prompts used of D is longer than the 3 tokens that toybox"]),
+        (
+            Reads(None),
+            Reads(3),
+            4,
+            ["rewards.prompt: 1 of 4 prompts used of D is longer than the 3 tokens that toybox"],
+        ),
         (
             Reads(2),
             Reads(3),
@@ -111,7 +114,7 @@ def dataset(tmp_path: Path) -> SubjectDataset:
 def test_prompts_in_use_are_counted(
     policy: Any, reward: Any, count: int | None, expected: list[str], dataset: SubjectDataset, display: Display
 ) -> None:
-    warn_truncated_prompts(Config(), policy, (reward, object()), {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
+    warn_truncated_prompts(Config(), policy, {"prompt": reward}, {dataset: dataset.samples[:count]}, display)  # type: ignore[arg-type]
     found = [line.replace(str(dataset.folder), "D") for line in said(display)]
     assert len(found) == len(expected)
     for line, start in zip(found, expected, strict=True):
@@ -133,7 +136,7 @@ def test_a_run_and_an_evaluation_tell(
         (folder / path.name).write_bytes(path.read_bytes())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 12}))
-    rewards = {"rewards.prompt": "clip_t", "rewards.prompt_model": folder, "data.test": toybox_data / "test"}
+    rewards = {"rewards.prompt": "clip_t", "rewards.clip_t.model": folder, "data.test": toybox_data / "test"}
     config = make_config(rewards | {"iterations": 1, "evaluation.every": 1})
     train(config, display)
     train_line, test_line = said(display)
@@ -146,4 +149,5 @@ def test_a_run_and_an_evaluation_tell(
 def test_toyboxs_parts_read_every_prompt_that_they_take(
     make_config: Callable[..., Config], make_policy: Callable[..., ToyBoxPolicy]
 ) -> None:
-    assert not any(isinstance(part, ReadsPrompts) for part in (make_policy(), *build_rewards(make_config())))
+    parts = make_policy(), *build_rewards(make_config()).values()
+    assert [part.prompt_lengths(["a red ball on the beach"]) for part in parts] == [None] * 3

@@ -14,7 +14,7 @@ from customized_grpo.cli.main import main
 from customized_grpo.config.run import Config
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import NotFinite
-from customized_grpo.generate import Options, generate
+from customized_grpo.generation import Options, write_pictures
 from customized_grpo.io.jsonl import Metrics
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.tracking.console import Display
@@ -52,7 +52,7 @@ def test_commands_that_draw_end_with_words(
     reference = toybox_data / "train" / "references" / "train-00000.png"
     out, prompt = tmp_path / "out.png", "a star on the beach"
     with pytest.raises(NotFinite, match=f"1 of 1 {SAID}"):
-        generate(Options(run=four, reference=[reference], prompt=prompt, out=out))
+        write_pictures(Options(run=four, reference=[reference], prompt=prompt, out=out))
     with pytest.raises(NotFinite, match=f"evaluation: 3 of 3 {SAID}"):
         evaluate_run(four, toybox_data / "test", 3, display)
     with pytest.raises(NotFinite, match=SAID):

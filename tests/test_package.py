@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from customized_grpo.config.recipes import list_recipes
 from customized_grpo.toybox.weights import NAMES, QUALITY
 
 
@@ -31,22 +32,25 @@ def test_the_wheel_holds_everything_and_nothing_else(wheel: Path) -> None:
     others = {
         f"customized_grpo/{name}" for name in (f"toybox/weights/{QUALITY}", "report/template.html.j2", "py.typed")
     }
-    assert weights | others <= set(names)
+    recipes = {f"customized_grpo/recipes/{name}.yaml" for name in list_recipes()}
+    assert weights | others | recipes <= set(names) and recipes
     tops = {name.split("/")[0] for name in names}
     assert tops == {"customized_grpo", next(top for top in tops if top.endswith(".dist-info"))}
 
 
-def test_the_installed_wheel_finds_its_weights(wheel: Path, tmp_path: Path) -> None:
+def test_the_installed_wheel_finds_its_weights_and_recipes(wheel: Path, tmp_path: Path) -> None:
     target = tmp_path / "target"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
     subprocess.run([*install, str(wheel)], check=True)
     code = (
         "from customized_grpo.toybox.policy import ToyBoxPolicy; import customized_grpo;"
-        "ToyBoxPolicy.load(); print(customized_grpo.__file__)"
+        "ToyBoxPolicy.load(); print(customized_grpo.__file__);"
+        "from customized_grpo.config.recipes import list_recipes; print(*list_recipes())"
     )
     environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert Path(done.stdout.strip()).is_relative_to(target)
+    package, recipes = done.stdout.splitlines()
+    assert Path(package).is_relative_to(target) and recipes.split() == list(list_recipes())

@@ -27,13 +27,16 @@ class PromptBatch:
 
     References and masks have the size of their files, whatever size the generator sees. They may be read each time they
     are indexed. `names`: of each prompt's references and masks; equal names mean equal pictures, so that a reward may
-    keep what it computes of them. None: they have no names.
+    keep what it computes of them. None: they have no names. `subjects`: each prompt's, if they are known. `pictures`:
+    what a metric of identity compares with; None: the references.
     """
 
     prompts: Sequence[str]
     references: References
     masks: References | None
     names: Sequence[Hashable] | None = None
+    subjects: Sequence[str | None] | None = None
+    pictures: References | None = None
 
     @classmethod
     def of(cls, dataset: SubjectDataset, samples: Sequence[Sample], *, masks: bool) -> "PromptBatch":
@@ -43,4 +46,5 @@ class PromptBatch:
             dataset.originals(samples),
             dataset.masks(samples) if masks and samples else None,
             [(sample.references, sample.masks) for sample in samples],
+            [sample.subject for sample in samples],
         )

@@ -459,8 +459,26 @@ def test_quadrants_and_conflict_rate_count_samples():
     nothing = torch.zeros_like(valid)
     assert all(math.isnan(share) for share in quadrants(advantages, nothing).values())
     assert math.isnan(conflict_rate(advantages, nothing))
-    with pytest.raises(ValueError, match="two rewards"):
+    with pytest.raises(ValueError, match=r"names must name each of the 3 rewards, found \['prompt', 'identity'\]"):
         quadrants(torch.zeros(1, 4, 3))
+    for count in (quadrants, conflict_rate):
+        with pytest.raises(ValueError, match="at least 2, found 1"):
+            count(torch.zeros(1, 4, 1), *([None, ["prompt"]] if count is quadrants else []))
+
+
+def test_quadrants_of_three_rewards_are_those_of_each_pair():
+    advantages = torch.randn(3, 6, 3, generator=torch.Generator().manual_seed(0))
+    valid = torch.rand(3, 6, 3, generator=torch.Generator().manual_seed(1)) > 0.2
+    names = ("prompt", "identity", "style")
+    found, rates = quadrants(advantages, valid, names), []
+    assert len(found) == 12
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        pair = advantages[..., [i, j]], valid[..., [i, j]]
+        shares = quadrants(*pair, names=(names[i], names[j]))
+        assert {name: found[f"{names[i]}-{names[j]}/{name}"] for name in shares} == shares
+        rates.append(conflict_rate(*pair))
+    assert conflict_rate(advantages, valid) == pytest.approx(sum(rates) / 3)
+    assert len(set(rates)) > 1
 
 
 def test_groups_of_equal_rewards_are_in_no_quadrant():

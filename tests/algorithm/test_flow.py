@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from customized_grpo.algorithm import SDE_KINDS, gaussian_kl, ode_step, sde_step, shift_sigmas
+from customized_grpo.algorithm import SDE_KINDS, Gaussian, gaussian_kl, ode_step, sde_step, shift_sigmas, transition
 
 ETA = {"dance": 0.4, "flow": 0.7, "cps": 0.6}
 
@@ -337,3 +337,55 @@ def test_any_step_agrees_with_the_formulas_in_double(kind, sigma, fraction, eta,
     assert step.std.item() == pytest.approx(std, rel=1e-9)
     assert step.x0[0].tolist() == pytest.approx(x0, rel=1e-9, abs=1e-9)
     assert step.log_prob.item() == pytest.approx(log_prob, rel=1e-8, abs=1e-8)
+
+
+# the transition as a distribution
+
+
+def gaussian(kind: str, dtype: torch.dtype = torch.float64) -> Gaussian:
+    x, v = draw(0, 3, 2, 4, dtype=dtype), draw(1, 3, 2, 4, dtype=dtype)
+    return transition(x, v, torch.tensor([0.9, 0.5, 0.3]), torch.tensor([0.8, 0.3, 0.1]), kind=kind, eta=ETA[kind])
+
+
+@pytest.mark.parametrize("kind", SDE_KINDS)
+def test_a_transition_is_torchs_normal(kind):
+    found, noise, other = gaussian(kind), draw(2, 3, 2, 4, dtype=torch.float64), draw(3, 3, 2, 4, dtype=torch.float64)
+    expected = torch.distributions.Normal(found.mean, found.std.expand_as(found.mean))
+    torch.testing.assert_close(found.sample(noise), expected.loc + expected.scale * noise, rtol=0, atol=1e-14)
+    torch.testing.assert_close(found.log_prob(other), expected.log_prob(other).mean((1, 2)), rtol=1e-12, atol=1e-12)
+    away = torch.distributions.Normal(other, expected.scale)
+    kl = torch.distributions.kl_divergence(expected, away).mean((1, 2))
+    torch.testing.assert_close(found.kl(Gaussian(other, found.std)), kl, rtol=1e-12, atol=1e-12)
+    assert found.kl(found).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("kind", SDE_KINDS)
+def test_the_log_density_of_a_drawn_state_is_that_of_its_noise(kind):
+    found, noise = gaussian(kind), draw(2, 3, 2, 4, dtype=torch.float64)
+    expected = -0.5 * noise.square().mean((1, 2)) - found.std.flatten().log() - 0.5 * math.log(2 * math.pi)
+    torch.testing.assert_close(found.log_prob(found.sample(noise)), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", SDE_KINDS)
+def test_sde_step_is_the_transition_to_the_bit(kind, dtype):
+    x, v, noise = (draw(seed, 4, 3, 5, dtype=dtype) for seed in range(3))
+    v.requires_grad_()
+    arguments = {"kind": kind, "eta": ETA[kind]}
+    found = transition(x, v, 0.85, 0.8, **arguments)
+    for state in ({"noise": noise}, {"next_x": found.sample(noise)}):
+        step = sde_step(x, v, 0.85, 0.8, **arguments, **state)
+        assert torch.equal(step.next_x, found.sample(noise)) and torch.equal(step.mean, found.mean)
+        assert torch.equal(step.std, found.std.to(dtype)) and torch.equal(step.log_prob, found.log_prob(step.next_x))
+        gradients = [torch.autograd.grad(p.sum(), v, retain_graph=True)[0]
+                     for p in (step.log_prob, found.log_prob(found.sample(noise)))]  # fmt: skip
+        assert torch.equal(*gradients) and gradients[0].abs().min() > 0
+
+
+def test_a_state_of_another_shape_is_refused():
+    found = gaussian("dance")
+    for call, name in ((found.sample, "noise"), (found.log_prob, "x")):
+        with pytest.raises(ValueError, match=rf"{name} must have .* \[3, 2, 4\], found \[3, 4\]"):
+            call(torch.zeros(3, 4))
+    with pytest.raises(ValueError, match="shape"):
+        found.kl(Gaussian(torch.zeros(3, 4), found.std))

@@ -36,13 +36,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     weights, backbone = save_tiny_hpsv3(folder / "hpsv3")
     (folder / "instruction.txt").write_text("Rate it.\n{text_prompt}\n<|Reward|>")
     return {
-        "policy": {"kind": "flux1-kontext", "model": str(save_tiny("flux1-kontext", folder / "kontext"))},
+        "policy": {
+            "kind": "flux1-kontext",
+            "pipeline": {"model": str(save_tiny("flux1-kontext", folder / "kontext"))},
+        },
         "metrics": {
             "dino": str(save_tiny_reward("vits16", folder / "vits16")),
             "dinov2": str(save_tiny_reward("dino", folder / "dino")),
             "clip": str(save_tiny_reward("clip", folder / "clip")),
-            "hpsv3_weights": str(weights),
-            "hpsv3": {"backbone": str(backbone), "instruction": str(folder / "instruction.txt")},
+            "hpsv3": {
+                "model": str(weights),
+                "backbone": str(backbone),
+                "instruction": str(folder / "instruction.txt"),
+            },
             "device": "cpu",
         },
     }
@@ -53,9 +59,9 @@ def settings(models: dict[str, Any], dreambench: Path, tmp_path: Path) -> Settin
     """A small benchmark of the tiny generator, changed by fields."""
 
     def make(**changes: Any) -> BenchmarkConfig:
+        pipeline = {"height": 64, "width": 64, "reference_side": 64, "cache": tmp_path / "cache"}
         policy = models["policy"] | {
-            "height": 64, "width": 64, "lora_rank": 4, "device": "cpu", "precision": "fp32", "reference_side": 64,
-            "cache": tmp_path / "cache",
+            "lora_rank": 4, "device": "cpu", "precision": "fp32", "pipeline": models["policy"]["pipeline"] | pipeline,
         }  # fmt: skip
         usual: dict[str, Any] = {
             "benchmark": "dreambench", "data": dreambench, "output": tmp_path / "out", "policy": policy,
@@ -76,7 +82,7 @@ def test_a_benchmark_leaves_pictures_scores_and_a_page(settings: Settings, displ
     found = results(tmp_path / "out")
     names = ["dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy"]
     assert len(found["records"]) == 5 and found["subjects"] == 3 and list(found["summary"]) == names
-    assert found["settings"]["policy.guidance"] == 4.0 and found["settings"]["seed"] == 3407
+    assert found["settings"]["policy.pipeline.guidance_scale"] == 4.0 and found["settings"]["seed"] == 3407
     for record in found["records"]:
         with Image.open(tmp_path / "out" / "images" / f"{record['id']}.png") as image:
             assert image.size == (64, 64)
@@ -189,8 +195,9 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
     wrong = {"metrics": models["metrics"] | {"dino": models["metrics"]["clip"]}}
     with pytest.raises(UserError, match=r"metrics.dino: .* is of type clip"):
         run_benchmark(settings(**wrong), display)
-    no_weights = {"metrics": models["metrics"] | {"hpsv3_weights": "nowhere"}}
-    with pytest.raises(UserError, match="metrics.hpsv3_weights: nowhere is neither a file"):
+    hpsv3 = models["metrics"]["hpsv3"] | {"model": "nowhere"}
+    no_weights = {"metrics": models["metrics"] | {"hpsv3": hpsv3}}
+    with pytest.raises(UserError, match="metrics.hpsv3.model: nowhere is neither a file"):
         run_benchmark(settings(**no_weights), display)
     other_size = {"metrics": models["metrics"] | {"dino": str(save_tiny_reward("vit", tmp_path / "vit"))}}
     with pytest.raises(UserError, match="takes 64x64 pixels"):
@@ -211,8 +218,14 @@ def test_what_cannot_be_had_is_told_before_anything_is_drawn(
         ({"hpsv3_as_published": True, "metrics": {"names": ["dino"]}}, "hpsv3_as_published: metrics.names has no"),
         ({"metrics": {"names": []}}, "names: empty"),
         ({"images": "x", "policy": {}, "num_steps": 9}, "images: they are drawn already; leave num_steps out"),
-        ({"metrics": {"names": ["dino"], "hpsv3_weights": "x"}}, "names has no hpsv3"),
-        ({"policy": {"kind": "uno", "guidance": 3.0}}, "policy.guidance: a benchmark's is the field guidance"),
+        (
+            {"metrics": {"names": ["dino"], "hpsv3": {"model": "x"}}},
+            "hpsv3.model: only for names=hpsv3 .found names=dino",
+        ),
+        (
+            {"policy": {"kind": "uno", "pipeline": {"guidance_scale": 3.0}}},
+            "policy.pipeline.guidance_scale: a benchmark's is the field guidance_scale",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(settings: Settings, changes: dict[str, Any], said: str) -> None:
@@ -226,7 +239,7 @@ def test_toybox_is_measured_by_its_own_rewards_and_judge(
 ) -> None:  # fmt: skip
     run_training(make_config({"optimizer.learning_rate": 0.05}))
     base = {"benchmark": "folder", "data": toybox_data / "test", "num_steps": 3}
-    weights = {"policy": {"weights": make_config().policy.weights, "precision": "fp32", "lora_rank": 4}}
+    weights = {"policy": {"toybox": make_config().policy.toybox, "precision": "fp32", "lora_rank": 4}}
     run_benchmark(BenchmarkConfig.model_validate(base | weights | {"output": tmp_path / "base"}), display)
     tuned = base | {"adapter": tmp_path / "run", "output": tmp_path / "tuned"}
     page = run_benchmark(BenchmarkConfig.model_validate(tuned), display)
@@ -234,8 +247,8 @@ def test_toybox_is_measured_by_its_own_rewards_and_judge(
     assert {"joint_success", "reward/prompt", "copy_score"} <= first["summary"].keys()
     assert first["records"] != second["records"]
     assert "Identity kept" in page.read_text() and "OmniGen" not in page.read_text()
-    with pytest.raises(UserError, match="guidance: ToyBox has none"):
-        run_benchmark(BenchmarkConfig.model_validate(tuned | {"guidance": 2.0}), display)
+    with pytest.raises(UserError, match="guidance_scale: ToyBox has none"):
+        run_benchmark(BenchmarkConfig.model_validate(tuned | {"guidance_scale": 2.0}), display)
     with pytest.raises(UserError, match="identity_to: ToyBox is measured by its own rewards"):
         run_benchmark(BenchmarkConfig.model_validate(tuned | {"identity_to": "all"}), display)
     with pytest.raises(UserError, match="ema: only of a run"):

@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from customized_grpo.cli import main as cli
-from customized_grpo.cli.parser import build_parser
+from customized_grpo.cli.main import build_parser
 
 PARSER = build_parser()
 TEXT = st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=30)
 
 
 def rewritten(*arguments: str) -> list[str]:
-    return PARSER.command_of(arguments)[1].underscored(arguments)
+    return PARSER.command_of(arguments)[1].normalize_flags(arguments)
 
 
 def message(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

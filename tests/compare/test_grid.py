@@ -117,23 +117,23 @@ def test_the_presets_are_what_their_names_say(make: Make) -> None:
     assert advantages(config, "sars") == naive | {"shape": "sars"}
     assert advantages(config, "tdw") == both | {"shape": "none"}
     assert advantages(config, "hinge") == naive | {"thresholds": [None, 0.4]}
-    assert advantages(config, "gdpo") == naive | {"normalise": "group_then_batch"}
+    assert advantages(config, "gdpo") == naive | {"normalize": "group_then_batch"}
     assert advantages(config, "customized-calibrated")["table"] == TABLE
 
 
 def test_what_all_runs_share_counts_in_those_that_read_it(make_tree: Callable[..., Any]) -> None:
     tree = make_tree()
-    tree["train"]["advantages"] = {"gamma": 0.5, "gamma_penalty": 1.0}
+    tree["train"]["advantages"] = {"sars": {"gamma": 0.5, "gamma_penalty": 1.0}}
     config = CompareConfig.model_validate(tree)
     customized, naive = (advantages(config, preset) for preset in ("customized", "naive-1:1"))
-    assert (customized["gamma"], customized["gamma_penalty"]) == (0.5, 1.0)
-    assert naive["gamma_penalty"] is None
+    assert customized["sars"] == {"gamma": 0.5, "gamma_penalty": 1.0}
+    assert naive["sars"]["gamma_penalty"] is None
 
 
 def test_settings_change_the_runs_they_name(make: Make) -> None:
-    config = make(settings={"blind": {"rewards": {"identity_leak": "low"}}, "leaky": {}})
-    assert run_settings(config, "blind", "sars", 0)["rewards"]["identity_leak"] == "low"
-    assert run_settings(config, "leaky", "sars", 0)["rewards"]["identity_leak"] == "high"
+    config = make(settings={"blind": {"rewards": {"toybox": {"identity_leak": "low"}}}, "leaky": {}})
+    assert run_settings(config, "blind", "sars", 0)["rewards"]["toybox"]["identity_leak"] == "low"
+    assert run_settings(config, "leaky", "sars", 0)["rewards"]["toybox"]["identity_leak"] == "high"
     labels = [(cell.setting, cell.preset, cell.seed) for cell in cells_of(config)]
     assert len(set(labels)) == 8 == len({cell.folder for cell in cells_of(config)})
     assert {seed for _, _, seed in labels[:4]} == {0}, "seed by seed"

@@ -23,6 +23,7 @@ from customized_grpo.compare.results import (
     write_csv,
 )
 from customized_grpo.errors import UserError
+from customized_grpo.tracking.metric_info import METRIC_INFOS, MetricInfo
 
 MakeGrid = Callable[..., list[Cell]]
 T_975 = {1: 12.706205, 2: 4.302653, 3: 3.182446, 4: 2.776445}
@@ -238,3 +239,20 @@ def test_a_broken_csv_is_named(grid: list[Cell], tmp_path: Path, change: Callabl
 def test_a_missing_csv_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.csv does not exist"):
         read_csv(tmp_path / "nowhere.csv")
+
+
+def test_a_new_metric_of_one_row_is_compared_and_kept_in_the_csv(
+    small_grid: MakeGrid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cells = small_grid(["naive-1:1", "customized"], 2)
+    for cell in cells:
+        for path in (cell.folder / "evaluation" / "base.json", cell.folder / "evaluation" / "tuned.json"):
+            content = json.loads(path.read_text())
+            content["records"] = [record | {"brightness": 0.5} for record in content["records"]]
+            path.write_text(json.dumps(content))
+    assert "brightness" not in read_results(cells)[0].values
+    monkeypatch.setitem(METRIC_INFOS, "brightness", MetricInfo("brightness", "lit pictures", unit="share"))
+    results = read_results(cells)
+    assert summarise(results)[0].means["brightness"][0] == 0.5
+    write_csv(tmp_path / "comparison.csv", results)
+    assert [result.values["brightness"] for result in read_csv(tmp_path / "comparison.csv")] == [0.5] * len(results)

@@ -26,7 +26,7 @@ from customized_grpo.errors import UserError
             ":2: data: expected its fields below it, of path, validation, test, max_pixels; or remove",
         ),
         ("data: here\n", ":1: data: expected its fields below it"),
-        ("rewards:\n  hpsv3: x\n", ":2: rewards.hpsv3: expected its fields below it, of backbone"),
+        ("rewards:\n  hpsv3: x\n", ":2: rewards.hpsv3: expected its fields below it, of model, backbone"),
         ("rollout:\n  group_size: 1\n", ": rollout.group_size: Input should be greater than or equal to 2 (found 1)"),
         ("advantages: {constant: [1, 2, 3]}\n", ": advantages.constant: Tuple should have at most 2 items"),
         ("advantages: {constant: [1, -2]}\n", ": advantages.constant: weights must be greater than or equal to 0"),
@@ -51,11 +51,11 @@ def test_what_is_wrong_is_told(text: str, message: str, tmp_path: Path) -> None:
     "text",
     [
         "optimizer: {learning_rate: 1e-3}\n",
-        "policy: {model: null}\n",
+        "policy: {pipeline: {model: null}}\n",
         "data: &d {path: a}\n",
         "rollout:\n  <<: {eta: 0.4}\n  group_size: 3\n",
         # Another file, or an option, may make room for it.
-        "rollout: {steps: window, window_size: 40}\n",
+        "rollout: {trained_steps: window, window: {size: 40}}\n",
     ],
 )
 def test_what_is_right_in_itself_is_taken(text: str, tmp_path: Path) -> None:

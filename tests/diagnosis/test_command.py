@@ -12,7 +12,7 @@ import yaml
 from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.diagnosis import GradientConflict, Sensitivity, calibrated_weights, measure
-from customized_grpo.diagnosis.command import WRITTEN, diagnose, find, weights_yaml
+from customized_grpo.diagnosis.command import WRITTEN, diagnose, find, make_record, weights_yaml
 from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import build_policy
@@ -144,14 +144,14 @@ def test_weights_are_a_comment_and_a_table(weights: Path) -> None:
 def test_train_takes_the_weights_on_top_of_a_configuration(
     command: Callable[..., CompletedProcess[str]], tmp_path: Path, weights: Path
 ) -> None:
-    own = {"rollout": {"num_steps": 3}, "advantages": {"gamma": 0.3, "constant": [0.4, 0.6]}}
+    own = {"rollout": {"num_steps": 3}, "advantages": {"sars": {"gamma": 0.3}, "constant": [0.4, 0.6]}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     merged = command("train", "--config", "own.yaml", "--config", weights, "--print_config")
     assert merged.returncode == 0, merged.stderr
     fields = yaml.safe_load(merged.stdout)
     advantages = Config.model_validate({k: v for k, v in fields.items() if k in Config.model_fields}).advantages
     assert advantages.weights == "table" and advantages.table == ((0.7, 0.2), (0.3, 0.8), (0.5, 0.5))
-    assert advantages.gamma == 0.3 and advantages.constant == (0.4, 0.6)
+    assert advantages.sars.gamma == 0.3 and advantages.constant == (0.4, 0.6)
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"rollout": {"num_steps": 4}}))
     refused = command("train", "--config", "own.yaml", "--config", weights)
     assert refused.returncode == 2 and "advantages.table has 3 rows, but rollout.num_steps is 4" in refused.stderr
@@ -167,7 +167,7 @@ def conflict_around(cosine: float) -> GradientConflict:
 
 def sensitivity_towards(prompt: float, identity: float) -> Sensitivity:
     curve = np.exp(-np.abs(np.arange(4)[:, None] - np.array([prompt, identity])))
-    return Sensitivity(curve * np.random.default_rng(0).uniform(0.8, 1.2, (10, 4, 1)))
+    return Sensitivity(curve * np.random.default_rng(0).uniform(0.8, 1.2, (10, 4, 1)), ("prompt", "identity"))
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,24 @@ def test_findings_on_sensitivity(places: tuple[float, float], order: str) -> Non
     assert (
         f"first {first[0]} of 4 trainable steps" in halves and f"identity reward's in the first {first[1]}." in halves
     )
+
+
+def test_three_rewards_are_recorded_and_found_by_their_names() -> None:
+    names = ("prompt", "identity", "style")
+    curve = np.exp(-np.abs(np.arange(4)[:, None] - np.array([0, 3, 1])))
+    sensitivity = Sensitivity(curve * np.random.default_rng(0).uniform(0.8, 1.2, (10, 4, 1)), names)
+    two = conflict_around(-0.4)
+    conflict = GradientConflict(
+        two.cosines, np.ones((6, 4, 3)), two.whole_cosines, np.ones((6, 3)), two.advantage_cosines
+    )
+    record = make_record(conflict, sensitivity)
+    assert set(names) <= set(record["sensitivity"]) and set(record["gradients"]["norm"]) == set(names)
+    gap = record["sensitivity"]["centre_difference prompt-style"]
+    assert gap["mean"] == pytest.approx(sensitivity.centres()[2] - sensitivity.centres()[0])
+    _, _, halves, *orders = find(conflict, sensitivity)
+    assert "half of the style reward's in the first" in halves and len(orders) == 3
+    assert orders[0].startswith("The prompt reward is decided earlier than the identity reward")
+    assert orders[2].startswith("The identity reward is decided later than the style reward")
 
 
 def record_of(steps: int, **gaps: Any) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from customized_grpo.algorithm import group_advantages
 from customized_grpo.diagnosis import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.gradients import FRESH_NOISE
 from customized_grpo.rewards.reward import Reward
-from customized_grpo.training.rollout import Plan, sample_groups
+from customized_grpo.training.rollout import Plan, encode_samples, sample_groups
 from customized_grpo.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer[Any]]
@@ -46,12 +47,13 @@ def conflict_of(trainer: Trainer[Any], batches: int = 1, **options: Any) -> Grad
     return measure_conflict(*parts, batches=batches, **options)
 
 
-def clipped_gradient(trainer: Trainer[Any], rollout: Any, plan: Plan, advantages: Tensor, items: Tensor) -> Tensor:
-    """The gradient that the trainer's own clipped objective leaves in `.grad`."""
+def clipped_gradient(trainer: Trainer[Any], rollout: Any, advantages: Tensor, items: Tensor) -> Tensor:
+    """The gradient that the trainer's own clipped objective of `advantages` [B, S] leaves in `.grad`."""
     parameters = [parameter for _, parameter in trainer.policy.trainable_parameters()]
     for parameter in parameters:
         parameter.grad = None
-    trainer._objective(rollout, plan, advantages, items)[0].loss.backward()
+    targets = trainer.objective.targets(trainer.policy, rollout, advantages)
+    trainer.objective.loss(trainer.policy, targets, items).loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in parameters])
 
 
@@ -60,11 +62,12 @@ def test_gradients_are_those_of_the_clipped_objective_of_one_reward(nudged: Make
     found = conflict_of(trainer, 2)
     config, plan = trainer.config, Plan(trainer.sigmas, (0, 1), (0, 1))
     samples = trainer.samples(1)
-    condition, batch = trainer.condition(samples), trainer.batch(samples)
+    condition, batch = encode_samples(trainer.policy, trainer.dataset, samples), trainer.batch(samples)
     rollout = sample_groups(
         trainer.policy, condition, 2, plan, config.rollout, seed=config.seed, iteration=FRESH_NOISE + 1
     )
-    advantages = group_advantages(*trainer.score(rollout.images, batch)).flatten(0, 1).T
+    rewards = trainer.scorer.score(rollout.images, batch)
+    advantages = group_advantages(rewards.values, rewards.valid).flatten(0, 1).T
 
     def check(gradients: Tensor, cosine: float, norms: Sequence[float]) -> None:
         assert cosine == pytest.approx(float(torch.cosine_similarity(*gradients, 0)), abs=1e-5)
@@ -73,11 +76,26 @@ def test_gradients_are_those_of_the_clipped_objective_of_one_reward(nudged: Make
     by_step = []
     for step in (0, 1):
         items = torch.cartesian_prod(torch.tensor([step]), torch.arange(8))
-        own = [clipped_gradient(trainer, rollout, plan, each.expand(2, 8), items) for each in advantages]
+        own = [clipped_gradient(trainer, rollout, each.expand(2, 8).T, items) for each in advantages]
         by_step.append(torch.stack(own))
         check(by_step[-1], found.cosines[1, step], found.norms[1, step])
     check(torch.stack(by_step).sum(0), found.whole_cosines[1], found.whole_norms[1])
     assert found.advantage_cosines[1] == pytest.approx(float(torch.cosine_similarity(*advantages, 0)), abs=1e-6)
+
+
+def test_of_three_rewards_the_cosine_is_the_mean_over_pairs(nudged: MakeTrainer, reward_of: RewardOf) -> None:
+    trainer = nudged()
+    dark = reward_of(lambda images: -brightness(images))
+    three = {"bright": reward_of(brightness), "red": reward_of(redness), "dark": dark}
+
+    def of(*names: str) -> GradientConflict:
+        rewards = {name: three[name] for name in names}
+        return measure_conflict(trainer.config, trainer.policy, rewards, trainer.dataset, batches=1)
+
+    found, pairs = of(*three), [of(*pair) for pair in combinations(three, 2)]
+    assert found.norms.shape == (1, 2, 3)
+    for field in ("cosines", "whole_cosines", "advantage_cosines"):
+        assert np.allclose(getattr(found, field), np.mean([getattr(pair, field) for pair in pairs], 0), atol=1e-4)
 
 
 @pytest.mark.parametrize(("sign", "cosine"), [(1.0, 1.0), (-1.0, -1.0)])

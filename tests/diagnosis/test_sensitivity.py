@@ -18,6 +18,8 @@ from customized_grpo.errors import UserError
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.statistics import t_interval
+from customized_grpo.training.advantages import PAIR
+from customized_grpo.training.rollout import encode_samples
 from customized_grpo.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer[Any]]
@@ -41,7 +43,7 @@ def measured(trainer: Trainer[Any], **counts: Any) -> Sensitivity:
 def branched(trainer: Trainer[Any], step: int, prompt: int, sample: int) -> Tensor:
     """One image of a group branched at `step`: written from the definition."""
     config, policy, sigmas = trainer.config, trainer.policy, trainer.sigmas
-    condition = trainer.condition(trainer.samples(0)).take(torch.tensor([prompt]))
+    condition = encode_samples(policy, trainer.dataset, trainer.samples(0)).take(torch.tensor([prompt]))
     key = (config.seed, FRESH_NOISE, [prompt])
     x = batched_normal(*key, [0], "initial noise", policy.latent_shape)
     for i in range(config.rollout.num_steps):
@@ -57,7 +59,7 @@ def branched(trainer: Trainer[Any], step: int, prompt: int, sample: int) -> Tens
 
 def test_variances_are_those_of_groups_branched_at_a_step(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     """Whatever initial noise training uses."""
-    trainer = make_trainer({"rollout.initial_noise": "separate"}, [reward_of(brightness), reward_of(redness)])
+    trainer = make_trainer({"rollout.same_initial_noise": False}, [reward_of(brightness), reward_of(redness)])
     found = measured(trainer)
     for prompt in range(2):
         for step in range(3):
@@ -139,7 +141,7 @@ def test_rounding_is_no_variance() -> None:
 
 def made(seed: int = 0, prompts: int = 10, steps: int = 6) -> Sensitivity:
     spread = np.random.default_rng(seed).gamma(2.0, size=(prompts, steps, 2))
-    return Sensitivity(spread * np.linspace([3.0, 1.0], [1.0, 3.0], steps))
+    return Sensitivity(spread * np.linspace([3.0, 1.0], [1.0, 3.0], steps), PAIR)
 
 
 def test_means_have_t_intervals_over_prompts() -> None:
@@ -168,14 +170,14 @@ def test_a_bootstrap_interval_is_as_wide_as_the_spread_of_repeated_measurements(
 
 def test_prompts_that_agree_leave_no_doubt() -> None:
     one = made(prompts=1).variances
-    intervals = Sensitivity(np.repeat(one, 5, axis=0)).share_intervals()
+    intervals = Sensitivity(np.repeat(one, 5, axis=0), PAIR).share_intervals()
     assert np.allclose(intervals, intervals[..., :1])
 
 
 def test_centres_tell_early_from_late() -> None:
     variances = np.zeros((4, 5, 2))
     variances[:, 0, 0], variances[:, 4, 1] = 2.0, 3.0
-    sensitivity = Sensitivity(variances)
+    sensitivity = Sensitivity(variances, PAIR)
     assert sensitivity.centres().tolist() == [0.0, 4.0]
     assert sensitivity.centre_difference() == (4.0, 4.0, 4.0)
     gap, low, high = made().centre_difference()

@@ -138,7 +138,7 @@ def poison(trainer: Trainer[Any], ranks: DistributedGroup, what: str) -> None:
 def failed_rewards(ranks: DistributedGroup, settings: dict[str, Any]) -> None:
     """Rewards that fail in one process count among those of all, and stop all above the share."""
     trainer = small_trainer(ranks, settings)
-    for reward in trainer.rewards:
+    for reward in trainer.rewards.values():
         score = reward.score
 
         def broken(images: Tensor, batch: Any, score: Any = score) -> Any:

@@ -36,9 +36,10 @@ GROUP = 4
 FIVE: dict[str, Any] = {"iterations": 5, "checkpoint.every": 100}
 SHARED: dict[str, Any] = {
     "iterations": 3, "threads": 1, "rollout.prompts_per_iteration": 3, "rollout.group_size": GROUP,
-    "rollout.micro_batch": GROUP, "optimizer.micro_batch": GROUP, "optimizer.updates_per_iteration": 2,
-    "advantages.normalise": "group_then_batch", "objective.kl_weight": 0.01, "ema.decay": 0.9, "ranks.check_every": 1,
-    "checkpoint.every": 1, "evaluation.every": 1, "evaluation.pairs": 3, "optimizer.learning_rate": 2e-5,
+    "rollout.micro_batch": GROUP, "optimizer.micro_batch": GROUP, "optimizer.num_minibatches": 2,
+    "advantages.normalize": "group_then_batch", "objective.kl_weight": 0.01, "ema.decay": 0.9,
+    "distributed.check_weights_every": 1,
+    "checkpoint.every": 1, "evaluation.every": 1, "evaluation.num_samples": 3, "optimizer.learning_rate": 2e-5,
 }  # fmt: skip
 """Uneven shares, statistics over the batch, and the paper's learning rate. AdamW divides a gradient by its own size:
 where it all but cancels, rounding decides, and weights differ by up to a hundredth of a step."""
@@ -294,18 +295,20 @@ def test_a_tiny_flux_in_two_processes_is_as_in_one(
     settings: dict[str, Any] = {
         "iterations": 2, "threads": 1, "data": {"path": str(tmp_path / "data")},
         "policy": {
-            "kind": "flux1-kontext", "model": str(save_tiny("flux1-kontext", tmp_path / "model")), "height": 64,
-            "width": 64, "lora_rank": 4, "device": "cpu", "precision": "fp32", "reference_side": 64,
-            "cache": str(tmp_path / "cache"),
+            "kind": "flux1-kontext", "lora_rank": 4, "device": "cpu", "precision": "fp32",
+            "pipeline": {
+                "model": str(save_tiny("flux1-kontext", tmp_path / "model")), "height": 64, "width": 64,
+                "reference_side": 64, "cache": str(tmp_path / "cache"),
+            },
         },
         "rewards": {"prompt": "python:mine.prompt", "identity": "python:mine.identity"},
         # Images of their own noise: rewards that all but agree would turn rounding into advantages.
         "rollout": {
-            "prompts_per_iteration": 3, "group_size": 3, "num_steps": 3, "micro_batch": 3, "initial_noise": "separate",
+            "prompts_per_iteration": 3, "group_size": 3, "num_steps": 3, "micro_batch": 3, "same_initial_noise": False,
         },
         "optimizer": {"micro_batch": 3, "learning_rate": 2e-5},
-        "evaluation": {"judge": "none", "every": 1, "pairs": 3, "gallery": 1},
-        "ranks": {"check_every": 1}, "ema": {"decay": 0.9},
+        "evaluation": {"judge": "none", "every": 1, "num_samples": 3, "gallery": 1},
+        "distributed": {"check_weights_every": 1}, "ema": {"decay": 0.9},
     }  # fmt: skip
     for name, count in (("flux-one", 1), ("flux-two", 2)):
         config = tmp_path / f"{name}.yaml"
@@ -318,19 +321,10 @@ def test_a_benchmark_is_shared_out_and_each_picture_is_drawn_once(
     ranks: Callable[..., list[Process]], toybox_data: Path, tiny_weights: Path, tmp_path: Path
 ) -> None:
     shared = [
-        "-m",
-        "customized_grpo",
-        "evaluate",
-        "--benchmark",
-        "folder",
-        "--data",
-        toybox_data / "test",
-        "--num-steps",
-        3,
-        "--micro-batch",
-        1,
-    ]
-    shared += ["--policy.weights", tiny_weights, "--policy.precision", "fp32"]
+        "-m", "customized_grpo", "evaluate", "--benchmark", "folder", "--data", toybox_data / "test", "--num-steps", 3,
+        "--micro-batch", 1,
+    ]  # fmt: skip
+    shared += ["--policy.toybox.weights", tiny_weights, "--policy.precision", "fp32"]
     found = []
     for count in (1, 2):
         output = tmp_path / f"benchmark-{count}"
@@ -412,7 +406,7 @@ def children(process: "subprocess.Popen[bytes]") -> Sequence[int]:
 def test_the_others_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], ranks: Callable[..., list[Process]], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
-    config, log = written("lost", **{"iterations": 500, "ranks.silence": 2.1}), tmp_path / "lost" / "metrics.jsonl"
+    config, log = written("lost", **{"iterations": 500, "distributed.heartbeat_timeout": 2.1}), tmp_path / "lost" / "metrics.jsonl"
     processes = ranks("-c", QUICK, "train", "--config", config)
     wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 0, processes[0], log)
     os.kill(processes[lost].pid, number)
@@ -429,7 +423,7 @@ def test_the_others_stop_with_the_name_of_the_lost(
 def test_the_launched_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
-    config, log = written("lost", **{"iterations": 500, "ranks.silence": 5.0}), tmp_path / "log"
+    config, log = written("lost", **{"iterations": 500, "distributed.heartbeat_timeout": 5.0}), tmp_path / "log"
     with running(config, log) as process:
         victim = children(process)[lost]
         os.kill(victim, number)
@@ -482,7 +476,7 @@ def test_weights_that_came_apart_are_found(
     written: Callable[..., Path], ranks: Callable[..., list[Process]], tmp_path: Path
 ) -> None:
     """When they are compared next, every two iterations, and before anything is saved of them."""
-    settings = {"iterations": 5, "checkpoint.every": 100, "ranks.check_every": 2, "ema.decay": None}
+    settings = {"iterations": 5, "checkpoint.every": 100, "distributed.check_weights_every": 2, "ema.decay": None}
     processes = ranks("-c", COME_APART, "train", "--config", written("apart", **settings))
     told = [process.communicate()[1] for process in processes]
     assert [process.wait() for process in processes] == [1, 1], told
@@ -552,7 +546,7 @@ main()
 """Trains as the command does; the second process sends itself SIGTERM in the third iteration, at a call of `place`."""
 
 
-@pytest.mark.parametrize("where", [pytest.param("_objective", marks=pytest.mark.slow), "_optimizer_step"])
+@pytest.mark.parametrize("where", [pytest.param("_backward", marks=pytest.mark.slow), "_optimizer_step"])
 def test_sigterm_in_an_update_tears_none(
     straight: Path, written: Callable[..., Path], ranks: Callable[..., list[Process]], train: Callable[..., str],
     tmp_path: Path, where: str,

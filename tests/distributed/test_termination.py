@@ -19,7 +19,7 @@ MakeSettings = Callable[..., dict[str, Any]]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 ADAPTER = "adapter_model.safetensors"
 SIX = {
-    "iterations": 6, "checkpoint.every": 1, "evaluation.every": 2, "optimizer.updates_per_iteration": 2,
+    "iterations": 6, "checkpoint.every": 1, "evaluation.every": 2, "optimizer.num_minibatches": 2,
     "ema.decay": 0.9,
 }  # fmt: skip
 PROGRAM = """
@@ -49,7 +49,7 @@ if place == "sampling":
 elif place == "scoring":
     strike(Trainer, "score", due)
 elif place == "update":
-    strike(Trainer, "_objective", due)
+    strike(Trainer, "_backward", due)
 elif place == "between updates":
     steps = []
     def second(trainer):
@@ -59,7 +59,7 @@ elif place == "between updates":
 elif place == "validation":
     strike(TrainingLoop, "_validate", lambda run: due(run.trainer))
 elif place == "averaged weights":
-    strike(TrainingLoop, "_evaluate", lambda run: due(run.trainer))
+    strike(TrainingLoop, "_poll", lambda run: due(run.trainer))
 elif place == "saving":
     strike(CheckpointSaver, "save", lambda saver: saver.snapshot.iteration == iteration)
 main()

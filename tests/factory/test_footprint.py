@@ -20,25 +20,27 @@ def test_weights_are_those_that_are_loaded(precision: str, tmp_path: Path) -> No
         "prompt": save_tiny_reward("clip", tmp_path / "clip"),
         "identity": save_tiny_reward("dino", tmp_path / "d"),
     }
-    settings = {"prompt": "clip_t", "identity": "dino", "precision": precision}
-    config = RewardsConfig.model_validate(settings | {f"{side}_model": str(path) for side, path in models.items()})
+    settings = {"prompt": "clip_t", "identity": "dino", "local": {"precision": precision}}
+    parts = {kind: {"model": str(models[side])} for side, kind in (("prompt", "clip_t"), ("identity", "dino"))}
+    config = RewardsConfig.model_validate(settings | parts)
     counted, unknown = reward_bytes(config, CPU, None)
     assert unknown == [] and list(counted) == ["rewards.prompt (clip_t)", "rewards.identity (dino)"]
-    for reward, told in zip(load_rewards(config, CPU), counted.values(), strict=True):
+    for reward, told in zip(load_rewards(config, CPU).values(), counted.values(), strict=True):
         model = reward._encoder._encode.__self__._model  # type: ignore[attr-defined]
         assert told == pytest.approx(sum(parameter.nbytes for parameter in model.parameters()), rel=0.01)
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
     folder = save_tiny_reward("clip", tmp_path / "clip")
-    one = reward_bytes(RewardsConfig(prompt="clip_t", identity="vlm_judge", prompt_model=str(folder), vlm_judge={
-        "url": "http://127.0.0.1:1/v1", "model": "m",
-    }), CPU, None)  # type: ignore[arg-type]  # fmt: skip
+    judge = {"url": "http://127.0.0.1:1/v1", "model": "m"}
+    clip = {"model": str(folder)}
+    judged = {"prompt": "clip_t", "clip_t": clip, "identity": "vlm_judge", "vlm_judge": judge}
+    one = reward_bytes(RewardsConfig.model_validate(judged), CPU, None)
     assert list(one[0]) == ["rewards.prompt (clip_t)"] and one[1] == []  # a judge is elsewhere
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00001.safetensors", "b": "model-00001-of-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    config = RewardsConfig(prompt="clip_t", identity="clip_i", prompt_model=str(folder), identity_model=str(folder))
+    config = RewardsConfig.model_validate({"prompt": "clip_t", "identity": "clip_i", "clip_t": clip, "clip_i": clip})
     several, unknown = reward_bytes(config, CPU, None)
     assert unknown == [] and [*several.values()] == [*one[0].values()] * 2
     (folder / "model-00001-of-00001.safetensors").unlink()
@@ -47,7 +49,9 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
 
 def test_hpsv3_is_in_bf16_on_cuda(tmp_path: Path) -> None:
     weights, _ = save_tiny_hpsv3(tmp_path)
-    config = RewardsConfig(prompt="hpsv3", identity="dino", prompt_model=str(weights), identity_model="nobody/nothing")
+    config = RewardsConfig.model_validate(
+        {"prompt": "hpsv3", "identity": "dino", "hpsv3": {"model": str(weights)}, "dino": {"model": "nobody/nothing"}}
+    )
     on_cpu, unknown = reward_bytes(config, CPU, None)
     assert unknown == ["rewards.identity (dino)"]
     assert reward_bytes(config, torch.device("cuda"), None)[0]["rewards.prompt (hpsv3)"] * 2 == sum(on_cpu.values())

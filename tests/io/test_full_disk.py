@@ -21,7 +21,7 @@ RunTraining = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
 Limit = Callable[[int], AbstractContextManager[None]]
 ADAPTER = "adapter_model.safetensors"
-THREE = {"iterations": 3, "checkpoint.every": 1, "optimizer.updates_per_iteration": 1}
+THREE = {"iterations": 3, "checkpoint.every": 1, "optimizer.num_minibatches": 1}
 LIMITED = """
 import resource, sys
 from customized_grpo.cli.main import main

@@ -83,7 +83,7 @@ COMMANDS = {
     "prepare": "prepare {pictures} {out}",
     "report": "report --run {run}",
     "generate": "generate --run {run} --reference {pictures}/cup/a.png --prompt {prompt} --out {out}/a.png",
-    "evaluate": "evaluate --run {run} --pairs 2",
+    "evaluate": "evaluate --run {run} --num_samples 2",
     "benchmark": "evaluate --benchmark folder --data {test} --adapter {run} --output {out} --num_steps 2",
     "diagnose": "diagnose --config {settings} --out {out} --prompts 2 --group_size 2 --batches 2",
     "figures of a table": "figures --csv {table} --output {out}",

@@ -72,8 +72,10 @@ def kontext(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load_kontext(model: Path, cache: Path, **more: Any) -> DiffusersPolicy:
     settings = {
-        "kind": "flux1-kontext", "model": str(model), "height": 64, "width": 64, "lora_rank": 4, "lora_alpha": 4,
-        "cache": cache, "precision": "fp32", "reference_side": 64, **more,
+        "kind": "flux1-kontext", "lora_rank": 4, "lora_alpha": 4, "precision": "fp32",
+        "pipeline": {
+            "model": str(model), "height": 64, "width": 64, "cache": cache, "reference_side": 64, **more,
+        },
     }  # fmt: skip
     return load_policy(PolicyConfig.model_validate(settings), 0, CPU, bf16=False)
 
@@ -131,7 +133,7 @@ def test_an_adapter_of_a_pipeline(plant: PickleBomb, kontext: Path, tmp_path: Pa
 @pytest.mark.parametrize("name", ["lora.safetensors", "lora.bin", "pytorch_lora_weights.bin"])
 def test_a_base_adapter(name: str, plant: PickleBomb, kontext: Path, tmp_path: Path) -> None:
     plant(tmp_path / name)
-    with pytest.raises(UserError, match=r"policy\.base_adapter: .* damaged, or no safetensors file"):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.base_adapter: .* damaged, or no safetensors file"):
         load_kontext(kontext, tmp_path / "cache", base_adapter=str(tmp_path / name))
 
 
@@ -151,7 +153,7 @@ def test_a_part_of_a_pipeline(part: str, name: str, plant: PickleBomb, kontext: 
     for weights in (model / part).glob("*.safetensors*"):
         weights.unlink()
     plant(model / part / name)
-    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.model: .* could not be loaded: "):
         load_kontext(model, tmp_path / "cache")
 
 
@@ -171,8 +173,9 @@ def test_an_encoder_as_a_reward(name: str, side: str, plant: PickleBomb, tmp_pat
     }  # fmt: skip
     (models[side] / "model.safetensors").unlink()
     plant(models[side] / name)
-    settings = {"prompt": "clip_t", "identity": "dino"} | {f"{k}_model": str(path) for k, path in models.items()}
-    with pytest.raises(UserError, match=rf"rewards\.{side}_model: .* could not be loaded"):
+    kinds = {"prompt": "clip_t", "identity": "dino"}
+    settings = kinds | {kinds[k]: {"model": str(path)} for k, path in models.items()}
+    with pytest.raises(UserError, match=rf"rewards\.{kinds[side]}\.model: .* could not be loaded"):
         load_rewards(RewardsConfig.model_validate(settings), CPU)
 
 
@@ -200,8 +203,8 @@ def plant_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_code_beside_a_reward(file: str, loader: str, plant_code: PlantCode, tmp_path: Path) -> None:
     clip = save_tiny_reward("clip", tmp_path / "clip")
     plant_code(clip / file, loader)
-    with pytest.raises(UserError, match=r"rewards\.prompt_model: .* could not be loaded"):
-        load_rewards(RewardsConfig.model_validate({"prompt": "clip_t", "prompt_model": str(clip)}), CPU)
+    with pytest.raises(UserError, match=r"rewards\.clip_t\.model: .* could not be loaded"):
+        load_rewards(RewardsConfig.model_validate({"prompt": "clip_t", "clip_t": {"model": str(clip)}}), CPU)
 
 
 def test_code_beside_the_backbone_of_hpsv3(plant_code: PlantCode, tmp_path: Path) -> None:
@@ -209,8 +212,10 @@ def test_code_beside_the_backbone_of_hpsv3(plant_code: PlantCode, tmp_path: Path
     (tmp_path / "instruction").write_text("Rate {text_prompt} <|Reward|>")
     plant_code(backbone / "config.json", "AutoConfig")
     settings = {
-        "prompt": "hpsv3", "prompt_model": str(weights),
-        "hpsv3": {"backbone": str(backbone), "instruction": str(tmp_path / "instruction")},
+        "prompt": "hpsv3",
+        "hpsv3": {
+            "model": str(weights), "backbone": str(backbone), "instruction": str(tmp_path / "instruction"),
+        },
     }  # fmt: skip
     with pytest.raises(UserError, match=r"rewards\.hpsv3\.backbone: .* could not be loaded"):
         load_rewards(RewardsConfig.model_validate(settings), CPU)
@@ -238,7 +243,7 @@ def test_an_index_of_a_pipeline_that_names_something_else(
     point_index(model / "transformer", name, "diffusion_pytorch_model.safetensors")
     plant(model / "transformer" / name)
     with pytest.raises(
-        UserError, match=rf"policy\.model: .*index\.json names '{re.escape(name)}', expected safetensors"
+        UserError, match=rf"policy\.pipeline\.model: .*index\.json names '{re.escape(name)}', expected safetensors"
     ):
         load_kontext(model, tmp_path / "cache")
 
@@ -248,18 +253,16 @@ def test_an_index_of_a_reward_that_names_something_else(name: str, plant: Pickle
     dino = save_tiny_reward("dino", tmp_path / "dino")
     point_index(dino, name, "model.safetensors")
     plant(dino / name)
-    with pytest.raises(
-        UserError, match=rf"rewards\.identity_model: .* names '{re.escape(name)}', expected safetensors"
-    ):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": str(dino)}), CPU)
+    with pytest.raises(UserError, match=rf"rewards\.dino\.model: .* names '{re.escape(name)}', expected safetensors"):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": str(dino)}}), CPU)
 
 
 @pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": []}', '{"weight_map": null}'])
 def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
     dino = save_tiny_reward("dino", tmp_path / "dino")
     (dino / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match=r"rewards\.identity_model: .*index\.json is no index of weights"):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": str(dino)}), CPU)
+    with pytest.raises(UserError, match=r"rewards\.dino\.model: .*index\.json is no index of weights"):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": str(dino)}}), CPU)
 
 
 def test_an_index_on_the_hub(plant: PickleBomb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,8 +274,8 @@ def test_an_index_on_the_hub(plant: PickleBomb, tmp_path: Path, monkeypatch: pyt
     point_index(dino, "w.bin", "model.safetensors")
     plant(dino / "w.bin")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match=r"rewards\.identity_model: owner/dino could not be loaded \(.*never read"):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": "owner/dino"}), CPU)
+    with pytest.raises(UserError, match=r"rewards\.dino\.model: owner/dino could not be loaded \(.*never read"):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": "owner/dino"}}), CPU)
 
 
 def test_weights_that_a_configuration_names(plant: PickleBomb, tmp_path: Path) -> None:
@@ -281,8 +284,8 @@ def test_weights_that_a_configuration_names(plant: PickleBomb, tmp_path: Path) -
     about = json.loads((dino / "config.json").read_text())
     (dino / "config.json").write_text(json.dumps(about | {"transformers_weights": "adapter_model.bin"}))
     plant(dino / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"rewards\.identity_model: .* could not be loaded \(.*never read"):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "identity_model": str(dino)}), CPU)
+    with pytest.raises(UserError, match=r"rewards\.dino\.model: .* could not be loaded \(.*never read"):
+        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": str(dino)}}), CPU)
 
 
 @pytest.mark.parametrize("name", ["HPSv3.safetensors", "HPSv3.bin"])
@@ -292,8 +295,10 @@ def test_hpsv3(name: str, plant: PickleBomb, tmp_path: Path) -> None:
     dino = save_tiny_reward("dino", tmp_path / "dino")
     plant(tmp_path / name)
     settings = {
-        "prompt": "hpsv3", "prompt_model": str(tmp_path / name), "identity": "dino", "identity_model": str(dino),
-        "hpsv3": {"backbone": str(backbone), "instruction": str(tmp_path / "instruction")},
+        "prompt": "hpsv3", "identity": "dino", "dino": {"model": str(dino)},
+        "hpsv3": {
+            "model": str(tmp_path / name), "backbone": str(backbone), "instruction": str(tmp_path / "instruction"),
+        },
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"rewards\.prompt_model: .* is damaged, or no safetensors file"):
+    with pytest.raises(UserError, match=r"rewards\.hpsv3\.model: .* is damaged, or no safetensors file"):
         load_rewards(RewardsConfig.model_validate(settings), CPU)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.policy import PipelineConfig, PolicyConfig
 from customized_grpo.factory.pipelines import load_policy
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny
@@ -25,16 +25,17 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def load(tiny_models: dict[str, Path], tmp_path: Path) -> Load:
-    """Loads the tiny policy of a kind, in fp32 on the CPU, with more settings of `policy` where given."""
+    """Loads the tiny policy of a kind, in fp32 on the CPU, with more settings of `policy` or `policy.pipeline`."""
 
     def load(kind: str, seed: int = 0, **settings: object) -> DiffusersPolicy:
-        config = PolicyConfig.model_validate(
-            {
-                "kind": kind, "model": str(tiny_models[kind]), "height": 64, "width": 96, "lora_rank": 4,
-                "lora_alpha": 4, "cache": tmp_path / "conditions", "device": "cpu", "precision": "fp32",
-                "reference_side": 64, **settings,
-            }
-        )  # fmt: skip
+        pipeline = {
+            "model": str(tiny_models[kind]), "height": 64, "width": 96, "reference_side": 64,
+            "cache": tmp_path / "conditions",
+        }  # fmt: skip
+        common = {"kind": kind, "lora_rank": 4, "lora_alpha": 4, "device": "cpu", "precision": "fp32"}
+        for name, value in settings.items():
+            (pipeline if name in PipelineConfig.model_fields else common)[name] = value
+        config = PolicyConfig.model_validate(common | {"pipeline": pipeline})
         return load_policy(config, seed, torch.device("cpu"), bf16=config.precision == "bf16")
 
     return load

@@ -17,10 +17,9 @@ from torch import Tensor
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config
 from customized_grpo.distributed.group import DistributedGroup, init_distributed
-from customized_grpo.distributed.lockstep import LockstepForward, phase
+from customized_grpo.distributed.lockstep import LockstepForward
 from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import UserError
-from customized_grpo.policies.policy import in_step
 from customized_grpo.tracking.console import Display
 
 KINDS = ("flux1-kontext", "flux2-klein", "qwen-image-edit-plus")
@@ -35,6 +34,7 @@ class Bench:
     def __init__(self) -> None:
         self.weight = torch.nn.Parameter(torch.ones(()))
         self.runs = 0
+        self.lockstep = LockstepForward(self.run)
 
     def run(self) -> Tensor:
         self.runs += 1
@@ -42,22 +42,22 @@ class Bench:
         dist.all_reduce(met)
         return met * self.weight
 
-    def velocity(self, current: LockstepForward, runs: int) -> Tensor:
-        return current.velocity(runs, lambda: torch.stack([self.run() for _ in range(runs)]).sum())
+    def velocity(self, runs: int) -> Tensor:
+        return self.lockstep.forward(runs, lambda: torch.stack([self.run() for _ in range(runs)]).sum())
 
 
 def shares(ranks: DistributedGroup, folder: Path) -> None:
     """Unequal shares, and none: all run equally often, and idle runs leave no gradient."""
     bench = Bench()
-    with ranks.synchronized(), phase(ranks, bench.run) as current:
+    with ranks.synchronized(), bench.lockstep.phase(ranks):
         for runs in [3, 1][: 2 - 2 * ranks.rank]:
-            bench.velocity(current, runs)
+            bench.velocity(runs)
     assert bench.runs == 4, bench.runs
-    with ranks.synchronized(), phase(ranks, bench.run) as current:
+    with ranks.synchronized(), bench.lockstep.phase(ranks):
         for runs in ([1, 1, 2], [2])[ranks.rank]:
             with torch.no_grad():
-                bench.velocity(current, 1)
-            bench.velocity(current, runs).backward()
+                bench.velocity(1)
+            bench.velocity(runs).backward()
     assert bench.runs == 4 + 3 + 5, bench.runs
     assert bench.weight.grad == (4, 2)[ranks.rank] * ranks.world_size, bench.weight.grad
 
@@ -69,9 +69,9 @@ def fails(ranks: DistributedGroup, folder: Path) -> None:
         bench, fresh = Bench(), DistributedGroup(ranks.rank, ranks.world_size)
         found: BaseException | None = None
         try:
-            with fresh.synchronized(), phase(fresh, bench.run) as current:
+            with fresh.synchronized(), bench.lockstep.phase(fresh):
                 for _ in range(runs if ranks.rank == failing else works):
-                    bench.velocity(current, 1)
+                    bench.velocity(1)
                 if ranks.rank == failing:
                     raise kind("a file is damaged")
         except (UserError, SystemExit) as error:
@@ -86,7 +86,7 @@ def stops(ranks: DistributedGroup, folder: Path) -> None:
     """One is told to end while the other idles: both end."""
     fresh = DistributedGroup(ranks.rank, ranks.world_size)
     try:
-        with fresh.synchronized(), phase(fresh, Bench().run):
+        with fresh.synchronized(), Bench().lockstep.phase(fresh):
             if ranks.rank == 0:
                 raise Terminated
     except Terminated:
@@ -97,11 +97,11 @@ def stops(ranks: DistributedGroup, folder: Path) -> None:
 def dies(ranks: DistributedGroup, folder: Path) -> None:
     """One is killed while the others wait for it in a run."""
     bench = Bench()
-    with ranks.synchronized(), phase(ranks, bench.run) as current:
+    with ranks.synchronized(), bench.lockstep.phase(ranks):
         for number in range(3):
             if ranks.rank == 1 and number == 2:
-                current.velocity(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
-            bench.velocity(current, 1)
+                bench.lockstep.forward(1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            bench.velocity(1)
 
 
 def family(ranks: DistributedGroup, folder: Path) -> None:
@@ -121,16 +121,16 @@ def families(ranks: DistributedGroup, folder: Path, kinds: Sequence[str] = KINDS
         latents = torch.randn(len(prompts), *whole.latent_shape, generator=draw)
         found = []
         for policy in (whole, sharded):
-            with in_step(policy, ranks):
+            with policy.lockstep(ranks):
                 pass  # a phase without work
             sigma = torch.full((len(prompts),), 0.7)
-            with in_step(policy, ranks):
+            with policy.lockstep(ranks):
                 with torch.no_grad(), policy.base_weights():
                     base_weights = policy.velocity(latents, sigma, condition)
                 for _ in range(2 - ranks.rank):
                     velocity = policy.velocity(latents, sigma, condition)
                     velocity.square().mean().backward()
-            with in_step(policy, ranks), torch.no_grad():
+            with policy.lockstep(ranks), torch.no_grad():
                 if ranks.is_main_process:
                     policy.velocity(latents, sigma, condition)
             gradients = [parameter.grad for _, parameter in policy.trainable_parameters()]
@@ -161,8 +161,11 @@ def _policy(kind: str, folder: Path, shard: bool) -> Any:
 
     config = PolicyConfig.model_validate(
         {
-            "kind": kind, "model": str(folder / kind), "height": 64, "width": 96, "lora_rank": 4, "lora_alpha": 4,
-            "cache": folder / "conditions", "reference_side": 64, "shard": shard,
+            "kind": kind, "lora_rank": 4, "lora_alpha": 4,
+            "pipeline": {
+                "model": str(folder / kind), "height": 64, "width": 96, "cache": folder / "conditions",
+                "reference_side": 64, "fsdp": shard,
+            },
         }
     )  # fmt: skip
     policy = load_policy(config, 0, torch.device("cpu"), bf16=False)
@@ -218,7 +221,7 @@ def runs(folder: Path, ports: list[str]) -> None:
     for name, shard, iterations in RUNS:
         os.environ["MASTER_PORT"] = ports.pop()
         settings |= {"output": str(folder / name), "iterations": iterations}
-        settings["policy"]["shard"] = shard
+        settings["policy"]["pipeline"]["fsdp"] = shard
         train(Config.model_validate(settings), Display.silent(), resume=iterations > 2)
         if os.environ["RANK"] == "0":
             shutil.copytree(folder / name, folder / f"{name}-{iterations}")

@@ -44,7 +44,7 @@ def config(**sections: dict[str, Any]) -> Config:
     tree: dict[str, Any] = {
         "iterations": 3, "policy": {"kind": "flux1-kontext"}, "rewards": {"prompt": "clip_t", "identity": "clip_i"},
         "rollout": {"prompts_per_iteration": 2},
-        "evaluation": {"judge": "none", "pairs": 1, "gallery": 2, "test_pairs": 3},
+        "evaluation": {"judge": "none", "num_samples": 1, "gallery": 2, "num_test_samples": 3},
     }  # fmt: skip
     return Config.model_validate({name: tree.get(name, {}) | value for name, value in sections.items()} | {
         name: value for name, value in tree.items() if name not in sections
@@ -123,7 +123,9 @@ def test_the_bytes_of_rows_are_known_before(kind: str, load: Load, data: Subject
 
 def test_a_limit_that_a_run_exceeds(load: Load, data: SubjectDataset, tmp_path: Path) -> None:
     policy = load("flux1-kontext", cache_limit=1e-5)
-    with pytest.raises(UserError, match=r"policy\.cache_limit: .* take about [\d.]+ MB in .*, more than the limit of"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.cache_limit: .* take about [\d.]+ MB in .*, more than the limit of"
+    ):
         encode(policy, data)
     assert list_files(tmp_path / "conditions") == []
 
@@ -157,7 +159,7 @@ def references_of(load: Load, data: SubjectDataset, number: int) -> list[Tensor]
 
 
 def test_a_disk_without_room_is_told_before() -> None:
-    with pytest.raises(UserError, match=r"policy\.cache: .* take about 5 GB in there, where 3 GB are free"):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.cache: .* take about 5 GB in there, where 3 GB are free"):
         check_room(Path("there"), 5 * 10**9, 10**9, 3 * 10**9, None)
     check_room(Path("there"), 4 * 10**9, 10**9, 3 * 10**9, 4e9)
 
@@ -167,7 +169,7 @@ def test_nothing_goes_from_under_a_run(load: Load, data: SubjectDataset, tmp_pat
     running = load("flux1-kontext")
     encode(running, data, data.samples[:4])
     count = len(list_files(folder))
-    with pytest.raises(UserError, match=r"policy\.cache: .* is in use by a run; wait"):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.cache: .* is in use by a run; wait"):
         clear(folder)
     size = sum(each.bytes for each in list_files(folder))
     with pytest.raises(UserError, match="is in use by a run"):
@@ -218,11 +220,15 @@ def test_a_cache_of_another_user_is_read(
     Hold(tmp_path / "conditions").close()  # there is none, and none can be made
 
 
-def test_other_processes_of_a_machine_only_check(load: Load, data: SubjectDataset, tmp_path: Path) -> None:
+def test_other_processes_of_a_machine_only_check(
+    load: Load, data: SubjectDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
     policy = load("flux1-kontext", cache_limit=1e-5)
-    with pytest.raises(UserError, match=r"policy\.cache_limit"):
-        policy.reserve(data.samples, lambda index: [], check_only=True)
-    load("flux1-kontext").reserve(data.samples, lambda index: [], check_only=True)
+    with pytest.raises(UserError, match=r"policy\.pipeline\.cache_limit"):
+        policy.precompute(data.samples, lambda index: [], [], lambda done: None)
+    load("flux1-kontext").precompute(data.samples, lambda index: [], [], lambda done: None)
     assert not (tmp_path / "conditions").exists()
 
 
@@ -263,19 +269,24 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Were a sample read that was not encoded, the encoders would be gone."""
-    rewards = (reward_of(lambda images: images.mean((-3, -2, -1))), reward_of(lambda images: images.std((-3, -2, -1))))
+    rewards = {
+        "prompt": reward_of(lambda images: images.mean((-3, -2, -1))),
+        "identity": reward_of(lambda images: images.std((-3, -2, -1))),
+    }
     monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: rewards)
     monkeypatch.setattr("customized_grpo.diagnosis.command.build_rewards", lambda config: rewards)
     monkeypatch.setattr("customized_grpo.training.resume.fingerprints", lambda config: {})
     policy = {
-        "kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "lora_rank": 2,
-        "lora_alpha": 2, "device": "cpu", "precision": "fp32", "reference_side": 32,
+        "kind": "flux1-kontext", "lora_rank": 2, "lora_alpha": 2, "device": "cpu", "precision": "fp32",
     }  # fmt: skip
+    pipeline = {"model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32, "reference_side": 32}
     rollout = {"prompts_per_iteration": 2, "group_size": 2, "num_steps": 3, "sde": "cps"}
 
     def settings(iterations: int, name: str) -> Config:
         return config(
-            policy=policy | {"cache": str(tmp_path / name)}, rollout=rollout, data={"path": str(data.folder)}
+            policy=policy | {"pipeline": pipeline | {"cache": str(tmp_path / name)}},
+            rollout=rollout,
+            data={"path": str(data.folder)},
         ).model_copy(update={"iterations": iterations, "output": tmp_path / "run", "threads": 1})
 
     train(settings(1, "one"), display)

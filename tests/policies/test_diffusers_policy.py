@@ -26,8 +26,9 @@ from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.io.files import StorageError
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.sampling import sample_ode
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.training.ema import EMA
+from customized_grpo.training.objectives.grpo import step_transition
 from customized_grpo.training.trainer import Trainer
 from customized_grpo.types import PromptBatch
 
@@ -36,7 +37,7 @@ Picture = Callable[..., Tensor]
 KINDS = tuple(PIPELINES)
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward of a hundred distinct values or so, without a network."""
 
     def __init__(self, sign: float = 1.0) -> None:
@@ -66,9 +67,9 @@ def config(**changes: Any) -> Config:
         "evaluation": {"judge": "none"},
         "rollout": {
             "prompts_per_iteration": 2, "group_size": 4, "num_steps": 4, "shift": 3.0, "sde": "dance", "eta": 0.4,
-            "subset_share": 1.0, "micro_batch": 4,
+            "subset": {"timestep_fraction": 1.0}, "micro_batch": 4,
         },
-        "optimizer": {"learning_rate": 1e-3, "updates_per_iteration": 1, "micro_batch": 4},
+        "optimizer": {"learning_rate": 1e-3, "num_minibatches": 1, "micro_batch": 4},
     }  # fmt: skip
     for name, value in changes.items():
         section, _, field = name.partition("__")
@@ -119,7 +120,7 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
     policy = load(kind)
     perturb(policy)
     settings = config()
-    trainer = Trainer(settings, policy, (Brightness(), Brightness()), dataset)
+    trainer = Trainer(settings, policy, {"prompt": Brightness(), "identity": Brightness()}, dataset)
     frozen = {name: p.clone() for name, p in policy._transformer.named_parameters() if not p.requires_grad}
     before = [p.detach().clone() for _, p in policy.trainable_parameters()]
     assert {name for name, _ in policy.trainable_parameters()} == {
@@ -128,24 +129,25 @@ def test_an_iteration_trains_the_lora_alone_and_towards_what_is_better(
 
     batch = trainer.batch(trainer.samples(0))
     captured: dict[str, Any] = {}
-    update = trainer._update
+    optimize = trainer.optimize
 
-    def spy(rollout: Any, plan: Any, advantages: Tensor, *rest: Any) -> Any:
-        captured.update(rollout=rollout, plan=plan, advantages=advantages)
-        return update(rollout, plan, advantages, *rest)
+    def spy(rollout: Any, advantages: Tensor, *rest: Any) -> Any:
+        captured.update(rollout=rollout, advantages=advantages)
+        return optimize(rollout, advantages, *rest)
 
-    trainer._update = spy  # type: ignore[method-assign]
+    trainer.optimize = spy  # type: ignore[method-assign]
     metrics = trainer.train_step()
     assert metrics["first_ratio/min"] == pytest.approx(1, abs=1e-5)
     assert metrics["first_ratio/max"] == pytest.approx(1, abs=1e-5)
     assert all(torch.equal(p, frozen[n]) for n, p in policy._transformer.named_parameters() if n in frozen)
     assert any(not torch.equal(p, old) for (_, p), old in zip(policy.trainable_parameters(), before, strict=True))
 
-    rollout, plan = captured["rollout"], captured["plan"]
+    rollout = captured["rollout"]
     advantages = captured["advantages"].flatten(0, 1).T
-    steps, rows = torch.cartesian_prod(torch.arange(len(plan.trained)), torch.arange(8)).unbind(1)
+    steps, rows = torch.cartesian_prod(torch.arange(len(rollout.plan.trained)), torch.arange(8)).unbind(1)
     with torch.no_grad():
-        now = trainer.transition(rollout, plan, steps, rows).log_prob
+        transition = step_transition(policy, rollout, settings.rollout, steps, rows)
+        now = transition.log_prob(rollout.next_states[steps, rows])
     gain = (now - rollout.log_probs[steps, rows]) * advantages[steps, rows].sign()
     assert gain.mean() > 0
     assert len(batch.prompts) == 2
@@ -286,7 +288,9 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
     heard: list[int] = []
     gone = [weakref.ref(part) for part in (policy._pipe.text_encoder, policy._pipe.text_encoder_2)]
     gone.append(weakref.ref(policy._pipe.vae.encoder))
-    policy.encode_ahead(["a cat", "a dog"], lambda index: [pictures[index]], heard.append)
+    save_image(picture(64, 64), tmp_path / "a.png")
+    rows = [Sample(prompt, prompt, (tmp_path / "a.png",)) for prompt in ("a cat", "a dog")]
+    policy.precompute(rows, lambda number: [pictures[number]], [0, 1], heard.append)
     assert heard == [1, 2]
     assert [part() for part in gone] == [None] * 3
     # From the cache, and the same as encoded anew.
@@ -296,14 +300,17 @@ def test_encoding_ahead_lets_the_encoders_go(load: Load, picture: Picture, tmp_p
     assert all(torch.equal(kept.tensors[name], tensor) for name, tensor in fresh.tensors.items())
     assert policy.decode(torch.randn(1, *policy.latent_shape)).shape == (1, 3, 64, 96)
     shutil.rmtree(tmp_path / "conditions")
-    with pytest.raises(UserError, match=r"policy\.cache: a prompt that was encoded before training is not there"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.cache: a prompt that was encoded before training is not there"
+    ):
         policy.encode(["a cat"], [[pictures[0]]])
 
 
-def test_offload_keeps_the_encoders(load: Load, picture: Picture) -> None:
-    policy = load("flux1-kontext", offload=True)
+def test_offload_keeps_the_encoders(load: Load, picture: Picture, tmp_path: Path) -> None:
+    policy = load("flux1-kontext", text_encoders="cpu")
     reference = policy.prepare_reference(picture(64, 64), 1)
-    policy.encode_ahead(["a cat"], lambda index: [reference], lambda done: None)
+    save_image(picture(64, 64), tmp_path / "a.png")
+    policy.precompute([Sample("s", "a cat", (tmp_path / "a.png",))], lambda n: [reference], [0], lambda done: None)
     assert policy.encode(["a bird"], [[reference]]).rows
 
 
@@ -315,14 +322,14 @@ def test_offload_keeps_the_encoders(load: Load, picture: Picture) -> None:
         ({}, {"side": 48}),
         ({}, {"precision": "bf16"}),
         ({}, {"tokenizer": "touched"}),
-        ({"kind": "qwen-image-edit-plus"}, {"kind": "qwen-image-edit-plus", "guidance": 1.0}),
+        ({"kind": "qwen-image-edit-plus"}, {"kind": "qwen-image-edit-plus", "guidance_scale": 1.0}),
     ],
 )
 def test_the_cache_tells_what_a_row_depends_on(
     one: dict[str, Any], other: dict[str, Any], load: Load, picture: Picture, tiny_models: dict[str, Path]
 ) -> None:
     def paths(settings: dict[str, Any]) -> set[Path]:
-        more = {key: settings[key] for key in ("precision", "guidance") if key in settings}
+        more = {key: settings[key] for key in ("precision", "guidance_scale") if key in settings}
         policy = load(settings.get("kind", "flux1-kontext"), reference_side=settings.get("side", 64), **more)
         reference = policy.prepare_reference(picture(64, 64, settings.get("picture", 0)), 1)
         return set(policy._cache.paths(settings.get("prompt", "a cat"), [reference]).values())
@@ -342,9 +349,10 @@ def test_bf16_keeps_the_first_ratio(
     policy = load(kind, precision="bf16")
     perturb(policy)
     settings = config(
-        rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__updates_per_iteration=2
+        rollout__num_steps=3, rollout__micro_batch=2, optimizer__micro_batch=2, optimizer__num_minibatches=2
     )
-    metrics = Trainer(settings, policy, (Brightness(), Brightness(-1.0)), dataset).train_step()
+    rewards = {"prompt": Brightness(), "identity": Brightness(-1.0)}
+    metrics = Trainer(settings, policy, rewards, dataset).train_step()
     assert metrics["first_ratio/min"] == metrics["first_ratio/max"] == 1
     assert all(p.dtype == torch.float32 for _, p in policy.trainable_parameters())
 
@@ -354,7 +362,7 @@ def test_kl_to_the_untuned_generator(load: Load, dataset: SubjectDataset, pertur
     perturb(policy)
     tree = config().model_dump()
     tree["objective"]["kl_weight"] = 1.0
-    trainer = Trainer(Config.model_validate(tree), policy, (Brightness(), Brightness()), dataset)
+    trainer = Trainer(Config.model_validate(tree), policy, {"prompt": Brightness(), "identity": Brightness()}, dataset)
     metrics = trainer.train_step()
     assert metrics["kl"] > 1e-6 and metrics["grad_norm"] > 0
     assert all(parameter.requires_grad for _, parameter in policy.trainable_parameters())
@@ -364,7 +372,7 @@ def test_both_premises_are_measured(load: Load, dataset: SubjectDataset, perturb
     """`diagnose` needs nothing but the two protocols."""
     policy = load("flux1-kontext")
     perturb(policy)
-    rewards, settings = (Brightness(), Brightness(-1.0)), config()
+    rewards, settings = {"prompt": Brightness(), "identity": Brightness(-1.0)}, config()
     conflict = measure_conflict(settings, policy, rewards, dataset, batches=2)
     assert conflict.whole_cosines == pytest.approx([-1, -1], abs=1e-3)
     sensitivity = measure(settings, policy, rewards, dataset, prompts=2, group_size=2)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.policy import PipelineConfig, PolicyConfig
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.pipelines import MODELS, PIPELINES, load_policy
@@ -35,12 +35,16 @@ def broken(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def test_another_pipelines_folder(load: Load, tiny_models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"policy\.model: .* holds a Flux2KleinPipeline, but .* FluxKontextPipeline"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.model: .* holds a Flux2KleinPipeline, but .* FluxKontextPipeline"
+    ):
         load("flux1-kontext", model=str(tiny_models["flux2-klein"]))
 
 
 def test_a_folder_without_a_pipeline(load: Load, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"policy\.model: .* holds no diffusers pipeline: it has no model_index\.json"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.model: .* holds no diffusers pipeline: it has no model_index\.json"
+    ):
         load("flux1-kontext", model=str(tmp_path))
 
 
@@ -52,14 +56,14 @@ def test_a_missing_component(load: Load, broken: Path) -> None:
 
 def test_missing_weights(load: Load, broken: Path) -> None:
     (broken / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.model: .* could not be loaded: "):
         load("flux1-kontext", model=str(broken))
 
 
 def test_truncated_weights(load: Load, broken: Path) -> None:
     weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.model: .* could not be loaded: "):
         load("flux1-kontext", model=str(broken))
 
 
@@ -76,7 +80,7 @@ def test_a_transformer_of_another_class(load: Load, broken: Path) -> None:
 def test_a_damaged_configuration(load: Load, broken: Path) -> None:
     path = broken / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": None}))
-    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.model: .* could not be loaded: "):
         load("flux1-kontext", model=str(broken))
 
 
@@ -86,7 +90,7 @@ def test_pickles_are_not_read(part: str, load: Load, broken: Path) -> None:
     torch.save(load_file(weights), weights.with_name(f"{weights.stem.replace('model', 'pytorch_model')}.bin")
                if part == "text_encoder" else weights.with_suffix(".bin"))  # fmt: skip
     weights.unlink()
-    with pytest.raises(UserError, match=r"policy\.model: .* could not be loaded: "):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.model: .* could not be loaded: "):
         load("flux1-kontext", model=str(broken))
 
 
@@ -98,12 +102,14 @@ def test_a_damaged_index(load: Load, broken: Path) -> None:
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "only-a-name", "a/b/c"])
 def test_neither_folder_nor_hub_id(load: Load, model: str) -> None:
-    with pytest.raises(UserError, match=r"policy\.model: .* is neither a folder nor a hub id \(owner/name\)"):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.model: .* is neither a folder nor a hub id \(owner/name\)"):
         load("flux1-kontext", model=model)
 
 
 def test_an_unreachable_hub(load: Load) -> None:
-    with pytest.raises(UserError, match=r"policy\.model: nobody/nothing is no folder here, and could not be had from"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.model: nobody/nothing is no folder here, and could not be had from"
+    ):
         load("flux1-kontext", model="nobody/nothing")
 
 
@@ -114,7 +120,9 @@ def test_a_gated_hub_id(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
         raise GatedRepoError("no access", response=response)
 
     monkeypatch.setattr(loading, "hf_hub_download", refuse)
-    with pytest.raises(UserError, match=r"policy\.model: some/one is gated: accept its licence .* `hf auth login`"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.model: some/one is gated: accept its licence .* `hf auth login`"
+    ):
         load("flux1-kontext", model="some/one")
 
 
@@ -122,7 +130,7 @@ def test_a_gated_hub_id(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_familys_model_is_refused_before_its_weights_are_downloaded(
     kind: str, load: Load, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As when `policy.kind` is changed in a recipe, and `policy.model` is left as it was."""
+    """As when `policy.kind` is changed in a recipe, and `policy.pipeline.model` is left as it was."""
     fetched: list[str] = []
     place: list[Path] = []
 
@@ -140,7 +148,7 @@ def test_another_familys_model_is_refused_before_its_weights_are_downloaded(
     for other in others:
         place.append(tiny_models[other])
         expected = PIPELINES[kind].pipeline_names[0]
-        said = rf"policy\.model: some/one holds a \w+Pipeline, but policy\.kind takes a {expected}"
+        said = rf"policy\.pipeline\.model: some/one holds a \w+Pipeline, but policy\.kind takes a {expected}"
         with pytest.raises(UserError, match=said):
             load(kind, model="some/one", base_adapter="some/lora/lora.safetensors")
         with pytest.raises(UserError, match=said):
@@ -154,7 +162,9 @@ def test_a_hub_id_of_no_pipeline(load: Load, monkeypatch: pytest.MonkeyPatch) ->
         raise RemoteEntryNotFoundError("no such file", response=response)
 
     monkeypatch.setattr(loading, "hf_hub_download", refuse)
-    with pytest.raises(UserError, match=r"policy\.model: some/one holds no diffusers pipeline: it has no model_index"):
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.model: some/one holds no diffusers pipeline: it has no model_index"
+    ):
         load("flux1-kontext", model="some/one")
 
 
@@ -174,7 +184,7 @@ def test_bf16_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_no_such_base_adapter(load: Load, name: str, said: str) -> None:
-    with pytest.raises(UserError, match=r"policy\.base_adapter: ") as found:
+    with pytest.raises(UserError, match=r"policy\.pipeline\.base_adapter: ") as found:
         load("flux1-kontext", base_adapter=name)
     assert said in str(found.value)
 
@@ -182,7 +192,7 @@ def test_no_such_base_adapter(load: Load, name: str, said: str) -> None:
 def test_a_base_adapter_of_another_model(load: Load, tmp_path: Path) -> None:
     load("flux2-klein").save_adapter(tmp_path)
     with pytest.raises(
-        UserError, match=r"policy\.base_adapter: .* does not fit the transformer .* made for this model"
+        UserError, match=r"policy\.pipeline\.base_adapter: .* does not fit the transformer .* made for this model"
     ):
         load("flux1-kontext", base_adapter=str(tmp_path / "pytorch_lora_weights.safetensors"))
 
@@ -191,13 +201,13 @@ def test_a_base_adapter_of_other_widths(load: Load, tmp_path: Path) -> None:
     load("flux1-kontext").save_adapter(tmp_path)
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file({name: tensor.repeat(1, 2 if "lora_A" in name else 1) for name, tensor in load_file(path).items()}, path)
-    with pytest.raises(UserError, match=r"policy\.base_adapter: .* does not fit the transformer"):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.base_adapter: .* does not fit the transformer"):
         load("flux1-kontext", base_adapter=str(path))
 
 
 def test_a_base_adapter_that_is_no_safetensors_file(load: Load, tmp_path: Path) -> None:
     (tmp_path / "lora.safetensors").write_bytes(b"\x80\x04pickle")
-    with pytest.raises(UserError, match=r"policy\.base_adapter: .* damaged, or no safetensors file"):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.base_adapter: .* damaged, or no safetensors file"):
         load("flux1-kontext", base_adapter=str(tmp_path / "lora.safetensors"))
 
 
@@ -261,18 +271,20 @@ def test_no_adapter(load: Load, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["sage", "_sage_qk_int8_pv_fp16_cuda", "_flash_3"])
 def test_a_backend_that_cannot_train(load: Load, backend: str) -> None:
-    with pytest.raises(UserError, match=rf"policy\.attention_backend: '{backend}' has no backward pass"):
+    with pytest.raises(UserError, match=rf"policy\.pipeline\.attention_backend: '{backend}' has no backward pass"):
         load("flux1-kontext", attention_backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["flash", "_flash_3_hub", "_native_cudnn"])
 def test_a_backend_that_wants_cuda(load: Load, backend: str) -> None:
-    with pytest.raises(UserError, match=rf"policy\.attention_backend: '{backend}' runs on CUDA, and the device is cpu"):
+    with pytest.raises(
+        UserError, match=rf"policy\.pipeline\.attention_backend: '{backend}' runs on CUDA, and the device is cpu"
+    ):
         load("flux1-kontext", attention_backend=backend)
 
 
 def test_an_unknown_backend(load: Load) -> None:
-    with pytest.raises(UserError, match=r"policy\.attention_backend: 'fast' cannot be used: "):
+    with pytest.raises(UserError, match=r"policy\.pipeline\.attention_backend: 'fast' cannot be used: "):
         load("flux1-kontext", attention_backend="fast")
 
 
@@ -290,7 +302,12 @@ def test_the_policys_device_is_the_current_one(
 ) -> None:
     made: list[str] = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(str(device)))
-    config = PolicyConfig(kind="flux1-kontext", model=str(tiny_models["flux1-kontext"]), lora_rank=4, lora_alpha=4)
+    config = PolicyConfig(
+        kind="flux1-kontext",
+        pipeline=PipelineConfig(model=str(tiny_models["flux1-kontext"])),
+        lora_rank=4,
+        lora_alpha=4,
+    )
     load_policy(config, 0, torch.device(device), bf16=False)
     assert made == current
 
@@ -304,8 +321,10 @@ def test_guidance_of_a_distilled_model(load: Load, tmp_path: Path) -> None:
     from customized_grpo.testing.tiny_pipelines import flux2_klein
 
     flux2_klein(distilled=True).save_pretrained(tmp_path / "distilled")
-    with pytest.raises(UserError, match=r"policy\.guidance: this model is distilled and takes none, found 3\.0"):
-        load("flux2-klein", model=str(tmp_path / "distilled"), guidance=3.0)
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.guidance_scale: this model is distilled and takes none, found 3\.0"
+    ):
+        load("flux2-klein", model=str(tmp_path / "distilled"), guidance_scale=3.0)
 
 
 def test_guidance_of_a_model_that_embeds_none(load: Load, broken: Path) -> None:
@@ -313,8 +332,8 @@ def test_guidance_of_a_model_that_embeds_none(load: Load, broken: Path) -> None:
     with torch.random.fork_rng():
         flux_transformer(guidance_embeds=False).save_pretrained(path)
     load("flux1-kontext", model=str(broken))
-    with pytest.raises(UserError, match=r"policy\.guidance: this model embeds no guidance, found 3\.0"):
-        load("flux1-kontext", model=str(broken), guidance=3.0)
+    with pytest.raises(UserError, match=r"policy\.pipeline\.guidance_scale: this model embeds no guidance, found 3\.0"):
+        load("flux1-kontext", model=str(broken), guidance_scale=3.0)
 
 
 @pytest.mark.parametrize(("kind", "most"), [("flux1-kontext", 1), ("uno", 4), ("qwen-image-edit-plus", 3)])
@@ -328,10 +347,13 @@ def test_too_many_references(load: Load, kind: str, most: int) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"kind": "flux2", "height": 500}, "height=500 is not a multiple of 16"),
-        ({"kind": "flux2", "weights": "folder"}, "weights: not for kind='flux2'"),
-        ({"kind": "flux2", "adapter": "full"}, "adapter: not for kind='flux2'"),
-        ({"model": "a/b", "guidance": 2}, "model, guidance: not for kind='toybox'"),
+        ({"kind": "flux2", "pipeline": {"height": 500}}, "height=500 is not a multiple of 16"),
+        ({"kind": "flux2", "toybox": {"weights": "folder"}}, "toybox.weights: only for kind=toybox .found kind=flux2"),
+        ({"kind": "flux2", "toybox": {"adapter": "full"}}, "toybox.adapter: only for kind=toybox .found kind=flux2"),
+        (
+            {"pipeline": {"model": "a/b", "guidance_scale": 2}},
+            "pipeline.model, pipeline.guidance_scale: only for .*found kind=toybox.; leave it out",
+        ),
         ({"device": "cuda"}, "ToyBox runs on the CPU"),
     ],
 )

@@ -89,7 +89,7 @@ def test_an_adapter_of_peft_is_merged_as_peft_merges_it(
     model, state, config = trained(transformer, **settings)
     save_file({prefix + name: tensor for name, tensor in bare(state).items()}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    assert_merged_as_by_peft(transformer, model, resolve_adapter(str(tmp_path), "policy.base_adapter"))
+    assert_merged_as_by_peft(transformer, model, resolve_adapter(str(tmp_path), "policy.pipeline.base_adapter"))
 
 
 def test_an_adapter_of_diffusers_with_patterns_in_its_header(
@@ -306,8 +306,10 @@ def test_factors_for_another_model(
 def test_two_adapters_in_one_folder(tmp_path: Path) -> None:
     for name in ("pytorch_lora_weights.safetensors", "adapter_model.safetensors"):
         save_file({"x": A}, tmp_path / name)
-    with pytest.raises(UserError, match=r"policy\.base_adapter: .* holds two adapters .* name one of the files"):
-        resolve_adapter(str(tmp_path), "policy.base_adapter")
+    with pytest.raises(
+        UserError, match=r"policy\.pipeline\.base_adapter: .* holds two adapters .* name one of the files"
+    ):
+        resolve_adapter(str(tmp_path), "policy.pipeline.base_adapter")
 
 
 @given(rank=st.integers(1, 9), alpha=st.floats(0.01, 100))
@@ -352,10 +354,10 @@ def test_the_settings_of_an_adapter_on_the_hub_come_with_it(tmp_path: Path, monk
         return str(tmp_path / Path(file).name)
 
     monkeypatch.setattr(loading, "hf_hub_download", download)
-    path = resolve_adapter("owner/name/best/adapter_model.safetensors", "policy.base_adapter")
+    path = resolve_adapter("owner/name/best/adapter_model.safetensors", "policy.pipeline.base_adapter")
     assert path == tmp_path / "adapter_model.safetensors"
     assert asked == [
         ("owner/name", "best/adapter_model.safetensors"), ("owner/name", "best/adapter_config.json"),
     ]  # fmt: skip
-    resolve_adapter("owner/name/lora.safetensors", "policy.base_adapter")
+    resolve_adapter("owner/name/lora.safetensors", "policy.pipeline.base_adapter")
     assert asked[2:] == [("owner/name", "lora.safetensors")]

@@ -72,7 +72,7 @@ def test_flux1_kontext(load: Load, tiny_models: dict[str, Path], picture: Callab
 def test_guidance_is_the_pipelines(
     guidance: float, load: Load, tiny_models: dict[str, Path], picture: Callable[..., Tensor]
 ) -> None:
-    policy, reference = load("flux1-kontext", guidance=guidance), picture(64, 64)
+    policy, reference = load("flux1-kontext", guidance_scale=guidance), picture(64, 64)
     noise = noise_for(policy)
     pipe = plain_pipeline("flux1-kontext", tiny_models["flux1-kontext"])
     settings = {"max_area": SIZE[0] * SIZE[1], "_auto_resize": False}
@@ -112,7 +112,7 @@ def test_qwen_image_edit_plus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
-    policy = load("qwen-image-edit-plus", guidance=guidance)
+    policy = load("qwen-image-edit-plus", guidance_scale=guidance)
     references = [picture(64, 64, seed) for seed in range(count)]
     noise = noise_for(policy)
     pipe = plain_pipeline("qwen-image-edit-plus", tiny_models["qwen-image-edit-plus"])

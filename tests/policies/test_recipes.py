@@ -21,7 +21,6 @@ from customized_grpo.testing.tiny_pipelines import flux2_klein
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 from customized_grpo.training.dry_run import dry_run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = {
     "flux1-kontext": "flux1-kontext", "uno": "uno", "flux2-klein": "flux2-klein",
     "qwen-image-edit-plus": "qwen-image-edit-plus",
@@ -62,22 +61,26 @@ def rewards(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, output: Path) -> list[str]:
     """A recipe's command line with what is large replaced."""
     changes = {
-        "policy.model": model, "policy.lora_rank": 4, "policy.lora_alpha": 4, "policy.height": 32, "policy.width": 48,
-        "policy.reference_side": 32, "policy.precision": "fp32", "policy.device": "cpu",
-        "policy.cache": output.parent / "conditions", "rewards.prompt_model": rewards["clip"],
-        "rewards.identity_model": rewards["dino"], "data.path": data, "data.test": data, "output": output,
+        "policy.pipeline.model": model, "policy.lora_rank": 4, "policy.lora_alpha": 4,
+        "policy.pipeline.height": 32, "policy.pipeline.width": 48,
+        "policy.pipeline.reference_side": 32, "policy.precision": "fp32", "policy.device": "cpu",
+        "policy.pipeline.cache": output.parent / "conditions", "rewards.dino.model": rewards["dino"],
+        "data.path": data, "data.test": data, "output": output,
         "data.validation": data, "iterations": 2, "threads": 1, "rollout.num_steps": 3, "rollout.group_size": 3,
-        "rollout.prompts_per_iteration": 2, "evaluation.pairs": 2, "evaluation.test_pairs": 3, "evaluation.every": 1,
+        "rollout.prompts_per_iteration": 2, "evaluation.num_samples": 2, "evaluation.num_test_samples": 3,
+        "evaluation.every": 1,
     }  # fmt: skip
-    if recipe in ("flux1-kontext", "uno"):
+    if recipe not in ("flux1-kontext", "uno"):
+        changes["rewards.pickscore.model"] = rewards["clip"]
+    else:
         changes |= {
-            "rewards.prompt_model": rewards["hpsv3"], "rewards.hpsv3.backbone": rewards["backbone"],
+            "rewards.hpsv3.model": rewards["hpsv3"], "rewards.hpsv3.backbone": rewards["backbone"],
             "rewards.hpsv3.instruction": rewards["instruction"],
         }  # fmt: skip
     options = [f"--{name}={value}" for name, value in changes.items()]
     if recipe == "uno":
-        options.append("--policy.base_adapter=null")
-    return ["train", "--config", str(CONFIGS / f"{recipe}.yaml"), *options]
+        options.append("--policy.pipeline.base_adapter=null")
+    return ["train", "--config", recipe, *options]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +133,7 @@ def test_a_run_goes_on_draws_and_is_evaluated(
          "--out", str(tmp_path / "out.png"), "--count", "2"]
     )  # fmt: skip
     assert Image.open(tmp_path / "out.png").size[0] >= 2 * 256
-    main(["evaluate", "--run", str(output), "--pairs", "2"])
+    main(["evaluate", "--run", str(output), "--num_samples", "2"])
     assert json.loads((output / "evaluation" / "tuned.json").read_text())["pairs"] == 2
 
 
@@ -157,15 +160,18 @@ def test_a_dry_run_says_what_it_takes(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--policy.height=500", "height=500 is not a multiple of 16"),
-        ("--policy.model=nobody/nothing", "policy.model: nobody/nothing is no folder here"),
+        ("--policy.pipeline.height=500", "height=500 is not a multiple of 16"),
+        ("--policy.pipeline.model=nobody/nothing", "policy.pipeline.model: nobody/nothing is no folder here"),
         (
             "--evaluation.judge=toybox",
             "evaluation.judge: toybox does not read the pictures of policy.kind=flux1-kontext",
         ),
-        ("--policy.attention_backend=flash", "policy.attention_backend: 'flash' runs on CUDA, and the device is cpu"),
+        (
+            "--policy.pipeline.attention_backend=flash",
+            "policy.pipeline.attention_backend: 'flash' runs on CUDA, and the device is cpu",
+        ),
         ("--policy.device=cuda:9", "policy.device: there is no 'cuda:9' here"),
-        ("--rewards.identity_model=nobody/nothing", "rewards.identity_model: nobody/nothing could not be loaded"),
+        ("--rewards.dino.model=nobody/nothing", "rewards.dino.model: nobody/nothing could not be loaded"),
     ],
 )
 def test_bad_settings_end_in_one_line(
@@ -190,7 +196,10 @@ def test_a_distilled_model_is_counted_with_one_pass(tmp_path: Path) -> None:
     for distilled in (False, True):
         folder = tmp_path / str(distilled)
         flux2_klein(distilled=distilled).save_pretrained(folder)
-        policy = {"kind": "flux2-klein", "model": str(folder), "height": 32, "width": 32, "reference_side": 32}
+        policy = {
+            "kind": "flux2-klein",
+            "pipeline": {"model": str(folder), "height": 32, "width": 32, "reference_side": 32},
+        }
         rewards = {"prompt": "clip_t", "identity": "dino"}
         tree = {"policy": policy, "rewards": rewards, "evaluation": {"judge": "none"}}
         operations.append(dry_run(Config.model_validate(tree)).flops["rollout"])
@@ -198,15 +207,18 @@ def test_a_distilled_model_is_counted_with_one_pass(tmp_path: Path) -> None:
 
 
 def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) -> None:
-    policy = {"kind": "flux1-kontext", "model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32}
+    pipeline = {"model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32}
+
+    def policy(*, fsdp: bool) -> dict[str, object]:
+        return {"policy": {"kind": "flux1-kontext", "pipeline": pipeline | {"fsdp": fsdp}}}
+
     tree = {"rewards": {"prompt": "clip_t", "identity": "dino"}, "evaluation": {"judge": "none"}}
     whole, shard = (
-        dry_run(Config.model_validate(tree | {"policy": policy | {"shard": sharded}}), processes=2).memory
-        for sharded in (False, True)
+        dry_run(Config.model_validate(tree | policy(fsdp=sharded)), processes=2).memory for sharded in (False, True)
     )
     assert whole["frozen weights"] / 2 < shard["frozen weights"] < whole["frozen weights"]
-    with pytest.raises(UserError, match=r"policy\.shard: a single process"):
-        dry_run(Config.model_validate(tree | {"policy": policy | {"shard": True}}))
+    with pytest.raises(UserError, match=r"policy\.pipeline\.fsdp: a single process"):
+        dry_run(Config.model_validate(tree | policy(fsdp=True)))
 
 
 def test_every_family_but_the_largest_has_a_recipe() -> None:

@@ -14,7 +14,7 @@ import torch
 from fork_server import Process
 from safetensors.torch import load_file
 
-from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.policy import PipelineConfig, PolicyConfig
 from customized_grpo.data import save_image
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import check_shard
@@ -81,16 +81,18 @@ def settings(tiny_models: dict[str, Path], picture: Callable[..., torch.Tensor],
         "def red(images, task):\n    return images[:, :, 0].mean((2, 3))\n"
     )
     policy = {
-        "kind": "flux1-kontext", "model": str(tmp_path / "flux1-kontext"), "lora_rank": 4, "lora_alpha": 4,
-        "height": 32, "width": 48, "reference_side": 48, "precision": "fp32", "device": "cpu",
-        "cache": str(tmp_path / "conditions"),
+        "kind": "flux1-kontext", "lora_rank": 4, "lora_alpha": 4, "precision": "fp32", "device": "cpu",
+        "pipeline": {
+            "model": str(tmp_path / "flux1-kontext"), "height": 32, "width": 48, "reference_side": 48,
+            "cache": str(tmp_path / "conditions"),
+        },
     }  # fmt: skip
     tree = {
         "threads": 1, "policy": policy, "data": {"path": str(data), "test": str(data)},
         "rewards": {"prompt": "python:own.bright", "identity": "python:own.red", "identity_reference": "whole"},
         "rollout": {"num_steps": 3, "group_size": 3, "prompts_per_iteration": 3, "micro_batch": 4},
-        "optimizer": {"updates_per_iteration": 2, "micro_batch": 4}, "objective": {"kl_weight": 0.1},
-        "evaluation": {"judge": "none", "every": 1, "pairs": 1, "test_pairs": 3, "gallery": 1},
+        "optimizer": {"num_minibatches": 2, "micro_batch": 4}, "objective": {"kl_weight": 0.1},
+        "evaluation": {"judge": "none", "every": 1, "num_samples": 1, "num_test_samples": 3, "gallery": 1},
     }  # fmt: skip
     (tmp_path / "settings.json").write_text(json.dumps(tree))
 
@@ -121,9 +123,9 @@ def test_sharded_weights_change_nothing_and_a_run_goes_on_without_them(
 
 
 def test_what_cannot_be_sharded_is_refused() -> None:
-    config = PolicyConfig(kind="flux1-kontext", shard=True, device="cpu")
-    with pytest.raises(UserError, match=r"policy\.shard: a single process .*; start several"):
+    config = PolicyConfig(kind="flux1-kontext", pipeline=PipelineConfig(fsdp=True), device="cpu")
+    with pytest.raises(UserError, match=r"policy\.pipeline\.fsdp: a single process .*; start several"):
         check_shard(config, 1)
     check_shard(config, 2)
-    with pytest.raises(ValueError, match="shard: not for kind='toybox'"):
-        PolicyConfig(shard=True)
+    with pytest.raises(ValueError, match="pipeline.fsdp: only for kind=flux1-kontext, .*found kind=toybox"):
+        PolicyConfig(pipeline=PipelineConfig(fsdp=True))

@@ -13,6 +13,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.report import paired_difference, write_report
 from customized_grpo.report.page import FACTS
 from customized_grpo.report.records import data_uri
+from customized_grpo.tracking.metric_info import METRIC_INFOS, MetricInfo
 
 
 class Page(HTMLParser):
@@ -264,5 +265,36 @@ def test_broken_files_are_user_errors(run: Path, tmp_path: Path) -> None:
 
 def test_the_head_states_every_fact_of_the_configuration(run: Path) -> None:
     page = Page(write_report(run).read_text(encoding="utf-8"))
-    unset = ["advantages.gamma_penalty"]
+    unset = ["advantages.sars.gamma_penalty"]
     assert [name for label, name in FACTS if label not in page.text] == unset
+
+
+def add_brightness(run: Path) -> None:
+    """Let the evaluations of a run hold a metric of one's own."""
+
+    def change(content: Any) -> None:
+        for number, record in enumerate(content["records"]):
+            record["brightness"] = 0.25 + 0.5 * (number % 2)
+
+    for side in ("base", "tuned"):
+        rewrite(run / "evaluation" / f"{side}.json", change)
+    rewrite(run / "evaluations.jsonl", lambda row: row.update(brightness=0.5))
+
+
+def test_a_metric_without_a_row_is_shown_by_its_own_name(run: Path) -> None:
+    add_brightness(run)
+    text = report(run).text
+    assert "Brightness 0.500 0.419 to 0.581 0.500 0.419 to 0.581 +0.000 +0.000 to +0.000" in text
+    shutil.rmtree(run / "evaluation")
+    assert "brightness 0.500" in report(run).text
+
+
+def test_a_new_metric_needs_one_row(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_brightness(run)
+    row = MetricInfo("brightness", "lit pictures", unit="share", higher_is_better=False)
+    monkeypatch.setitem(METRIC_INFOS, "brightness", row)
+    rewrite(run / "evaluation" / "tuned.json", lambda content: content["records"][0].update(brightness=0.75))
+    text = report(run).text
+    assert "Lit pictures 50.0 % 41.9 % to 58.1 % 51.2 %" in text and "0 better, 1 worse" in text
+    shutil.rmtree(run / "evaluation")
+    assert "lit pictures 50.0 %" in report(run).text

@@ -197,7 +197,7 @@ def test_the_command_names_the_variable(
     monkeypatch.setenv("ALL_PROXY", "socks4://proxy:1")
     options = [f"--data.path={toybox_data / 'train'}", f"--output={tmp_path / 'run'}", "--rewards.prompt=remote"]
     with pytest.raises(SystemExit) as ended:
-        main(["train", *options, f"--rewards.prompt_model={AWAY}"])
+        main(["train", *options, f"--rewards.remote.prompt_url={AWAY}"])
     assert ended.value.code == 2 and "error: ALL_PROXY: " in capsys.readouterr().err
 
 
@@ -218,12 +218,12 @@ def test_what_is_no_address_of_a_server(url: str) -> None:
     [
         [
             "--policy.kind=flux1-kontext",
-            "--policy.model=nobody/x",
+            "--policy.pipeline.model=nobody/x",
             "--rewards.prompt=clip_t",
             "--rewards.identity=dino",
         ],
-        ["--rewards.identity=dino", "--rewards.identity_model=nobody/x"],
-        ["--rewards.prompt=hpsv2", "--rewards.prompt_model=nobody/x"],
+        ["--rewards.identity=dino", "--rewards.dino.model=nobody/x"],
+        ["--rewards.prompt=hpsv2", "--rewards.hpsv2.model=nobody/x"],
         ["--rewards.prompt=hpsv3"],
     ],
     ids=["policy", "encoder", "hpsv2", "hpsv3"],

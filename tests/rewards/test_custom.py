@@ -30,6 +30,13 @@ def some(images, task):
 def broken(images, task):
     return torch.tensor([[1.0, float("nan"), 2.0], [float("inf"), 3.0, 4.0]])
 
+def explained(images, task):
+    valid = torch.tensor([[True, False, True], [True, True, True]])
+    return Scores(torch.ones(images.shape[:2]), valid, "no face found")
+
+def explained_by_a_number(images, task):
+    return Scores(torch.ones(images.shape[:2]), torch.ones(images.shape[:2], dtype=torch.bool), 7)
+
 def flat(images, task):
     return torch.zeros(6)
 
@@ -52,7 +59,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_values_are_the_functions() -> None:
     config = RewardsConfig(prompt="python:rewards_of_mine.redness", identity="python:rewards_of_mine.some")
-    prompt, identity = load_rewards(config, CPU)
+    prompt, identity = load_rewards(config, CPU).values()
     assert torch.allclose(prompt.score(IMAGES, TASK).values, IMAGES[:, :, 0].mean((-2, -1)))
     scores = identity.score(IMAGES, TASK)
     assert isinstance(scores, Scores) and scores.valid.sum() == 5 and scores.values[0, 1] == 0
@@ -61,6 +68,13 @@ def test_values_are_the_functions() -> None:
 def test_what_is_not_finite_is_invalid() -> None:
     scores = CustomReward.load("rewards.prompt", "python:rewards_of_mine.broken").score(IMAGES, TASK)
     assert scores.valid.tolist() == [[True, False, True], [False, True, True]] and scores.values.isfinite().all()
+
+
+def test_the_reason_of_an_invalid_score_is_passed_on() -> None:
+    scores = CustomReward.load("rewards.prompt", "python:rewards_of_mine.explained").score(IMAGES, TASK)
+    assert scores.valid.sum() == 5 and scores.reason == "no face found"
+    with pytest.raises(UserError, match=r"explained_by_a_number answered a reason of int, expected a str or None"):
+        CustomReward.load("rewards.prompt", "python:rewards_of_mine.explained_by_a_number").score(IMAGES, TASK)
 
 
 @pytest.mark.parametrize(
@@ -101,15 +115,25 @@ def test_a_module_that_raises(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"prompt": "python:no-module"}, "prompt"),
-        ({"prompt": "remote"}, "prompt_model: a remote reward wants its URL"),
-        ({"identity": "remote", "identity_model": "host:80"}, "identity_model: a remote reward wants its URL"),
-        ({"prompt_model": "folder"}, "prompt_model: prompt=toybox takes none"),
-        ({"prompt": "python:a.b", "prompt_model": "folder"}, "prompt=python:a.b takes none"),
+        ({"prompt": "remote"}, "remote.prompt_url: a remote reward needs its URL"),
+        (
+            {"identity": "remote", "remote": {"identity_url": "host:80"}},
+            "remote.identity_url: a remote reward needs its URL",
+        ),
+        ({"clip_t": {"model": "folder"}}, "clip_t.model: only for prompt=clip_t .found prompt=toybox.; leave it out"),
+        ({"prompt": "python:a.b", "clip_t": {"model": "folder"}}, "clip_t.model: only for .*found prompt=python:a.b"),
+        (
+            {"identity": "remote", "remote": {"identity_url": "http://a:1", "prompt_url": "http://a:1"}},
+            "remote.prompt_url: only for prompt=remote .found prompt=toybox",
+        ),
         ({"prompt": "vlm_judge", "vlm_judge": {"url": "http://x/v1"}}, "vlm_judge.url, vlm_judge.model: name"),
-        ({"vlm_judge": {"model": "m"}}, "neither reward is vlm_judge"),
-        ({"identity": "dino", "identity_leak": "low"}, "identity_leak: only for identity=toybox"),
-        ({"several_references": "max"}, "several_references: only for identity=dino or clip_i"),
-        ({"identity": "dino", "background": 0.5}, "background: only behind segmented references"),
+        ({"vlm_judge": {"model": "m"}}, "vlm_judge.model: only for prompt or identity=vlm_judge"),
+        (
+            {"prompt": "clip_t", "identity": "dino", "toybox": {"identity_leak": "low"}},
+            "toybox.identity_leak: only for ",
+        ),
+        ({"dino": {"several_references": "max"}}, "dino.several_references: only for identity=dino"),
+        ({"identity": "dino", "dino": {"background": 0.5}}, "dino.background: only behind segmented references"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], said: str) -> None:

@@ -72,10 +72,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load(tiny: dict[str, Path], model: Path | str, **more: Any) -> Any:
     settings = {
-        "prompt": "hpsv2", "prompt_model": str(model), "hpsv2": {"backbone": str(tiny["clip"])}, "identity": "dino",
-        "identity_model": str(tiny["dino"]), **more,
+        "prompt": "hpsv2", "hpsv2": {"model": str(model), "backbone": str(tiny["clip"])}, "identity": "dino",
+        "dino": {"model": str(tiny["dino"])}, **more,
     }  # fmt: skip
-    return load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
+    return load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
 
 
 def make_batch(height: int = 48, width: int = 48) -> tuple[Tensor, PromptBatch]:
@@ -206,7 +206,7 @@ def test_other_tensors_are_refused(
 ) -> None:
     state = {name: tensor for name, tensor in (load_file(tiny["file"]) | change).items() if tensor is not None}
     save_file(state, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"rewards\.prompt_model: .*other\.safetensors does not hold a CLIP.*" + said):
+    with pytest.raises(UserError, match=r"rewards\.hpsv2\.model: .*other\.safetensors does not hold a CLIP.*" + said):
         load(tiny, tmp_path / "other.safetensors")
 
 
@@ -222,15 +222,15 @@ def test_other_tensors_are_refused(
 def test_a_model_that_cannot_be_had(model: str, said: str, tiny: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "damaged.safetensors").write_bytes(b"\x00" * 64)
     path = tmp_path / model
-    with pytest.raises(UserError, match=rf"rewards\.prompt_model: .*{said}"):
+    with pytest.raises(UserError, match=rf"rewards\.hpsv2\.model: .*{said}"):
         load(tiny, path if path.exists() else Path(model))
 
 
 def test_a_model_has_to_be_named() -> None:
-    with pytest.raises(ValidationError, match="prompt_model: hpsv2 has no usual one, since its published weights are"):
+    with pytest.raises(ValidationError, match="hpsv2.model: HPSv2 has no usual model, since its published weights are"):
         RewardsConfig.model_validate({"prompt": "hpsv2"})
 
 
 def test_settings_of_hpsv2_are_for_it_alone() -> None:
-    with pytest.raises(ValidationError, match="hpsv2: only for prompt=hpsv2"):
+    with pytest.raises(ValidationError, match="hpsv2.backbone: only for prompt=hpsv2"):
         RewardsConfig.model_validate({"prompt": "clip_t", "hpsv2": {"backbone": "somewhere"}})

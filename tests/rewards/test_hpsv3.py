@@ -39,11 +39,13 @@ def small_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(tiny: dict[str, Path], **more: Any) -> HPSv3Reward:
     settings: dict[str, Any] = {
-        "prompt": "hpsv3", "prompt_model": str(tiny["weights"]), "identity": "dino",
-        "identity_model": str(tiny["dino"]),
+        "prompt": "hpsv3", "identity": "dino", "dino": {"model": str(tiny["dino"])},
+        "hpsv3": {
+            "model": str(tiny["weights"]), "backbone": str(tiny["backbone"]), "instruction": str(tiny["instruction"]),
+            **more,
+        },
     }  # fmt: skip
-    settings["hpsv3"] = {"backbone": str(tiny["backbone"]), "instruction": str(tiny["instruction"]), **more}
-    reward = load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
+    reward = load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
     assert isinstance(reward, HPSv3Reward)
     return reward
 
@@ -137,7 +139,7 @@ def test_other_tensors_are_refused(
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("weights", r"rewards\.prompt_model: .* is neither a file nor owner/name/file\.safetensors"),
+        ("weights", r"rewards\.hpsv3\.model: .* is neither a file nor owner/name/file\.safetensors"),
         ("backbone", r"rewards\.hpsv3\.backbone: .* could not be loaded"),
         ("instruction", r"rewards\.hpsv3\.instruction: .* is no file"),
     ],
@@ -179,5 +181,5 @@ def test_without_the_distribution() -> None:
 
 
 def test_settings_of_hpsv3_are_for_it_alone() -> None:
-    with pytest.raises(ValidationError, match="hpsv3: only for prompt=hpsv3"):
+    with pytest.raises(ValidationError, match="hpsv3.positions: only for prompt=hpsv3 .found prompt=clip_t"):
         RewardsConfig.model_validate({"prompt": "clip_t", "hpsv3": {"positions": "mrope"}})

@@ -20,7 +20,7 @@ FINE = {"fine": True}
 
 
 def transport(url: str, deadline: float = 10.0, **more: Any) -> Transport:
-    return Transport("rewards.prompt_model", url, deadline, longest_wait=0.05, **more)
+    return Transport("rewards.remote.prompt_url", url, deadline, longest_wait=0.05, **more)
 
 
 def failure(status: int, body: bytes = b"{}", **headers: str) -> Failure:
@@ -182,7 +182,7 @@ def test_an_error_in_a_200_that_no_wait_mends_is_told_at_once(body: Any, kind: t
 @pytest.mark.parametrize("status", [400, 413, 415, 422, 451])
 def test_what_may_be_the_fault_of_the_request_is_refused(status: int, server: Start) -> None:
     running = server(lambda question, number: (status, {"error": {"message": "no faces"}}))
-    with pytest.raises(Refused, match=rf"prompt_model: .*/score refused the request with status {status}: no faces"):
+    with pytest.raises(Refused, match=rf"prompt_url: .*/score refused the request with status {status}: no faces"):
         transport(running.url).post("/score", {})
     assert len(running.asked) == 1
 

@@ -16,7 +16,7 @@ from customized_grpo.cli.main import main
 from customized_grpo.config.rewards import VlmJudgeConfig
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.evaluation.evaluator import measure
+from customized_grpo.evaluation.metrics import RewardMetric, measure
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.vlm_judge import TRIAL_PROMPT, JudgeReward, VlmJudge
@@ -42,9 +42,9 @@ def judge(url: str, deadline: float = 10.0, **settings: Any) -> VlmJudge:
 
 
 def loaded(url: str, deadline: float = 10.0, **settings: Any) -> Any:
-    judged = {"url": url, "model": "judge-7b"} | settings
-    config = {"prompt": "vlm_judge", "identity": "vlm_judge", "deadline": deadline, "vlm_judge": judged}
-    return load_rewards(RewardsConfig.model_validate(config), CPU)
+    judged = {"url": url, "model": "judge-7b", "timeout": deadline} | settings
+    config = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": judged}
+    return tuple(load_rewards(RewardsConfig.model_validate(config), CPU).values())
 
 
 def make_batch(groups: int = 2, size: int = 3) -> tuple[Tensor, PromptBatch]:
@@ -68,10 +68,12 @@ def test_a_dead_judge_is_asked_as_many_as_go_at_once_and_no_more(server: Start) 
     running = server(lambda question, number: GOOD if go.wait(60) else (500, {}))
     reward = JudgeReward(judge(running.url, deadline=0.5), "prompt")
     images, batch = make_batch(6, 6)
-    assert not reward.score(images, batch).valid.any() and len(running.asked) <= 8
-    assert re.search(r"gave no answer within 0\.5 s", reward.last_failure or "")
+    found = reward.score(images, batch)
+    assert not found.valid.any() and len(running.asked) <= 8
+    assert re.search(r"gave no answer within 0\.5 s", found.reason or "")
     go.set()
-    assert reward.score(images.clone(), batch).valid.all() and reward.last_failure is None
+    found = reward.score(images.clone(), batch)
+    assert found.valid.all() and found.reason is None
 
 
 def test_one_picture_that_hangs_costs_its_own_score_alone(server: Start) -> None:
@@ -91,8 +93,10 @@ def test_a_validation_asks_once_for_both_rewards(server: Start) -> None:
     running = server(lambda question, number: GOOD)
     both = judge(running.url)
     images, batch = make_batch(5, 1)
-    found = measure(images[:, 0], batch, [JudgeReward(both, "prompt"), JudgeReward(both, "subject")], None)
+    rewards = RewardMetric({"prompt": JudgeReward(both, "prompt"), "identity": JudgeReward(both, "subject")})
+    found = measure([rewards], images[:, 0], batch)
     assert len(running.asked) == 5
+    assert rewards.reasons == [None, None]
     assert found["reward/prompt"].tolist() == [2.0] * 5 and found["reward/identity"].tolist() == [3.0] * 5
 
 
@@ -116,8 +120,9 @@ def test_a_refused_picture_is_invalid_alone_with_its_reason(status: int, server:
 
     running = server(reply)
     reward = JudgeReward(judge(running.url), "prompt")
-    assert reward.score(*make_batch()).valid.tolist() == [[True] * 3, [False] * 3]
-    assert re.search(rf"refused the request with status {status}: content policy$", reward.last_failure or "")
+    found = reward.score(*make_batch())
+    assert found.valid.tolist() == [[True] * 3, [False] * 3]
+    assert re.search(rf"refused the request with status {status}: content policy$", found.reason or "")
     assert [prompt_of(question) for question in running.asked].count(TRIAL_PROMPT) == 1
 
 
@@ -157,7 +162,7 @@ def test_a_run_goes_on_under_max_invalid_share_and_ends_above_it(
 
 def test_a_second_try_differs_from_the_first_and_shows_the_bad_answer(server: Start) -> None:
     running = server(lambda question, number: (200, completion('I like "it".')) if number < 2 else GOOD)
-    assert judge(running.url, reasoning=True).rate(*make_batch(1, 1)).tolist() == [[[2.0, 3.0]]]
+    assert judge(running.url, reasoning=True).rate(*make_batch(1, 1)).values.tolist() == [[[2.0, 3.0]]]
     first, second, _ = running.asked
     assert first["temperature"] == 0 and second["temperature"] == pytest.approx(0.7)
     assert r'It began: "I like \"it\"."' in second["messages"][1]["content"][-1]["text"]
@@ -168,8 +173,9 @@ def test_an_answer_that_was_cut_off_is_told_with_its_start_and_what_to_do(server
     thought = '<think>Perhaps {"subject": 1, "prompt": 1}? Let me look'
     running = server(lambda question, number: (200, completion(thought + " again" * 99, "length")))
     reward = JudgeReward(judge(running.url), "prompt")
-    assert not reward.score(*make_batch(1, 1)).valid.any()
-    told = reward.last_failure or ""
+    found = reward.score(*make_batch(1, 1))
+    assert not found.valid.any()
+    told = found.reason or ""
     assert "gave 3 answers without two whole numbers from 0 to 4; the last was cut off (finish_reason: length)" in told
     assert thought in told and len(told) < 700 and "raise rewards.vlm_judge.max_tokens (now 60)" in told
 

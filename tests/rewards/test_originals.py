@@ -15,10 +15,11 @@ from torch import Tensor
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, load_image, load_mask, write_metadata
 from customized_grpo.data.images import resize
-from customized_grpo.evaluation.evaluator import evaluate
+from customized_grpo.evaluation.evaluator import Evaluator, Sampling
+from customized_grpo.evaluation.metrics import RewardMetric
 from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.rewards import IdentityReward
@@ -29,7 +30,7 @@ CPU = torch.device("cpu")
 PROMPTS = ("a star", "a cloud", "a heart", "a ball")
 
 
-class Told:
+class Told(Reward):
     """A reward that keeps the pictures it was told of, and scores the red in an image."""
 
     def __init__(self) -> None:
@@ -79,7 +80,7 @@ def test_training_scores_against_the_originals_and_draws_from_the_prepared(
     config = make_config({"data.path": photographs, "rewards.identity_reference": "segmented"})
     watched, told = Watched(make_policy()), Told()
     dataset = SubjectDataset.open(photographs)
-    trainer = Trainer(config, watched.policy, (told, told), dataset)
+    trainer = Trainer(config, watched.policy, {"prompt": told, "identity": told}, dataset)
     trainer.train_step()
     samples = trainer.samples(0)
     for row, sample in enumerate(samples):
@@ -93,8 +94,9 @@ def test_evaluation_scores_against_the_originals_and_draws_from_the_prepared(
 ) -> None:
     watched, told = Watched(make_policy()), Told()
     dataset = SubjectDataset.open(photographs)
-    settings: Any = {"pairs": 3, "num_steps": 2, "shift": 2.0, "seed": 0, "micro_batch": 4, "masks": True}
-    evaluation = evaluate(watched.policy, dataset, [told, told], None, **settings)
+    sampling = Sampling(num_steps=2, shift=2.0, seed=0, micro_batch=4)
+    metrics = [RewardMetric({"prompt": told, "identity": told})]
+    evaluation = Evaluator(watched.policy, dataset, metrics, sampling, masks=True).evaluate(3)
     for row, sample in enumerate(evaluation.samples):
         original = load_image(sample.references[0])
         assert torch.equal(told.references[row][0], original)

@@ -51,15 +51,22 @@ FOLDERS = {"clip_t": "clip", "clip_i": "clip", "pickscore": "clip"}
 """Tiny models by reward, where their names differ."""
 
 
-def rewards(models: dict[str, Path], prompt: str = "clip_t", identity: str = "dino", **more: Any) -> Any:
+def rewards(
+    models: dict[str, Path],
+    prompt: str = "clip_t",
+    identity: str = "dino",
+    part: dict[str, Any] | None = None,
+    **more: Any,
+) -> Any:
+    """The rewards of these kinds; `part` holds further settings of the identity reward's section."""
+    kind = "dino" if identity in ("vit", "dinov3") else identity
     config = RewardsConfig.model_validate(
         {
-            "prompt": prompt, "prompt_model": str(models[FOLDERS.get(prompt, prompt)]),
-            "identity": "dino" if identity in ("vit", "dinov3") else identity,
-            "identity_model": str(models[FOLDERS.get(identity, identity)]), **more,
+            "prompt": prompt, prompt: {"model": str(models[FOLDERS.get(prompt, prompt)])}, "identity": kind,
+            kind: {"model": str(models[FOLDERS.get(identity, identity)])} | (part or {}), **more,
         }
     )  # fmt: skip
-    return load_rewards(config, CPU)
+    return tuple(load_rewards(config, CPU).values())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dinov3"])
@@ -99,8 +106,8 @@ def test_torchvision_rounds_the_half_of_an_odd_crop_to_even() -> None:
 )
 def test_a_processor_of_another_kind_is_an_error(changes: dict[str, Any], words: str, models: dict[str, Path]) -> None:
     settings = AutoImageProcessor.from_pretrained(models["clip"]).to_dict() | changes
-    with pytest.raises(UserError, match=f"rewards.identity_model: here: the image processor {words}"):
-        Preprocessing.of(settings, "rewards.identity_model: here")
+    with pytest.raises(UserError, match=f"rewards.dino.model: here: the image processor {words}"):
+        Preprocessing.of(settings, "rewards.dino.model: here")
 
 
 @pytest.mark.parametrize("identity", ["dino", "vit", "clip_i"])
@@ -161,14 +168,16 @@ def test_dinov3_needs_no_torchvision(models: dict[str, Path]) -> None:
 
 def test_micro_batches_change_nothing(models: dict[str, Path]) -> None:
     images, given = smooth(6, 64, 64).unflatten(0, (2, 3)), make_batch([[smooth(1, 64, 64, 5)[0]]] * 2)
-    scores = [[r.score(images, given).values for r in rewards(models, micro_batch=size)] for size in (1, 4, 64)]
+    scores = [
+        [r.score(images, given).values for r in rewards(models, local={"micro_batch": size})] for size in (1, 4, 64)
+    ]
     for other in scores[1:]:
         assert all(torch.allclose(one, two, atol=1e-6) for one, two in zip(scores[0], other, strict=True))
 
 
 @pytest.mark.parametrize(("several", "join"), [("mean", torch.mean), ("max", torch.amax)])
 def test_several_references(several: str, join: Any, models: dict[str, Path]) -> None:
-    _, reward = rewards(models, several_references=several)
+    _, reward = rewards(models, part={"several_references": several})
     images = smooth(4, 64, 64).unflatten(0, (2, 2))
     one, other = smooth(2, 64, 80, seed=3)
     apart = [reward.score(images, make_batch([[reference]] * 2)).values for reference in (one, other)]
@@ -177,7 +186,7 @@ def test_several_references(several: str, join: Any, models: dict[str, Path]) ->
 
 
 def test_a_segmented_reference_is_seen_without_its_background(models: dict[str, Path]) -> None:
-    _, segmented = rewards(models, identity_reference="segmented", background=0.25)
+    _, segmented = rewards(models, identity_reference="segmented", part={"background": 0.25})
     _, whole = rewards(models)
     images = smooth(4, 64, 64).unflatten(0, (2, 2))
     reference, mask = smooth(1, 64, 64, 7)[0], torch.zeros(1, 64, 64)
@@ -226,22 +235,17 @@ def test_what_is_not_finite_is_not_valid(models: dict[str, Path], monkeypatch: p
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"identity_model": "nobody/nothing"}, r"rewards\.identity_model: nobody/nothing could not be loaded \("),
-        ({"prompt_model": "/nowhere"}, r"rewards\.prompt_model: /nowhere could not be loaded \("),
+        ({"dino": {"model": "nobody/nothing"}}, r"rewards\.dino\.model: nobody/nothing could not be loaded \("),
+        ({"clip_t": {"model": "/nowhere"}}, r"rewards\.clip_t\.model: /nowhere could not be loaded \("),
     ],
 )
-def test_a_model_that_cannot_be_had(settings: dict[str, str], said: str, models: dict[str, Path]) -> None:
-    usual = {"prompt": "clip_t", "prompt_model": str(models["clip"]), "identity": "dino"}
-    usual["identity_model"] = str(models["dino"])
+def test_a_model_that_cannot_be_had(settings: dict[str, Any], said: str, models: dict[str, Path]) -> None:
+    usual: dict[str, Any] = {"prompt": "clip_t", "clip_t": {"model": str(models["clip"])}, "identity": "dino"}
+    usual["dino"] = {"model": str(models["dino"])}
     with pytest.raises(UserError, match=said):
         load_rewards(RewardsConfig.model_validate(usual | settings), CPU)
 
 
 def test_a_model_of_another_type(models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"rewards\.identity_model: .* is of type siglip, but dino reads dinov2"):
-        load_rewards(
-            RewardsConfig(
-                prompt="clip_t", prompt_model=str(models["clip"]), identity="dino", identity_model=str(models["siglip"])
-            ),
-            CPU,
-        )
+    with pytest.raises(UserError, match=r"rewards\.dino\.model: .* is of type siglip, but dino reads dinov2"):
+        rewards(models, part={"model": str(models["siglip"])})

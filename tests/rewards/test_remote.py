@@ -21,7 +21,7 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.rewards.http import MAX_RESPONSE_BYTES, Transport, Unavailable
 from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded, parsed
-from customized_grpo.rewards.reward import Reward, Scores, TellsFailure
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.score_request import Limits
 from customized_grpo.rewards.server import RewardServer
 from customized_grpo.types import PromptBatch
@@ -30,7 +30,7 @@ Answer = tuple[int, Any, dict[str, str]] | None
 """Status, body (bytes, or what becomes JSON) and headers; None: no answer at all."""
 
 
-class Redness:
+class Redness(Reward):
     """The mean of the red channel; images of prompts that begin with 'bad' have no score."""
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
@@ -80,7 +80,7 @@ def url_of(server: RewardServer) -> str:
 
 
 def transport(url: str, deadline: float = 5.0, **more: Any) -> Transport:
-    return Transport("rewards.prompt_model", url, deadline, longest_wait=0.05, **more)
+    return Transport("rewards.remote.prompt_url", url, deadline, longest_wait=0.05, **more)
 
 
 def make_batch(groups: int = 2, size: int = 3, *, masks: bool = False) -> tuple[Tensor, PromptBatch]:
@@ -181,28 +181,29 @@ def test_garbage_is_no_score(answer: Any, misbehaving: Callable[..., Any]) -> No
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ((500, {}, {}), r"^rewards\.prompt_model: http.* gave no answer within 2 s \(status 500"),
+        ((500, {}, {}), r"^rewards\.remote\.prompt_url: http.* gave no answer within 2 s \(status 500"),
         ((429, {}, {"Retry-After": "20"}), r"\(status 429"),
         ((200, b"garbage", {}), "an answer that is not JSON"),
-        ((200, {"values": [["tok"]], "valid": [[True]]}, {}), r"^rewards\.prompt_model: no scores .* a value is a str"),
+        (
+            (200, {"values": [["tok"]], "valid": [[True]]}, {}),
+            r"^rewards\.remote\.prompt_url: no scores .* a value is a str",
+        ),
         ((200, {"values": [[1.0]] * 2, "valid": [[True]] * 2}, {}), r"scores of \[2, 1\] for \[1, 1\] images"),
     ],
 )
 def test_a_failure_is_told(answer: Answer, said: str, misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving(answer)
-    reward = RemoteReward(Transport("rewards.prompt_model", url, 2.0))
-    assert isinstance(reward, TellsFailure) and reward.last_failure is None
-    assert not reward.score(*make_batch(1, 1)).valid.any()
-    assert re.search(said, reward.last_failure or "")
+    found = RemoteReward(Transport("rewards.remote.prompt_url", url, 2.0)).score(*make_batch(1, 1))
+    assert not found.valid.any()
+    assert re.search(said, found.reason or "")
 
 
 def test_a_failure_is_told_until_all_is_well(misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving((200, {"values": "sk-secret"}, {}), (200, SCORES, {}))
     reward = RemoteReward(transport(url, token="sk-secret"))
-    reward.score(*make_batch())
-    assert reward.last_failure is not None and "secret" not in reward.last_failure
-    reward.score(*make_batch())
-    assert reward.last_failure is None
+    reason = reward.score(*make_batch()).reason
+    assert reason is not None and "secret" not in reason
+    assert reward.score(*make_batch()).reason is None
 
 
 @pytest.mark.parametrize("first", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n"])
@@ -235,7 +236,7 @@ def test_neither_retry_after_nor_back_off_outlasts_the_deadline(misbehaving: Cal
     url, _ = misbehaving((429, {}, {"Retry-After": "30"}))
     start = time.monotonic()
     with pytest.raises(Unavailable, match=r"within 0\.5 s"):
-        Transport("rewards.prompt_model", url, 0.5).post("/score", {})
+        Transport("rewards.remote.prompt_url", url, 0.5).post("/score", {})
     assert time.monotonic() - start < 5
 
 
@@ -243,7 +244,7 @@ def test_neither_retry_after_nor_back_off_outlasts_the_deadline(misbehaving: Cal
 def test_any_other_4xx_is_told_at_once(status: int, misbehaving: Callable[..., Any]) -> None:
     url, asked = misbehaving((status, {"error": "your fault"}, {}))
     with pytest.raises(
-        UserError, match=rf"rewards\.prompt_model: .* refused the request with status {status}: .*fault"
+        UserError, match=rf"rewards\.remote\.prompt_url: .* refused the request with status {status}: .*fault"
     ):
         RemoteReward(transport(url)).score(*make_batch())
     assert len(asked) == 1
@@ -269,7 +270,7 @@ def test_a_server_that_dies_and_comes_back() -> None:
 
 
 def test_no_server() -> None:
-    with pytest.raises(UserError, match=r"rewards\.prompt_model: http://127\.0\.0\.1:9 does not answer"):
+    with pytest.raises(UserError, match=r"rewards\.remote\.prompt_url: http://127\.0\.0\.1:9 does not answer"):
         RemoteReward(transport("http://127.0.0.1:9"))
     with pytest.raises(Unavailable, match=r"gave no answer within 0\.2 s"):
         transport("http://127.0.0.1:9", deadline=0.2).post("/score", {})

@@ -17,7 +17,7 @@ Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 
 
 def remote(running: Any, deadline: float = 10.0) -> RemoteReward:
-    return RemoteReward(Transport("rewards.prompt_model", running.url, deadline, longest_wait=0.05))
+    return RemoteReward(Transport("rewards.remote.prompt_url", running.url, deadline, longest_wait=0.05))
 
 
 def make_batch(groups: int, size: int, *, masks: bool = False) -> tuple[Tensor, PromptBatch]:
@@ -55,7 +55,7 @@ def test_a_refused_image_is_invalid_alone_and_the_others_keep_their_scores(
     assert found.valid.tolist() == [[True] * 4, [True, True, False, True], [True] * 4]
     expected = remote(server(lambda question, number: scored(question))).score(images, batch)
     assert torch.equal(found.values[found.valid], expected.values[found.valid])
-    assert reward.last_failure is not None and reward.last_failure.endswith(f"with status {status}: no faces")
+    assert found.reason is not None and found.reason.endswith(f"with status {status}: no faces")
     # All of them, a trial image, three groups, and the images of one.
     assert len(running.asked) == 1 + 1 + 3 + 4
 
@@ -83,6 +83,6 @@ def test_a_dead_server_is_asked_one_request_of_many(server: Start) -> None:
     images, batch = make_batch(10, 3)
     found = reward.score(images, batch)
     assert found.valid.tolist() == [[True] * 3] + [[False] * 3] * 9 and len(running.asked) == 2
-    assert "gave no answer within 0.5 s" in (reward.last_failure or "")
+    assert "gave no answer within 0.5 s" in (found.reason or "")
     go.set()
     assert reward.score(images, batch).valid.all()

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from customized_grpo.cli.main import main
 from customized_grpo.errors import UserError
 from customized_grpo.rewards import remote
 from customized_grpo.rewards import server as serve
 from customized_grpo.rewards.custom import CustomReward
 from customized_grpo.rewards.http import Transport
-from customized_grpo.rewards.remote import TOKEN, RemoteReward, encoded
+from customized_grpo.rewards.remote import RemoteReward, encoded
 from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.score_request import MAX_VALUES, Limits, Refused, read_request
 from customized_grpo.rewards.server import RewardServer
@@ -36,7 +35,7 @@ WAIT = 30.0
 LIMITS = Limits(max_images=64, max_pixels=2**16, max_bytes=2**25)
 
 
-class Brightness:
+class Brightness(Reward):
     """The mean of an image and of its group's references and masks, which decides nothing else."""
 
     def __init__(self) -> None:
@@ -54,7 +53,7 @@ class Brightness:
         return Scores(images.mean((-3, -2, -1)) + torch.stack(others)[:, None], torch.ones(images.shape[:2]) > 0)
 
 
-class Failing:
+class Failing(Reward):
     """Raises `error` once, then scores."""
 
     def __init__(self, error: Callable[[], Any]) -> None:
@@ -88,7 +87,7 @@ def start() -> Iterator[Callable[..., str]]:
 
 
 def client(url: str) -> RemoteReward:
-    return RemoteReward(Transport("rewards.prompt_model", url, WAIT, longest_wait=0.05))
+    return RemoteReward(Transport("rewards.remote.prompt_url", url, WAIT, longest_wait=0.05))
 
 
 def make_batch(groups: int = 2, size: int = 3, side: int = 8) -> tuple[Tensor, PromptBatch]:
@@ -407,38 +406,3 @@ def test_other_methods(start: Callable[..., str]) -> None:
     assert (probe.status_code, probe.content) == (200, b"")
     answer = httpx2.put(url + "/score", json=request())
     assert answer.status_code == 501 and "PUT" in answer.json()["error"]
-
-
-# The command.
-
-
-def refusal(options: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(["serve-reward", *options])
-    assert ended.value.code == 2
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", ""])
-def test_other_machines_need_a_token(
-    host: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is told before the reward is loaded, which here cannot be."""
-    options = ["python:nowhere.red", "--host", host, "--port", "0"]
-    monkeypatch.delenv(TOKEN, raising=False)
-    said = refusal(options, capsys)
-    assert "--host: other machines reach 0.0.0.0, and no token is set; set the environment variable" in said
-    assert TOKEN in said and "or serve on 127.0.0.1 alone" in said
-    monkeypatch.setenv(TOKEN, "s3cret")
-    assert "module 'nowhere' could not be imported" in refusal(options, capsys)
-
-
-def test_a_port_that_is_taken_is_told_before_the_reward_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
-    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
-        said = refusal(["python:nowhere.red", "--port", str(taken.getsockname()[1])], capsys)
-    assert "--host, --port: cannot listen on 127.0.0.1:" in said
-
-
-@pytest.mark.parametrize("option", ["--max_images", "--max_pixels", "--max_bytes"])
-def test_a_limit_below_one_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert f"{option}: 0 takes no request; give 1 or more" in refusal(["dino", option, "0"], capsys)

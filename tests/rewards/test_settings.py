@@ -8,14 +8,14 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from customized_grpo.cli.commands.serve_reward import load_reward
 from customized_grpo.cli.main import main
-from customized_grpo.config.rewards import ENCODERS, READ_BY
+from customized_grpo.config.rewards import ENCODERS, PRETRAINED
 from customized_grpo.config.run import Config, RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.factory.config import resolve_config
 from customized_grpo.factory.rewards import build_rewards, load_hpsv3_reward, load_rewards
 from customized_grpo.rewards import hpsv3 as hpsv3_module
-from customized_grpo.rewards.server import _reward
 from customized_grpo.runtime import device as runtime
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 from customized_grpo.training.resume import resume_fingerprint
@@ -23,16 +23,16 @@ from customized_grpo.types import PromptBatch
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 URL = "http://127.0.0.1:9"
-OTHER = {"micro_batch": 3, "device": "cpu", "precision": "fp32", "deadline": 7.0}
+OTHER = {"local.micro_batch": 3, "local.device": "cpu", "local.precision": "fp32"}
 """Values that are not what is left out."""
 PAIRS: list[dict[str, Any]] = [
     {},
     {"prompt": "python:mine.red", "identity": "python:mine.red"},
-    {"prompt": "remote", "prompt_model": URL},
-    {"identity": "remote", "identity_model": URL},
+    {"prompt": "remote", "remote": {"prompt_url": URL}},
+    {"identity": "remote", "remote": {"identity_url": URL}},
     {"prompt": "vlm_judge", "vlm_judge": {"url": URL, "model": "m"}},
     {"prompt": "hpsv3"},
-    {"prompt": "hpsv2", "prompt_model": "hps.safetensors"},
+    {"prompt": "hpsv2", "hpsv2": {"model": "hps.safetensors"}},
     *({"identity" if kind in ("dino", "clip_i") else "prompt": kind} for kind in ENCODERS if kind != "hpsv2"),
 ]
 
@@ -49,12 +49,12 @@ def make_batch() -> tuple[Tensor, PromptBatch]:
 
 
 @pytest.mark.parametrize("rewards", PAIRS, ids=lambda pair: "-".join(map(str, pair.values())) or "toybox")
-@pytest.mark.parametrize("name", READ_BY)
+@pytest.mark.parametrize("name", OTHER)
 def test_what_no_reward_reads_is_refused(name: str, rewards: dict[str, Any]) -> None:
-    used = RewardsConfig.model_validate(rewards)
-    changed = rewards | {name: OTHER[name]}
-    if used.prompt in READ_BY[name] or used.identity in READ_BY[name]:
-        assert getattr(RewardsConfig.model_validate(changed), name) == OTHER[name]
+    used, (section, field) = RewardsConfig.model_validate(rewards), name.split(".")
+    changed = rewards | {section: {field: OTHER[name]}}
+    if used.prompt in PRETRAINED or used.identity in PRETRAINED:
+        assert getattr(RewardsConfig.model_validate(changed).local, field) == OTHER[name]
         return
     found = rf"{name}: only for .* \(found prompt={used.prompt}, identity={used.identity}\); leave it out"
     with pytest.raises(ValidationError, match=found):
@@ -71,15 +71,15 @@ def config(policy: str = "flux1-kontext", **rewards: Any) -> Config:
 
 def test_a_run_may_go_on_elsewhere_but_not_in_another_precision() -> None:
     fields = resume_fingerprint(config(), {})
-    assert "rewards.device" not in fields and "rewards.precision" in fields
+    assert "rewards.local.device" not in fields and "rewards.local.precision" in fields
 
 
 def test_a_server_may_come_back_elsewhere_but_its_model_may_not_be_another() -> None:
     def fields(**rewards: Any) -> dict[str, Any]:
         return resume_fingerprint(config(**rewards), {})
 
-    served = fields(prompt="remote", prompt_model="http://a:1", deadline=60)
-    assert served == fields(prompt="remote", prompt_model="http://b:2", deadline=300)
+    served = fields(prompt="remote", remote={"prompt_url": "http://a:1", "timeout": 60})
+    assert served == fields(prompt="remote", remote={"prompt_url": "http://b:2", "timeout": 300})
     assert served["rewards.prompt"] == "remote"
     judge = {"prompt": "vlm_judge", "identity": "vlm_judge"}
     first, second = ({"url": URL + path, "model": "m", "concurrency": n} for path, n in (("", 1), ("/other", 9)))
@@ -92,10 +92,10 @@ def test_a_server_may_come_back_elsewhere_but_its_model_may_not_be_another() -> 
     [
         ({}, False, "fp32"),
         ({}, True, "fp32"),
-        ({"precision": "bf16"}, False, "bf16"),
+        ({"local": {"precision": "bf16"}}, False, "bf16"),
         ({"prompt": "hpsv3"}, False, "fp32"),
         ({"prompt": "hpsv3"}, True, "auto"),
-        ({"prompt": "hpsv3", "precision": "fp32"}, True, "fp32"),
+        ({"prompt": "hpsv3", "local": {"precision": "fp32"}}, True, "fp32"),
         ({"prompt": "vlm_judge", "vlm_judge": {"url": URL, "model": "m"}, "identity": "vlm_judge"}, True, "auto"),
     ],
 )
@@ -109,12 +109,12 @@ def test_the_precision_is_written_down(
         )
     monkeypatch.setattr("customized_grpo.factory.policy.resolve_precision", lambda precision, device: "fp32")
     found = resolve_config(config(**rewards))
-    assert found.rewards.precision == expected
+    assert found.rewards.local.precision == expected
     assert Config.model_validate(found.model_dump(mode="json")) == found
 
 
 def test_toybox_has_no_precision_to_write_down() -> None:
-    assert resolve_config(config("toybox")).rewards.precision == "auto"
+    assert resolve_config(config("toybox")).rewards.local.precision == "auto"
 
 
 def test_rewards_run_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,33 +128,38 @@ def test_rewards_run_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> 
             lambda name, prefix="policy.": torch.device("cuda:0" if name == "auto" else name),
         )
     build_rewards(config())
-    build_rewards(config(device="cuda:1"))
+    build_rewards(config(local={"device": "cuda:1"}))
     assert [str(device) for device in seen] == ["cuda:0", "cuda:1"]
 
 
 @pytest.mark.parametrize(
     ("device", "said"),
-    [("gpu0", r"rewards\.device: 'gpu0' is no device"), ("cuda:99", r"rewards\.device: there is no 'cuda:99' here")],
+    [
+        ("gpu0", r"rewards\.local\.device: 'gpu0' is no device"),
+        ("cuda:99", r"rewards\.local\.device: there is no 'cuda:99' here"),
+    ],
 )
 def test_a_device_that_is_not_here(device: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        build_rewards(config(device=device))
+        build_rewards(config(local={"device": device}))
 
 
 def test_bf16_where_it_is_emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "resolve_precision", lambda precision, device: "fp32")
-    said = r"rewards\.precision: bf16 is asked for, but the CPU here emulates it, .* or rewards\.device=cuda"
+    said = (
+        r"rewards\.local\.precision: bf16 is asked for, but the CPU here emulates it, .* or rewards\.local\.device=cuda"
+    )
     with pytest.raises(UserError, match=said):
-        build_rewards(config(precision="bf16", device="cpu"))
+        build_rewards(config(local={"precision": "bf16", "device": "cpu"}))
 
 
 def test_encoders_in_bf16_round_the_scores_of_fp32(tiny: dict[str, Path]) -> None:
-    settings = {"prompt": "clip_t", "prompt_model": str(tiny["clip"]), "identity": "dino"}
-    settings |= {"identity_model": str(tiny["dino"])}
+    settings: dict[str, Any] = {"prompt": "clip_t", "clip_t": {"model": str(tiny["clip"])}, "identity": "dino"}
+    settings |= {"dino": {"model": str(tiny["dino"])}}
     images, batch = make_batch()
-    for side in (0, 1):
+    for side in ("prompt", "identity"):
         full, auto, half = (
-            load_rewards(RewardsConfig.model_validate(settings | {"precision": precision}), CPU)[side]
+            load_rewards(RewardsConfig.model_validate(settings | {"local": {"precision": precision}}), CPU)[side]
             .score(images, batch)
             .values
             for precision in ("fp32", "auto", "bf16")
@@ -172,8 +177,8 @@ def test_a_checkpoint_in_half_precision_is_computed_in_fp32(
     AutoModel.from_pretrained(tiny["clip"]).to(stored).save_pretrained(tmp_path / "half")
     for name in ("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "half" / name).write_bytes((tiny["clip"] / name).read_bytes())
-    settings = {"prompt": "clip_t", "prompt_model": str(tmp_path / "half")}
-    reward: Any = load_rewards(RewardsConfig.model_validate(settings), CPU)[0]
+    settings = {"prompt": "clip_t", "clip_t": {"model": str(tmp_path / "half")}}
+    reward: Any = load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
     model = reward._encoder._encode.__self__._model
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -182,12 +187,12 @@ def test_hpsv3s_head_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(hpsv3_module, "PIXELS", 9 * 28 * 28)
     weights, backbone = save_tiny_hpsv3(tmp_path)
     (tmp_path / "text").write_text("Rate it: {text_prompt} <|Reward|>")
-    parts = {"backbone": str(backbone), "instruction": str(tmp_path / "text")}
+    parts = {"model": str(weights), "backbone": str(backbone), "instruction": str(tmp_path / "text")}
     images, batch = make_batch()
 
     def load(precision: str) -> Any:
-        settings = RewardsConfig.model_validate({"prompt": "hpsv3", "hpsv3": parts, "precision": precision})
-        return load_hpsv3_reward(settings, str(weights), CPU)
+        settings = RewardsConfig.model_validate({"prompt": "hpsv3", "hpsv3": parts, "local": {"precision": precision}})
+        return load_hpsv3_reward(settings, CPU)
 
     half, full, auto = load("bf16"), load("fp32"), load("auto")
     assert half._model.backbone.dtype == torch.bfloat16 and half._model.rm_head[0].weight.dtype == torch.float32
@@ -198,19 +203,20 @@ def test_hpsv3s_head_stays_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_served_reward_computes_as_told(tiny: dict[str, Path]) -> None:
-    reward: Any = _reward("dino", str(tiny["dino"]), {"device": "cpu", "precision": "fp32", "micro_batch": 2})
+    local = {"device": "cpu", "precision": "fp32", "micro_batch": 2}
+    reward: Any = load_reward("dino", str(tiny["dino"]), {"local": local})
     assert reward._encoder._device == CPU and reward._encoder._micro_batch == 2
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["hpsv2"], "--model: hpsv2 has no usual one"),
+        (["hpsv2"], "--model: HPSv2 has no usual model"),
         (["hpsv2", "--model", "x.pt"], "--model: x.pt is a pickle"),
         (["dino", "--device", "gpu0"], "--device: 'gpu0' is no device"),
         (["dino", "--micro_batch", "0"], "--micro_batch: Input should be greater than or equal to 1 (found 0)"),
         (["dino", "--instruction", "x"], "--instruction: only for hpsv3"),
-        (["python:mine.red", "--precision", "fp32"], "--precision: only for dino, clip_i"),
+        (["python:mine.red", "--precision", "fp32"], "--precision: only for prompt or identity=dino, clip_i"),
     ],
 )
 def test_what_cannot_be_served(

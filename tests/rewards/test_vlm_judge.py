@@ -25,7 +25,6 @@ from customized_grpo.errors import UserError
 from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.http import Transport, Unavailable, read_token
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
-from customized_grpo.rewards.reward import TellsFailure
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
 from customized_grpo.tracking.console import Display
 from customized_grpo.types import PromptBatch
@@ -111,11 +110,8 @@ def test_an_answer_without_scores_is_asked_for_again_and_then_invalid(bad: Any, 
     stubborn = server(lambda question, number: (200, bad))
     scores = JudgeReward(judge(stubborn.url), "subject").score(*make_batch(1, 1))
     assert not scores.valid.any() and len(stubborn.asked) == 3
-    reward = JudgeReward(judge(stubborn.url), "subject")
-    reward.score(*make_batch(1, 1))
-    assert isinstance(reward, TellsFailure)
     told = r"^rewards\.vlm_judge\.url: judge-7b gave 3 answers without two whole numbers from 0 to 4; the last \w+ \w+"
-    assert re.match(told, reward.last_failure or "")
+    assert re.match(told, scores.reason or "")
 
 
 @pytest.mark.parametrize("status", [429, 500, 502])
@@ -132,7 +128,7 @@ def test_one_failing_image_is_invalid_alone(server: Start) -> None:
 
     reward = JudgeReward(judge(server(reply).url, deadline=1.0), "prompt")
     scores = reward.score(*make_batch())
-    assert reward.last_failure is not None and "within 1 s (status 500" in reward.last_failure
+    assert scores.reason is not None and "within 1 s (status 500" in scores.reason
     assert scores.valid.tolist() == [[True] * 3, [False] * 3] and scores.values.isfinite().all()
 
 
@@ -160,7 +156,7 @@ def test_sigterm_does_not_wait_for_a_judge_that_hangs(
         return 200, completion('{"subject": 3, "prompt": 2}')
 
     running = server(reply)
-    rewards = both_remote(running.url) | {"identity": "vlm_judge", "identity_model": None}
+    rewards = both_remote(running.url) | {"identity": "vlm_judge", "remote": {}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(make_settings({"rewards": rewards})))
     process = python("-m", "customized_grpo", "train", "--config", tmp_path / "run.yaml")
     try:
@@ -216,7 +212,7 @@ def test_the_key_comes_from_the_environment_alone(server: Start, monkeypatch: py
     settings = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": {"url": running.url, "model": "judge-7b"}}
     config = RewardsConfig.model_validate(settings)
     monkeypatch.setenv(KEY, "sk-secret")
-    prompt, subject = load_rewards(config, CPU)
+    prompt, subject = load_rewards(config, CPU).values()
     images, batch = make_batch(1, 2)
     assert prompt.score(images, batch).values.tolist() == [[2.0, 2.0]]
     assert subject.score(images, batch).values.tolist() == [[3.0, 3.0]]
@@ -238,7 +234,7 @@ def both_scored(question: dict[str, Any], number: int) -> tuple[int, Any]:
 
 def both_remote(url: str) -> dict[str, Any]:
     judge = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "judge-7b"}}
-    return judge | {"identity": "remote", "identity_model": url}
+    return judge | {"identity": "remote", "remote": {"identity_url": url}}
 
 
 def test_neither_key_nor_token_is_in_what_a_run_leaves_or_says(
@@ -289,13 +285,14 @@ def test_a_secret_that_no_header_holds_is_refused_by_the_name_of_its_variable(
 @pytest.mark.parametrize(
     "url", ["https://user:hidden@host/v1", "https://host/v1?api_key=hidden", "http://host/#hidden"]
 )
-@pytest.mark.parametrize("field", ["prompt_model", "identity_model", "vlm_judge.url"])
+@pytest.mark.parametrize("field", ["remote.prompt_url", "remote.identity_url", "vlm_judge.url"])
 def test_a_url_with_a_secret_is_refused_and_not_repeated(
     field: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings: dict[str, Any] = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "m"}}
-    if field.endswith("_model"):
-        settings = {field.removesuffix("_model"): "remote", field: url}
+    if field.startswith("remote."):
+        name = field.removeprefix("remote.")
+        settings = {name.removesuffix("_url"): "remote", "remote": {name: url}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"rewards": settings}))
     with pytest.raises(SystemExit) as ended:
         main(["train", "--config", str(tmp_path / "run.yaml")])
@@ -315,7 +312,7 @@ def test_nor_do_what_it_lists_and_what_it_says_of_itself(server: Start, monkeypa
     """The token is cut out before the text is cut short: no part of it stays."""
     running = server(lambda question, number: (200, {}))
     running.about = 200, {"data": [{"id": "for sk-secret"}], "said": "x" * 50 + "sk-secret"}
-    transport = Transport("rewards.prompt_model", running.url, token="sk-secret")
+    transport = Transport("rewards.remote.prompt_url", running.url, token="sk-secret")
     with pytest.raises(UserError, match="is no reward server") as refused:
         RemoteReward(transport)
     assert "sk-" not in str(refused.value)

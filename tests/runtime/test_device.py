@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.policy import PolicyConfig, ToyBoxPolicyConfig
 from customized_grpo.config.run import Config
 from customized_grpo.distributed.env import local_rank, local_world
 from customized_grpo.errors import UserError
@@ -76,8 +76,10 @@ def test_more_processes_than_gpus(launched: dict[str, str], gpus: int, monkeypat
 
 def test_nothing_tells_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 4, {"WORLD_SIZE": "2"})
-    with pytest.raises(UserError, match=r"rewards\.device: this is one of 2 processes, and .* of 4 GPUs .* LOCAL_RANK"):
-        resolve_device("auto", "rewards.")
+    with pytest.raises(
+        UserError, match=r"rewards\.local\.device: this is one of 2 processes, and .* of 4 GPUs .* LOCAL_RANK"
+    ):
+        resolve_device("auto", "rewards.local.")
     machine(monkeypatch, 4, {"WORLD_SIZE": "2", "LOCAL_RANK": "0"})
     assert resolve_device("auto") == torch.device("cuda:0")
 
@@ -97,7 +99,7 @@ def test_one_gpu_for_all_processes(launched: dict[str, str], monkeypatch: pytest
 def test_where_nothing_tells_how_many_processes_there_are_each_encodes_all(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 4, SRUN)
     seen: list[str] = []
-    policy = Mock(encode_ahead=lambda prompts, references, on_progress: seen.extend(prompts))
+    policy = Mock(precompute=lambda rows, references, share, on_progress: seen.extend(rows[n].prompt for n in share))
     samples = [Mock(prompt=str(number)) for number in range(3)]
     dataset: Any = Mock(samples=samples)
     encode_ahead(policy, {dataset: samples}, Mock())
@@ -121,7 +123,7 @@ def test_freed_memory_is_kept_for_toybox_alone(tiny_weights: Path, monkeypatch: 
     monkeypatch.setattr("customized_grpo.factory.pipelines.load_policy", lambda *arguments, **settings: None)
     build_policy(PolicyConfig(kind="uno"), 0)
     assert asked == []
-    build_policy(PolicyConfig(weights=tiny_weights), 0)
+    build_policy(PolicyConfig(toybox=ToyBoxPolicyConfig(weights=tiny_weights)), 0)
     assert asked == [1 << 30, 1 << 30]
 
 

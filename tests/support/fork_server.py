@@ -23,9 +23,9 @@ from types import TracebackType
 from typing import Any
 
 LOADED = (
-    "torch.distributed", "customized_grpo.cli.main", "customized_grpo.cli.parser", "customized_grpo.training.run",
+    "torch.distributed", "customized_grpo.cli.main", "customized_grpo.cli.options", "customized_grpo.training.run",
     "customized_grpo.toybox.policy", "customized_grpo.toybox.rewards", "customized_grpo.toybox.export",
-    "customized_grpo.generate", "customized_grpo.report", "customized_grpo.diagnosis.command",
+    "customized_grpo.generation", "customized_grpo.report", "customized_grpo.diagnosis.command",
     "customized_grpo.benchmark.command", "customized_grpo.compare.command", "customized_grpo.rewards.server",
 )  # fmt: skip
 POLL = 0.01

@@ -80,9 +80,17 @@ def test_an_adapter_is_read_back_bitwise(make_policy: MakePolicy, adapter: str, 
 @pytest.mark.parametrize(
     ("saved", "wanted", "said"),
     [
-        ({"adapter": "full"}, {"adapter": "lora"}, "set policy.adapter=full"),
-        ({"adapter": "lora"}, {"adapter": "full"}, "set policy.adapter=lora, policy.lora_rank=4, policy.lora_alpha=32"),
-        ({"lora_rank": 4}, {"lora_rank": 8}, "set policy.adapter=lora, policy.lora_rank=4, policy.lora_alpha=32"),
+        ({"adapter": "full"}, {"adapter": "lora"}, "set policy.toybox.adapter=full"),
+        (
+            {"adapter": "lora"},
+            {"adapter": "full"},
+            "set policy.toybox.adapter=lora, policy.lora_rank=4, policy.lora_alpha=32",
+        ),
+        (
+            {"lora_rank": 4},
+            {"lora_rank": 8},
+            "set policy.toybox.adapter=lora, policy.lora_rank=4, policy.lora_alpha=32",
+        ),
         ({"lora_alpha": 8}, {}, r"\(its alpha is 8, expected 32\); set .* policy.lora_alpha=8"),
     ],
 )

@@ -1,8 +1,10 @@
 import io
 
+import pytest
 from rich.console import Console
 
 from customized_grpo.tracking.console import Display, RunState
+from customized_grpo.tracking.metric_info import METRIC_INFOS, MetricInfo
 
 
 def test_the_comparison_shows_chance_and_ceiling_beside_the_figures() -> None:
@@ -44,3 +46,35 @@ def test_a_grid_is_one_live_table_of_all_runs_on_a_terminal() -> None:
     last = text[text.rindex("0 running, 1 failed, 2 done, 0 waiting") :]
     assert [row in last for row in ("sars seed 0", "tdw seed 0", "tdw seed 1", "45.6%", "no space left")] == [True] * 5
     assert last.index("tdw seed 1") < last.index("sars seed 0"), "what failed stands above what is done"
+
+
+def shown(row: dict[str, float]) -> str:
+    """What is said of a validation."""
+    text = io.StringIO()
+    Display(Console(file=text, width=200)).validation({"iteration": 3, "pairs": 4, **row})
+    return text.getvalue().strip()
+
+
+def test_a_validation_shows_metrics_in_order_and_leaves_minor_ones_out() -> None:
+    row = {"copy_score": 0.1, "reward/style": 0.7, "reward/prompt": 0.81234, "copied": 0.25, "prompt_satisfied": 0.5}
+    figures = "prompt satisfied 50.0%  copy-paste rate 25.0%  prompt reward 0.812  style reward 0.700"
+    assert shown(row) == f"validation at iteration 3 (4 pairs): {figures}"
+
+
+def test_a_new_metric_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown({"brightness": 0.5}).endswith(": brightness 0.500")
+    monkeypatch.setitem(METRIC_INFOS, "brightness", MetricInfo("brightness", "lit pictures", unit="share"))
+    assert shown({"brightness": 0.5}).endswith(": lit pictures 50.0%")
+    text = io.StringIO()
+    side = {"summary": {"brightness": {"mean": 0.5, "low": 0.4, "high": 0.6}}, "chance": {}, "ceiling": {}}
+    Display(Console(file=text, width=80)).comparison({"base": side, "tuned": side})
+    assert "50.0% (40.0–60.0)" in next(line for line in text.getvalue().splitlines() if "lit pictures" in line)
+
+
+def test_an_iteration_shows_every_reward_by_name() -> None:
+    text = io.StringIO()
+    means = {f"reward/{name}/mean": value for name, value in (("prompt", 0.5), ("identity", 0.25), ("style", 1.0))}
+    rest = {"conflict_rate": 0.4, "silent_groups": 0.0, "grad_norm": 1.0, "seconds/total": 2.0}
+    with Display(Console(file=text, width=200)).training(9, 0) as show:
+        show.iteration({"iteration": 1, "reward/prompt/std": 0.1, **means, **rest})
+    assert "iteration 1/9  prompt 0.500  identity 0.250  style 1.000  conflict 40%" in text.getvalue()

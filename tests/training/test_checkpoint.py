@@ -177,9 +177,19 @@ def test_a_checkpoint_of_another_format_is_not_passed_over_as_damaged(tmp_path: 
     manifest = json.loads((path / MANIFEST).read_text())
     assert manifest["format"] == checkpoint.FORMAT
     (path / MANIFEST).write_text(json.dumps(manifest | {"format": checkpoint.FORMAT + 1, "new": 1}))
-    with pytest.raises(UserError, match=r"of format 3, written by a later version; this one reads 2") as caught:
+    with pytest.raises(UserError, match=r"of format 4, written by a later version; this one reads 3") as caught:
         Part(1).load(path)
     assert not isinstance(caught.value, CorruptCheckpointError)
+
+
+def test_a_checkpoint_from_before_the_fields_were_renamed_is_refused_with_words(tmp_path: Path) -> None:
+    path = Part(0).save(tmp_path, 2)
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | {"format": 2}))
+    with pytest.raises(
+        UserError, match=r"of format 2, written by an earlier version; this one reads 3\. Finish the run"
+    ):
+        Part(1).load(path)
 
 
 def test_a_checkpoint_that_was_moved_and_linked_to_is_kept_and_removed_as_any_other(tmp_path: Path) -> None:
@@ -292,9 +302,9 @@ def test_a_setting_that_a_checkpoint_does_not_know_must_be_unset(tmp_path: Path)
     """Of a version before the setting: without it the run goes on, with it another one is asked for."""
     run = Part(0)
     path = run.save(tmp_path, 1)
-    assert run.load(path, CONFIG | {"advantages.gamma_penalty": None}) == 1
-    with pytest.raises(UserError, match=r"another configuration \(advantages.gamma_penalty: None -> 1.0\)"):
-        run.load(path, CONFIG | {"advantages.gamma_penalty": 1.0})
+    assert run.load(path, CONFIG | {"advantages.sars.gamma_penalty": None}) == 1
+    with pytest.raises(UserError, match=r"another configuration \(advantages.sars.gamma_penalty: None -> 1.0\)"):
+        run.load(path, CONFIG | {"advantages.sars.gamma_penalty": 1.0})
 
 
 def test_the_manifest_says_what_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,13 @@ ONE = 2 * TOKENS * WIDTH * WIDTH
 def found(
     checkpointed: int = 0, processes: int = 1, changes: Mapping[str, Any] | None = None, **rollout: Any
 ) -> Estimate:
-    settings = {"prompts_per_iteration": 3, "group_size": 4, "num_steps": 6, "subset_share": 0.6, **rollout}
+    settings = {
+        "prompts_per_iteration": 3,
+        "group_size": 4,
+        "num_steps": 6,
+        "subset": {"timestep_fraction": 0.6},
+        **rollout,
+    }
     config = Config.model_validate({"rollout": settings, "optimizer": {"micro_batch": 2}} | dict(changes or {}))
     policy = LinearPolicy()
     subject = ProfileTarget(policy, policy.network, None, 100.0, checkpointed, 7.0)  # type: ignore[arg-type]
@@ -76,7 +82,7 @@ def test_operations_are_those_of_the_layers() -> None:
 
 
 def test_all_weights_trained_are_all_weights() -> None:
-    config = Config.model_validate({"policy": {"adapter": "full"}})
+    config = Config.model_validate({"policy": {"toybox": {"adapter": "full"}}})
     policy = LinearPolicy()
     policy.network.requires_grad_(True)
     subject = ProfileTarget(policy, policy.network, None, 0.0, 0, 0.0)  # type: ignore[arg-type]
@@ -90,7 +96,7 @@ def test_checkpointing_computes_each_forward_again() -> None:
 
 
 def test_steps_before_a_window_are_walked_once_by_a_group() -> None:
-    windowed = found(steps="window", window_size=2, window_start=2)
+    windowed = found(trained_steps="window", window={"size": 2, "start": 2})
     assert windowed.flops["rollout"] == (3 * 2 + 12 * 4) * DEPTH * ONE
     assert windowed.flops["update"] == 12 * 2 * (DEPTH + 1) * ONE
 
@@ -174,8 +180,7 @@ def test_rewards_on_the_same_device_are_counted(
 ) -> None:
     config = make_config()
     memory = dry_run(config).memory
-    prompt, identity = build_rewards(config)
-    held = sum(sum(p.nbytes for p in each._encoder.parameters()) for each in (prompt, identity))  # type: ignore[attr-defined]
+    held = sum(sum(p.nbytes for p in each._encoder.parameters()) for each in build_rewards(config).values())  # type: ignore[attr-defined]
     names = [name for name in memory if name.startswith("weights of rewards.")]
     assert names == ["weights of rewards.prompt (toybox)", "weights of rewards.identity (toybox)"]
     assert sum(memory[name] for name in names) == pytest.approx(held, rel=0.01)

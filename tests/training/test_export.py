@@ -20,7 +20,7 @@ from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
 from customized_grpo.factory import pipelines
 from customized_grpo.factory.policy import build_policy, build_start
-from customized_grpo.generate import Options, generate
+from customized_grpo.generation import Options, write_pictures
 from customized_grpo.testing.tiny_pipelines import MAKERS, save_tiny
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.checkpoint import State, save_checkpoint
@@ -44,7 +44,7 @@ def trained(
     request: pytest.FixtureRequest, trained_place: Path, make_config: MakeConfig, run_training: RunTraining
 ) -> Config:
     """A run of two iterations with averaged weights, a checkpoint after each. Tests only read it."""
-    changes = {"policy.adapter": request.param, "checkpoint.every": 1, "ema.decay": 0.5, "evaluation.every": 1}
+    changes = {"policy.toybox.adapter": request.param, "checkpoint.every": 1, "ema.decay": 0.5, "evaluation.every": 1}
     rank = {} if request.param == "lora" else {"policy.lora_rank": 32}
     config = make_config(changes | rank | {"output": trained_place / request.param, "ema.evaluate": False})
     if not config.output.exists():
@@ -57,7 +57,7 @@ def draw(toybox_data: Path, tmp_path: Path) -> Callable[..., Image.Image]:
     def draw(run: Path, **changes: Any) -> Image.Image:
         reference = [toybox_data / "train" / "references" / "train-00000.png"]
         options = Options(run=run, reference=reference, prompt="a star on the beach", out=tmp_path / "out.png")
-        return Image.open(generate(Options(**vars(options) | changes))).convert("RGB")
+        return Image.open(write_pictures(Options(**vars(options) | changes))).convert("RGB")
 
     return draw
 
@@ -109,8 +109,8 @@ def test_a_checkpoint_of_a_pipeline_is_exported_without_the_pipeline(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
-        "kind": kind, "model": str(save_tiny(kind, tmp_path / "model")), "lora_rank": 4, "lora_alpha": 8,
-        "precision": "fp32", "device": "cpu", "cache": str(tmp_path / "cache"),
+        "kind": kind, "lora_rank": 4, "lora_alpha": 8, "precision": "fp32", "device": "cpu",
+        "pipeline": {"model": str(save_tiny(kind, tmp_path / "model")), "cache": str(tmp_path / "cache")},
     }  # fmt: skip
     rewards = {"prompt": "clip_t", "identity": "clip_i"}
     config = Config.model_validate({"policy": settings, "rewards": rewards, "evaluation": {"judge": "none"}})
@@ -209,7 +209,7 @@ def test_a_run_goes_on_from_an_exported_checkpoint(
 def test_the_trained_values_are_the_adapters_and_untuned_is_the_base(
     adapter: str, make_config: MakeConfig, tmp_path: Path
 ) -> None:
-    settings = {"policy.adapter": adapter} | ({} if adapter == "lora" else {"policy.lora_rank": 32})
+    settings = {"policy.toybox.adapter": adapter} | ({} if adapter == "lora" else {"policy.lora_rank": 32})
     plain = build_start(make_config(settings).policy, 0)
     other = build_start(make_config(settings).policy, 1)
     with torch.no_grad():
@@ -232,8 +232,10 @@ def test_the_trained_values_are_the_adapters_and_untuned_is_the_base(
 
 def test_a_pipeline_starts_from_a_lora(tmp_path: Path) -> None:
     settings = {
-        "kind": "flux1-kontext", "model": str(save_tiny("flux1-kontext", tmp_path / "model")), "lora_rank": 4,
-        "lora_alpha": 4, "precision": "fp32", "device": "cpu", "cache": str(tmp_path / "cache"),
+        "kind": "flux1-kontext", "lora_rank": 4, "lora_alpha": 4, "precision": "fp32", "device": "cpu",
+        "pipeline": {
+            "model": str(save_tiny("flux1-kontext", tmp_path / "model")), "cache": str(tmp_path / "cache"),
+        },
     }  # fmt: skip
     other = build_start(PolicyConfig.model_validate(settings), 1)
     other.save_adapter(tmp_path / "lora")
@@ -248,9 +250,12 @@ def test_an_adapter_that_training_cannot_start_from(
     four: Path, make_config: MakeConfig, run_training: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for changes, said in (
-        ({"policy.lora_rank": 8}, r"set policy\.adapter=lora, policy\.lora_rank=4, policy\.lora_alpha=32"),
+        ({"policy.lora_rank": 8}, r"set policy\.toybox\.adapter=lora, policy\.lora_rank=4, policy\.lora_alpha=32"),
         ({"policy.lora_alpha": 16}, r"its alpha is 32, expected 16\); set .*policy\.lora_alpha=32"),
-        ({"policy.adapter": "full", "policy.lora_rank": 32}, r"set policy\.adapter=lora, policy\.lora_rank=4"),
+        (
+            {"policy.toybox.adapter": "full", "policy.lora_rank": 32},
+            r"set policy\.toybox\.adapter=lora, policy\.lora_rank=4",
+        ),
     ):
         with pytest.raises(UserError, match=rf"policy\.init_from: .*{said}"):
             run_training(make_config(changes | {"policy.init_from": four}))

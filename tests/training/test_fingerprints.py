@@ -113,15 +113,15 @@ def test_every_field_that_names_weights_is_pinned(tmp_path: Path) -> None:
     model = save_tiny("flux1-kontext", tmp_path / "model") or tmp_path / "model"
     rewards = {kind: save_tiny_reward(kind, tmp_path / kind) for kind in ("dino", "clip")}
     tree: dict[str, Any] = {
-        "policy": {"kind": "flux1-kontext", "model": str(model), "height": 64, "width": 64},
+        "policy": {"kind": "flux1-kontext", "pipeline": {"model": str(model), "height": 64, "width": 64}},
         "rewards": {
-            "prompt": "clip_t", "prompt_model": str(rewards["clip"]),
-            "identity": "dino", "identity_model": str(rewards["dino"]),
+            "prompt": "clip_t", "clip_t": {"model": str(rewards["clip"])},
+            "identity": "dino", "dino": {"model": str(rewards["dino"])},
         },
         "evaluation": {"judge": "none"},
     }  # fmt: skip
     found = fingerprints(Config.model_validate(tree))
-    assert found.keys() == {"policy.model", "rewards.prompt_model", "rewards.identity_model"}
+    assert found.keys() == {"policy.pipeline.model", "rewards.clip_t.model", "rewards.dino.model"}
     assert len(set(found.values())) == 3
 
 
@@ -134,14 +134,14 @@ def test_a_run_goes_on_with_the_same_weights_from_another_path(
     changes = {"iterations": 1, "evaluation.every": 5}
     run_training(make_config(changes))
     if how == "moved":
-        run_training(make_config(changes | {"iterations": 2, "policy.weights": moved}), resume=True)
+        run_training(make_config(changes | {"iterations": 2, "policy.toybox.weights": moved}), resume=True)
         return
     generator = moved / "generator.safetensors"
     content = bytearray(generator.read_bytes())
     content[-1] ^= 1
     generator.write_bytes(content)
-    with pytest.raises(UserError, match=r"another configuration \(policy\.weights\.sha256: [0-9a-f]{64} -> "):
-        run_training(make_config(changes | {"iterations": 2, "policy.weights": moved}), resume=True)
+    with pytest.raises(UserError, match=r"another configuration \(policy\.toybox\.weights\.sha256: [0-9a-f]{64} -> "):
+        run_training(make_config(changes | {"iterations": 2, "policy.toybox.weights": moved}), resume=True)
 
 
 def test_machines_with_other_data_or_weights_are_told_apart(
@@ -149,8 +149,8 @@ def test_machines_with_other_data_or_weights_are_told_apart(
 ) -> None:
     class Second(DistributedGroup):
         def broadcast_text(self, text: str) -> str:
-            return json.dumps(json.loads(text) | {"policy.weights.sha256": "0" * 64})
+            return json.dumps(json.loads(text) | {"policy.toybox.weights.sha256": "0" * 64})
 
     dataset = SubjectDataset.open(toybox_data / "train")
-    with pytest.raises(UserError, match=r"other data or weights .*\(policy\.weights\.sha256: 0{64} -> "):
+    with pytest.raises(UserError, match=r"other data or weights .*\(policy\.toybox\.weights\.sha256: 0{64} -> "):
         pin(make_config(), dataset, Second())

@@ -18,6 +18,7 @@ from customized_grpo.data import load_image, save_image
 from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import locked
+from customized_grpo.rewards.scoring import Scorer
 from customized_grpo.tracking.console import Display
 from customized_grpo.tracking.trackers import JsonlTracker
 from customized_grpo.training import checkpoint
@@ -29,7 +30,7 @@ MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
 ADAPTER = Path("adapter_model.safetensors")
-FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
+FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.num_minibatches": 2}
 MEMORY = r"out of memory while .* in iteration [24] \(CUDA out of memory\. .*micro_batch.* train --resume"
 
 
@@ -51,8 +52,8 @@ def test_six_iterations_are_three_and_a_new_process_and_three(
 ) -> None:  # fmt: skip
     """Weights, optimiser and average to the bit, with a window of steps that slides meanwhile."""
     six: dict[str, Any] = {
-        "iterations": 6, "ema.decay": 0.9, "rollout.steps": "window", "rollout.window_size": 2,
-        "rollout.window_period": 2, "optimizer.updates_per_iteration": 2, "checkpoint.every": 3,
+        "iterations": 6, "ema.decay": 0.9, "rollout.trained_steps": "window", "rollout.window.size": 2,
+        "rollout.window.period": 2, "optimizer.num_minibatches": 2, "checkpoint.every": 3,
     }  # fmt: skip
     straight, stopped = tmp_path / "straight", tmp_path / "run"
     run_training(make_config(six | {"output": straight}))
@@ -271,13 +272,26 @@ ENDS: dict[str, tuple[BaseException, type[BaseException], str]] = {
 """What may end a run: what is raised, what comes of it, and its words."""
 
 
+def failing_scorer(at: int, raised: BaseException, patch: pytest.MonkeyPatch) -> None:
+    """Make the scoring of iteration `at` + 1 raise."""
+    original, calls = Scorer.score, []
+
+    def fail(self: Scorer, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise raised
+        return original(self, *arguments)
+
+    patch.setattr(Scorer, "score", fail)
+
+
 def failing(trainer: str, at: int, raised: BaseException, patch: pytest.MonkeyPatch) -> None:
-    """Make a method of the trainer raise in iteration `at` + 1, at its second call there if it is called so often."""
+    """Make a method of the trainer raise in iteration `at` + 1, at its second call there."""
     original, calls = getattr(Trainer, trainer), []
 
     def fail(self: Trainer[Any], *arguments: Any) -> Any:
         calls.append(1)
-        if self.iteration == at and (trainer == "score" or len(calls) % 2 == 0):
+        if self.iteration == at and len(calls) % 2 == 0:
             raise raised
         return original(self, *arguments)
 
@@ -290,7 +304,7 @@ def test_whatever_ends_a_run_leaves_its_last_whole_iteration(
     display: Display,
 ) -> None:  # fmt: skip
     raised, error, text = ENDS[end]
-    failing("score", 1, raised, monkeypatch)
+    failing_scorer(1, raised, monkeypatch)
     with pytest.raises(error, match=text or "^$"):
         run_training(make_config(FOUR | {"checkpoint.every": 100}))
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["000001"]
@@ -298,7 +312,7 @@ def test_whatever_ends_a_run_leaves_its_last_whole_iteration(
 
 
 @pytest.mark.parametrize(
-    ("where", "end"), [("_objective", "device memory"), ("_optimizer_step", "a bug"), ("the log", "a disk error")]
+    ("where", "end"), [("_backward", "device memory"), ("_optimizer_step", "a bug"), ("the log", "a disk error")]
 )
 def test_what_ends_a_run_in_its_updates_costs_one_iteration(
     where: str, end: str, four: Path, tmp_path: Path, make_config: MakeConfig, run_training: RunTraining,
@@ -360,7 +374,7 @@ def test_the_adapter_of_an_earlier_end_is_not_taken_for_the_runs(
     """A finished run goes on, and is stopped."""
     run = shutil.copytree(four, tmp_path / "run")
     with monkeypatch.context() as patch:
-        failing("score", 4, TrainingError("stopped"), patch)
+        failing_scorer(0, TrainingError("stopped"), patch)
         with pytest.raises(TrainingError, match="stopped"):
             run_training(make_config(FOUR | {"iterations": 6}), resume=True)
     assert (run / ADAPTER).is_file()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.algorithm import ode_step, sde_step, shift_sigmas
-from customized_grpo.config.rollout import RolloutConfig
+from customized_grpo.config.rollout import RolloutConfig, SubsetConfig, WindowConfig
 from customized_grpo.errors import NotFinite
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
@@ -16,7 +16,8 @@ from customized_grpo.training.rollout import Plan, Rollout, plan_steps, sample_g
 
 PROMPTS = ["a star on the beach", "a ghost in space wearing a crown", "a drop in the snow, on the left"]
 SEED, ITERATION = 5, 2
-WINDOW = {"steps": "window", "window_start": 2, "window_size": 2, "initial_noise": "shared"}
+WINDOW = {"trained_steps": "window", "window": WindowConfig(start=2, size=2), "same_initial_noise": True}
+ALL_STEPS = SubsetConfig(timestep_fraction=1.0)
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def one_by_one(policy: ToyBoxPolicy, condition: Context, config: RolloutConfig, 
     images = []
     for prompt in range(len(PROMPTS)):
         for sample in range(config.group_size):
-            first = 0 if config.initial_noise == "shared" else sample
+            first = 0 if config.same_initial_noise else sample
             x = batched_normal(SEED, ITERATION, [prompt], [first], "initial noise", policy.latent_shape)
             for i in range(config.num_steps):
                 sigma, sigma_next = plan.sigmas[i], plan.sigmas[i + 1]
@@ -60,7 +61,7 @@ def one_by_one(policy: ToyBoxPolicy, condition: Context, config: RolloutConfig, 
     return torch.cat(images)
 
 
-@pytest.mark.parametrize("changes", [{}, {"initial_noise": "shared"}, WINDOW], ids=["subset", "shared", "window"])
+@pytest.mark.parametrize("changes", [{}, {"same_initial_noise": True}, WINDOW], ids=["subset", "shared", "window"])
 def test_micro_batches_change_nothing(policy: ToyBoxPolicy, condition: Context, changes: dict[str, Any]) -> None:
     whole, _ = rolled(policy, condition, settings(**changes))
     for size in (1, 5):
@@ -74,7 +75,7 @@ def test_micro_batches_change_nothing(policy: ToyBoxPolicy, condition: Context, 
 def test_a_shared_prefix_gives_the_images_of_samples_walked_alone(
     policy: ToyBoxPolicy, condition: Context, start: int, kind: str
 ) -> None:
-    config = settings(**WINDOW | {"window_start": start, "sde": kind})
+    config = settings(**WINDOW | {"window": WindowConfig(start=start, size=2), "sde": kind})
     rollout, plan = rolled(policy, condition, config)
     found, expected = rollout.images.flatten(0, 1), one_by_one(policy, condition, config, plan)
     assert torch.allclose(found, expected, rtol=0, atol=1e-5)
@@ -85,7 +86,7 @@ def test_a_shared_prefix_gives_the_images_of_samples_walked_alone(
 
 
 def test_separate_noises_share_nothing(policy: ToyBoxPolicy, condition: Context) -> None:
-    config = settings(**WINDOW | {"initial_noise": "separate"})
+    config = settings(**WINDOW | {"same_initial_noise": False})
     rollout, plan = rolled(policy, condition, config)
     assert torch.allclose(rollout.images.flatten(0, 1), one_by_one(policy, condition, config, plan), atol=1e-5)
     assert rollout.num_forward_evals == len(PROMPTS) * config.group_size * config.num_steps
@@ -101,8 +102,8 @@ def test_the_generator_is_asked_only_for_the_forwards_counted(
 
 
 def test_a_group_starts_together_or_apart(policy: ToyBoxPolicy, condition: Context) -> None:
-    for noise, together in (("shared", True), ("separate", False)):
-        config = settings(initial_noise=noise, subset_share=1.0)
+    for together in (True, False):
+        config = settings(same_initial_noise=together, subset=ALL_STEPS)
         first = rolled(policy, condition, config)[0].states[0].unflatten(0, (3, 4))
         assert torch.equal(first[:, 0], first[:, 1]) == together
         assert not torch.equal(first[0, 0], first[1, 0])
@@ -118,7 +119,7 @@ def test_images_of_a_group_differ(policy: ToyBoxPolicy, condition: Context) -> N
 def test_kept_steps_lead_to_their_next_states_with_their_log_probabilities(
     policy: ToyBoxPolicy, condition: Context, kind: str
 ) -> None:
-    config = settings(sde=kind, subset_share=1.0)
+    config = settings(sde=kind, subset=ALL_STEPS)
     rollout, plan = rolled(policy, condition, config)
     rows = torch.arange(12) // 4
     assert plan.trained == (0, 1, 2, 3, 4) and rollout.states.shape == (5, 12, 3, 32, 32)
@@ -140,7 +141,7 @@ def test_nothing_is_kept_for_the_gradient(policy: ToyBoxPolicy, condition: Conte
 
 
 def test_seed_and_iteration_name_the_noise(policy: ToyBoxPolicy, condition: Context) -> None:
-    config = settings(subset_share=1.0)
+    config = settings(subset=ALL_STEPS)
     plan = plan_steps(config, policy.sigmas(6, 2.0), 0, 0)
     images = [
         sample_groups(policy, condition, 3, plan, config, seed=seed, iteration=iteration).images
@@ -177,7 +178,7 @@ def plans(config: RolloutConfig, iterations: int, seed: int = 0) -> list[Plan]:
 
 @pytest.mark.parametrize(("share", "size"), [(0.6, 5), (1.0, 9), (0.01, 1)])
 def test_a_subset_has_its_share_of_the_trainable_steps_in_order(share: float, size: int) -> None:
-    for plan in plans(TEN.model_copy(update={"subset_share": share}), 20):
+    for plan in plans(TEN.model_copy(update={"subset": SubsetConfig(timestep_fraction=share)}), 20):
         assert len(plan.trained) == len(set(plan.trained)) == size
         assert list(plan.trained) == sorted(plan.trained)
         assert plan.stochastic == tuple(range(9))
@@ -195,20 +196,22 @@ def test_a_plan_is_a_function_of_seed_and_iteration() -> None:
 
 
 def test_a_window_slides_on_every_period_and_comes_round() -> None:
-    config = TEN.model_copy(update={"steps": "window", "window_size": 7, "window_period": 2})
+    config = TEN.model_copy(update={"trained_steps": "window", "window": WindowConfig(size=7, period=2)})
     assert [plan.stochastic[0] for plan in plans(config, 8)] == [0, 0, 1, 1, 2, 2, 0, 0]
     assert all(plan.trained == plan.stochastic and len(plan.trained) == 7 for plan in plans(config, 8))
 
 
 def test_a_fixed_window_stays() -> None:
-    config = TEN.model_copy(update={"steps": "window", "window_size": 3, "window_start": 4})
+    config = TEN.model_copy(update={"trained_steps": "window", "window": WindowConfig(size=3, start=4)})
     assert {plan.trained for plan in plans(config, 12)} == {(4, 5, 6)}
     assert plans(config, 1)[0].num_prefix_steps == 4
 
 
 @pytest.mark.parametrize("steps", ["subset", "window"])
 def test_the_last_step_is_never_stochastic(steps: str) -> None:
-    config = TEN.model_copy(update={"steps": steps, "window_size": 2, "window_period": 1, "subset_share": 1.0})
+    config = TEN.model_copy(
+        update={"trained_steps": steps, "window": WindowConfig(size=2, period=1), "subset": ALL_STEPS}
+    )
     assert max(step for plan in plans(config, 30) for step in plan.stochastic) == 8
 
 

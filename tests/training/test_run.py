@@ -16,7 +16,7 @@ from customized_grpo.errors import TrainingError, UserError
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.jsonl import Metrics
 from customized_grpo.report import write_report
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run import evaluate_run
 from customized_grpo.training.run_dir import load_run_config
@@ -27,7 +27,7 @@ MakeConfig = Callable[..., Config]
 RunTraining = Callable[..., Path]
 ReadLog = Callable[[Path], list[dict[str, Any]]]
 ADAPTER = Path("adapter_model.safetensors")
-FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.updates_per_iteration": 2}
+FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.num_minibatches": 2}
 
 
 def listing(folder: Path) -> dict[str, bytes]:
@@ -108,10 +108,8 @@ def test_a_ratio_away_from_one_raises_the_alarm(
     assert "WARNING: iteration 1: the first-pass ratio is 2.0e-05 away from 1" in display.console.file.getvalue()
 
 
-class Away:
+class Away(Reward):
     """A server's reward whose first `failing` scores of a group are missing."""
-
-    last_failure = "rewards.prompt_model: http://a:1 did not answer"
 
     def __init__(self, failing: int) -> None:
         self.failing = failing
@@ -119,7 +117,7 @@ class Away:
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         valid = torch.ones(images.shape[:2], dtype=torch.bool)
         valid[:, : self.failing] = False
-        return Scores(images.mean((2, 3, 4)), valid)
+        return Scores(images.mean((2, 3, 4)), valid, "rewards.remote.prompt_url: http://a:1 did not answer")
 
 
 @pytest.mark.parametrize("failing", [1, 4])
@@ -128,10 +126,10 @@ def test_scores_that_are_missing_are_told_with_their_reason(
 ) -> None:
     rewards = build_rewards
     monkeypatch.setattr(
-        "customized_grpo.training.run.build_rewards", lambda config: (Away(failing), rewards(config)[1])
+        "customized_grpo.training.run.build_rewards", lambda config: rewards(config) | {"prompt": Away(failing)}
     )
     config = make_config({"iterations": 1, "rollout.group_size": 4, "rewards.max_invalid_share": 0.3})
-    reason = r"rewards could not be computed.* \(rewards.prompt_model: http://a:1 did not answer\)"
+    reason = r"rewards could not be computed.* \(rewards.remote.prompt_url: http://a:1 did not answer\)"
     if failing == 4:
         with pytest.raises(TrainingError, match=f"100% of the prompt {reason}"):
             run_training(config)
@@ -148,7 +146,9 @@ def test_an_iteration_that_teaches_nothing_is_told(
 ) -> None:  # fmt: skip
     """All rewards equal: no quadrant has a share, least of all the one in which both are bad."""
     equal = reward_of(lambda images: torch.full(images.shape[:2], 0.5))
-    monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: (equal, equal))
+    monkeypatch.setattr(
+        "customized_grpo.training.run.build_rewards", lambda config: {"prompt": equal, "identity": equal}
+    )
     run_training(make_config({"iterations": 1, "evaluation.judge": "none"}))
     row = read_log(tmp_path / "run" / "metrics.jsonl")[0]
     assert row["silent_groups"] == 1.0 and row["grad_norm"] == 0.0
@@ -233,7 +233,7 @@ def test_bad_input_deletes_nothing(
     shutil.copytree(four, tmp_path / "run")
     shutil.copytree(tiny_weights, tmp_path / "weights")
     (tmp_path / "weights" / "judge.safetensors").unlink()
-    changes = {"data": {"data.path": tmp_path / "none"}, "judge": {"policy.weights": tmp_path / "weights"}}
+    changes = {"data": {"data.path": tmp_path / "none"}, "judge": {"policy.toybox.weights": tmp_path / "weights"}}
     before = listing(tmp_path / "run")
     with pytest.raises(UserError, match=r"none does not exist|judge.safetensors"):
         run_training(make_config(changes[missing]), overwrite=True)

@@ -10,7 +10,7 @@ SOUND = {
 
 
 def test_a_sound_iteration_has_none() -> None:
-    assert list(iteration_warnings(SOUND, " (a reason)")) == []
+    assert list(iteration_warnings(SOUND, ["a reason", None])) == []
 
 
 @pytest.mark.parametrize(
@@ -20,5 +20,5 @@ def test_a_sound_iteration_has_none() -> None:
      ("silent_groups", 1.0, "no group taught anything")],
 )  # fmt: skip
 def test_a_fault_is_named_with_its_iteration(field: str, value: float, said: str) -> None:
-    (warning,) = iteration_warnings(SOUND | {field: value}, " (a reason)")
+    (warning,) = iteration_warnings(SOUND | {field: value}, ["a reason", None])
     assert warning.startswith("iteration 7: ") and said in warning

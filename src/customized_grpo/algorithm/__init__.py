@@ -1,7 +1,7 @@
 """The method as pure tensor maths: no models, no files, no configuration.
 
 `flow` samples and scores steps, `advantages` turns rewards into one advantage per sample and step,
-`objective` is the loss. `docs/method.md` ties each function to its equation.
+`agreement` counts where rewards agree, `objective` is the loss. `docs/method.md` ties each function to its equation.
 """
 
 from customized_grpo.algorithm.advantages import (
@@ -10,28 +10,28 @@ from customized_grpo.algorithm.advantages import (
     Shaped,
     clamp_advantages,
     combine_advantages,
-    conflict_rate,
     constant_weights,
     group_advantages,
     group_then_batch_advantages,
     hinge_rewards,
-    quadrants,
     rank_advantages,
-    silent_groups,
     step_advantages,
     synergy_shaping,
     table_weights,
     time_weights,
     weigh_advantages,
 )
+from customized_grpo.algorithm.agreement import conflict_rate, quadrants, silent_groups
 from customized_grpo.algorithm.flow import (
     SDE_KINDS,
+    Gaussian,
     SdeKind,
     SdeStep,
     gaussian_kl,
     ode_step,
     sde_step,
     shift_sigmas,
+    transition,
 )
 from customized_grpo.algorithm.objective import ClippedObjective, clipped_objective
 
@@ -40,6 +40,7 @@ __all__ = [
     "SDE_KINDS",
     "SHAPERS",
     "ClippedObjective",
+    "Gaussian",
     "SdeKind",
     "SdeStep",
     "Shaped",
@@ -62,5 +63,6 @@ __all__ = [
     "synergy_shaping",
     "table_weights",
     "time_weights",
+    "transition",
     "weigh_advantages",
 ]

@@ -2,7 +2,7 @@
 
 Four pure stages over tensors, chained by `combine_advantages`; `step_advantages` is the paper's choice.
 
-Shapes: P prompts (one group each), G samples of a group, R rewards in the order (prompt, identity), T steps.
+Shapes: P prompts (one group each), G samples of a group, R rewards, T steps.
 `valid[p, g, r]` is False where a reward could not be computed. Such an entry takes part in no statistic,
 whatever number (or NaN) stands in its place. `combine_advantages` drops its whole sample: from the statistics of
 every reward, and with advantage 0.
@@ -307,46 +307,6 @@ def step_advantages(
     `clamp(sum_k w_k(i) A_k + S, -clamp, clamp)`. Errors as in `combine_advantages`.
     """
     return combine_advantages(rewards, valid, weights=weights, gamma=gamma, gamma_penalty=gamma_penalty, clamp=clamp)
-
-
-def quadrants(advantages: Tensor, valid: Tensor | None = None) -> dict[str, float]:
-    """Shares of samples by which of their two advantages `[P, G, 2]` are good (above 0); they sum to 1.
-
-    Keys: both_good, only_prompt, only_identity, both_bad. Counts samples whose rewards are both valid, of groups in
-    which both rewards differ: a reward that is equal in a whole group finds nothing in it good or bad. Without any,
-    every share is NaN. Raises ValueError unless there are exactly two rewards.
-    """
-    prompt, identity = (_usable_samples(advantages, valid) > 0).unbind(dim=-1)
-    counts = {
-        "both_good": prompt & identity,
-        "only_prompt": prompt & ~identity,
-        "only_identity": ~prompt & identity,
-        "both_bad": ~prompt & ~identity,
-    }
-    return {name: float(hits.double().mean()) for name, hits in counts.items()}
-
-
-def conflict_rate(advantages: Tensor, valid: Tensor | None = None) -> float:
-    """Share of samples whose two advantages `[P, G, 2]` have opposite signs, 0 having none.
-
-    Counts the same samples as `quadrants`; NaN without any.
-    """
-    pairs = _usable_samples(advantages, valid)
-    return float((pairs[:, 0] * pairs[:, 1] < 0).double().mean())
-
-
-def silent_groups(advantages: Tensor) -> float:
-    """Share of groups that teach nothing: all their advantages `[P, G, ...]` are 0."""
-    return float((advantages == 0).flatten(1).all(dim=1).double().mean())
-
-
-def _usable_samples(advantages: Tensor, valid: Tensor | None) -> Tensor:
-    if advantages.shape[-1] != 2:
-        raise ValueError(f"quadrants are of two rewards (prompt, identity), found {advantages.shape[-1]}")
-    if valid is None:
-        valid = torch.ones_like(advantages, dtype=torch.bool)
-    differ = (valid & (advantages != 0)).any(dim=-2, keepdim=True).all(dim=-1)
-    return advantages[valid.all(dim=-1) & differ]
 
 
 def _dtype(rewards: Tensor) -> torch.dtype:

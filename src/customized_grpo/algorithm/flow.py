@@ -1,4 +1,4 @@
-"""Rectified flow, one step at a time: sigma schedule, ODE step, SDE steps with their log-probabilities.
+"""Rectified flow, one step at a time: sigma schedule, ODE step, Gaussian transitions of the SDE samplers.
 
 Conventions: `x = (1 - sigma) x0 + sigma x1` with data `x0`, noise `x1 ~ N(0, I)`, and velocity `v = x1 - x0`.
 Sampling walks sigma from 1 (noise) down to 0 (data), so `ds = sigma_next - sigma` is negative.
@@ -10,6 +10,7 @@ exactly 1.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -64,6 +65,77 @@ def ode_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: flo
     return x.to(dtype) + ds.to(dtype) * velocity.to(dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """The distribution `N(mean, std^2 I)` of the next state of each sample.
+
+    mean: `[B, ...]` float32 or float64; carries the gradient to the velocity.
+    std: `[B, 1, ..., 1]` float64 (float32 on MPS), rounded to the type of `mean` where the two meet.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, noise: Tensor) -> Tensor:
+        """Return the state `mean + std noise`, `[B, ...]`, for standard normal `noise` of its shape."""
+        _check_shapes(self.mean, noise=noise)
+        return self.mean + self.std.to(self.mean.dtype) * noise.to(self.mean.dtype)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return the log-density `[B]` of the states `x`, in nats, the mean over dimensions (not the sum).
+
+        The gradient reaches the mean only: `x` counts as data.
+        """
+        _check_shapes(self.mean, x=x)
+        z = (x.detach().to(self.mean.dtype) - self.mean) / self.std.to(self.mean.dtype)
+        normaliser = torch.log(self.std.flatten()) + 0.5 * math.log(2 * math.pi)
+        return -0.5 * _mean_over_dims(z.square()) - normaliser.to(self.mean.dtype)
+
+    def kl(self, other: "Gaussian") -> Tensor:
+        """Return the KL divergence `[B]` from `other`, which has the same std, as `gaussian_kl` does."""
+        return gaussian_kl(self.mean, other.mean, self.std)
+
+
+def transition(
+    x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, *, kind: str, eta: float
+) -> Gaussian:
+    """Return the distribution of the next state of a stochastic step from `sigma` to `sigma_next`.
+
+    `x`, `velocity`: `[B, ...]`. `sigma`, `sigma_next`: a float, a 0-d tensor or `[B]`. `eta > 0` scales the noise;
+    `kind` names the transition kernel:
+
+    * `"dance"`: reverse SDE with constant diffusion `g = eta` (DanceGRPO, arXiv 2505.07818; the paper's, eta
+      0.4);
+    * `"flow"`: the same SDE with `g = eta sqrt(sigma / (1 - sigma))` (Flow-GRPO, arXiv 2505.05470, eq. 9). As
+      in its published code, the pole at sigma = 1 is avoided by putting `sigma_next` under the root there;
+    * `"cps"`: coefficient-preserving sampling (arXiv 2509.05952), `std = sigma_next sin(eta pi / 2)`, `0 <
+      eta <= 1`. Its published code drops the normaliser and the variance from the log-probability; here it is
+      the Gaussian log-density, as for the other two.
+
+    Raises ValueError on an unknown kind, eta out of range, unequal shapes, sigmas not as in `ode_step`, and on a step
+    without noise (eta 0; cps into sigma 0), which has no density.
+    """
+    _check_kind(kind, eta)
+    _check_shapes(x, velocity=velocity)
+    _check_sigmas(sigma, sigma_next)
+    if kind == "cps" and _known(sigma_next) and bool((torch.as_tensor(sigma_next) == 0).any()):
+        raise ValueError("a cps step to sigma_next = 0 adds no noise and has no log-probability: use ode_step for it")
+
+    dtype = _compute_dtype(x, velocity)
+    x, v = x.to(dtype), velocity.to(dtype)
+    s, s_next = _per_sample(sigma, x, "sigma"), _per_sample(sigma_next, x, "sigma_next")
+    x1 = x + (1 - s).to(dtype) * v
+    if kind == "cps":
+        x0 = x - s.to(dtype) * v
+        mean = (1 - s_next).to(dtype) * x0 + (s_next * math.cos(eta * math.pi / 2)).to(dtype) * x1
+        return Gaussian(mean, s_next * math.sin(eta * math.pi / 2))
+    # The score is -(x - (1 - sigma) x0) / sigma^2 = -x1 / sigma; only the first cancels at small sigma.
+    ds = s_next - s
+    g: float | Tensor = eta if kind == "dance" else eta * torch.sqrt(s / (1 - torch.where(s == 1, s_next, s)))
+    mean = x + ds.to(dtype) * v + (0.5 * g**2 * ds / s).to(dtype) * x1
+    return Gaussian(mean, g * torch.sqrt(-ds))
+
+
 def sde_step(
     x: Tensor,
     velocity: Tensor,
@@ -75,75 +147,35 @@ def sde_step(
     noise: Tensor | None = None,
     next_x: Tensor | None = None,
 ) -> SdeStep:
-    """Stochastic step from `sigma` to `sigma_next`, with the log-probability of the state it arrives at.
+    """Take a stochastic step, or score one taken before, with the log-probability of the state it arrives at.
 
-    Give `noise` (standard normal, shaped as `x`) to draw the next state, or `next_x` to score one drawn
-    before: exactly one of the two. `x`, `velocity`: `[B, ...]`. `sigma`, `sigma_next`: a float, a 0-d tensor
-    or `[B]`. `eta > 0` scales the noise; `kind` names the transition kernel:
-
-    * `"dance"`: reverse SDE with constant diffusion `g = eta` (DanceGRPO, arXiv 2505.07818; the paper's, eta
-      0.4);
-    * `"flow"`: the same SDE with `g = eta sqrt(sigma / (1 - sigma))` (Flow-GRPO, arXiv 2505.05470, eq. 9). As
-      in its published code, the pole at sigma = 1 is avoided by putting `sigma_next` under the root there;
-    * `"cps"`: coefficient-preserving sampling (arXiv 2509.05952), `std = sigma_next sin(eta pi / 2)`, `0 <
-      eta <= 1`. Its published code drops the normaliser and the variance from the log-probability; here it is
-      the Gaussian log-density, as for the other two.
-
-    The gradient of `log_prob` reaches the velocity through the mean only: the state itself counts as data.
-
-    Raises ValueError on an unknown kind, eta out of range, both or neither of `noise` and `next_x`, unequal
-    shapes, sigmas not as in `ode_step`, and on a step without noise (eta 0; cps into sigma 0), which has no
-    density.
+    Give `noise` (standard normal, shaped as `x`) to draw the next state from `transition`, or `next_x` to score one
+    drawn before: exactly one of the two. Errors as in `transition`, and ValueError on both or neither.
     """
     if (noise is None) == (next_x is None):
         raise ValueError("give exactly one of noise (to draw the next state) and next_x (to score a given one)")
-    _check_kind(kind, eta)
-    _check_shapes(x, velocity=velocity, noise=noise, next_x=next_x)
-    _check_sigmas(sigma, sigma_next)
-    if kind == "cps" and _known(sigma_next) and bool((torch.as_tensor(sigma_next) == 0).any()):
-        raise ValueError("a cps step to sigma_next = 0 adds no noise and has no log-probability: use ode_step for it")
-
-    dtype = _compute_dtype(x, velocity)
-    x, v = x.to(dtype), velocity.to(dtype)
-    s, s_next = _per_sample(sigma, x, "sigma"), _per_sample(sigma_next, x, "sigma_next")
-    x0 = x - s.to(dtype) * v
-    x1 = x + (1 - s).to(dtype) * v
-
-    if kind == "cps":
-        std = s_next * math.sin(eta * math.pi / 2)
-        mean = (1 - s_next).to(dtype) * x0 + (s_next * math.cos(eta * math.pi / 2)).to(dtype) * x1
-    else:
-        # The score is -(x - (1 - sigma) x0) / sigma^2 = -x1 / sigma; only the first cancels at small sigma.
-        ds = s_next - s
-        g: float | Tensor = eta if kind == "dance" else eta * torch.sqrt(s / (1 - torch.where(s == 1, s_next, s)))
-        std = g * torch.sqrt(-ds)
-        mean = x + ds.to(dtype) * v + (0.5 * g**2 * ds / s).to(dtype) * x1
-
+    gaussian = transition(x, velocity, sigma, sigma_next, kind=kind, eta=eta)
+    dtype = gaussian.mean.dtype
     if next_x is None:
         assert noise is not None
-        next_x = mean + std.to(dtype) * noise.to(dtype)
+        next_x = gaussian.sample(noise)
+    _check_shapes(x, next_x=next_x)
     next_x = next_x.to(dtype)
-    log_prob = _gaussian_log_prob(next_x.detach(), mean, std)
-    return SdeStep(next_x, mean, std.to(dtype), log_prob, x0)
+    x0 = x.to(dtype) - _per_sample(sigma, x, "sigma").to(dtype) * velocity.to(dtype)
+    return SdeStep(next_x, gaussian.mean, gaussian.std.to(dtype), gaussian.log_prob(next_x), x0)
 
 
 def gaussian_kl(mean_a: Tensor, mean_b: Tensor, std: float | Tensor) -> Tensor:
-    """KL divergence of two Gaussians with the same `std`: `mean((mean_a - mean_b)^2) / (2 std^2)`, `[B]`.
+    """Return the KL divergence of two Gaussians with the same `std`: `mean((mean_a - mean_b)^2) / (2 std^2)`, `[B]`.
 
     In nats, the mean over dimensions as for log-probabilities; symmetric in the means `[B, ...]`. `std`: a
-    float, a 0-d tensor, `[B]`, or `[B, 1, ..., 1]` as `sde_step` returns it. Raises ValueError on unequal
+    float, a 0-d tensor, `[B]`, or `[B, 1, ..., 1]` as in a `Gaussian`. Raises ValueError on unequal
     shapes.
     """
     _check_shapes(mean_a, mean_b=mean_b)
     dtype = _compute_dtype(mean_a, mean_b)
     z = (mean_a.to(dtype) - mean_b.to(dtype)) / _per_sample(std, mean_a, "std").to(dtype)
     return 0.5 * _mean_over_dims(z.square())
-
-
-def _gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    z = (value - mean) / std.to(mean.dtype)
-    normaliser = torch.log(std.flatten()) + 0.5 * math.log(2 * math.pi)
-    return -0.5 * _mean_over_dims(z.square()) - normaliser.to(mean.dtype)
 
 
 def _mean_over_dims(values: Tensor) -> Tensor:
@@ -187,7 +219,7 @@ def _check_kind(kind: str, eta: float) -> None:
         raise ValueError(f"eta for kind {kind!r} must be in {'(0, 1]' if kind == 'cps' else '(0, inf)'}, found {eta}")
 
 
-def _check_shapes(x: Tensor, **others: Tensor | None) -> None:
+def _check_shapes(x: Tensor, /, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.shape != x.shape:
             raise ValueError(

@@ -14,32 +14,40 @@ from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
 from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
 from customized_grpo.benchmark.page import write_page
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.run import Config, RewardsConfig
-from customized_grpo.config.training import RanksConfig
+from customized_grpo.config.rewards import RewardsConfig, ToyBoxRewardConfig
+from customized_grpo.config.run import Config, flatten
+from customized_grpo.config.training import DistributedConfig
 from customized_grpo.data import load_image, save_image
 from customized_grpo.distributed.group import DistributedGroup, init_distributed
 from customized_grpo.distributed.termination import SignalHandler
 from customized_grpo.errors import UserError, describe_changes
-from customized_grpo.evaluation import evaluator as evaluation
 from customized_grpo.evaluation.copy_paste import layout
-from customized_grpo.evaluation.metrics import Group, Measure, load_measures, toybox_measure
+from customized_grpo.evaluation.evaluator import Sampling, draw, json_number
+from customized_grpo.evaluation.metrics import Metric, measure
 from customized_grpo.factory.data import check_prompts, encode_rows, raise_problems
-from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config
-from customized_grpo.factory.rewards import build_judge, build_rewards
+from customized_grpo.factory.metrics import build_metrics, has_own_metrics, load_metrics
+from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config, with_guidance
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
-from customized_grpo.policies.policy import Policy, in_step
-from customized_grpo.policies.sampling import sample_ode
-from customized_grpo.randomness import batched_normal
+from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import bootstrap_interval
 from customized_grpo.tracking.console import Display, StageProgress
 from customized_grpo.training.run_dir import adapter_folder, load_run_config
+from customized_grpo.types import PromptBatch
 
 PURPOSE = "benchmark"
 SETTINGS, RESULTS, PICTURES = "settings.json", "benchmark.json", "images"
 MEASURED = {"identity_to", "hpsv3_as_published", "metrics"}
 """Settings of measuring."""
-UNSEEN = {"device", "offload", "shard", "cache", "cache_limit", "gradient_checkpointing", "init_from"}
+UNSEEN = (
+    "device",
+    "init_from",
+    "pipeline.text_encoders",
+    "pipeline.fsdp",
+    "pipeline.cache",
+    "pipeline.gradient_checkpointing",
+)
 """Settings of a generator that its pictures do not depend on."""
 
 
@@ -56,7 +64,9 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
         raise UserError("ema: only of a run; name it with --adapter RUN")
     run = None if config.adapter is None else load_run_config(config.adapter)
     configure(run.threads if run else None)
-    with init_distributed(SignalHandler(), (run.ranks if run else RanksConfig()).silence) as ranks:
+    with init_distributed(
+        SignalHandler(), (run.distributed if run else DistributedConfig()).heartbeat_timeout
+    ) as ranks:
         display = display if ranks.is_main_process else Display.silent()
         with ranks.synchronized(), display.stages() as stages:
             work = _prepared(config, run, ranks, stages)
@@ -71,14 +81,14 @@ def run_benchmark(config: BenchmarkConfig, display: Display) -> Path | None:
 @dataclass(frozen=True)
 class _Work:
     """What is to be drawn and measured: the items, their pictures' `paths`, the generator's settings; and in the first
-    process all `settings` that the pictures depend on, and what measures."""
+    process all `settings` that the pictures depend on, and the `metrics`."""
 
     items: Sequence[Item]
     paths: Sequence[Path]
     policy: PolicyConfig
     settings: Mapping[str, Any]
     pictures: "_Pictures | None"
-    measures: Sequence[Measure]
+    metrics: Sequence[Metric]
 
 
 def _prepared(config: BenchmarkConfig, run: Config | None, ranks: DistributedGroup, stages: StageProgress) -> _Work:
@@ -97,7 +107,7 @@ def _prepared(config: BenchmarkConfig, run: Config | None, ranks: DistributedGro
     settings = _settings(config, policy, items)
     _check_output(config.output, settings)
     pictures = _Pictures(config.data, items, stages)
-    return _Work(items, paths, policy, settings, pictures, _measures(config, policy, run, pictures))
+    return _Work(items, paths, policy, settings, pictures, _metrics(config, policy, run, pictures))
 
 
 def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, stages: StageProgress) -> Path:
@@ -106,7 +116,7 @@ def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, st
     results = {
         "benchmark": config.benchmark or "dreambench",
         "settings": work.settings,
-        "measured": {} if _is_toybox(config, work.policy) else config.model_dump(mode="json", include=MEASURED),
+        "measured": {} if _has_own_metrics(config, work.policy) else config.model_dump(mode="json", include=MEASURED),
         "subjects": subjects,
         "summary": means,
         "records": records,
@@ -163,13 +173,7 @@ def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
             "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
         )
     policy = resolve_policy_config(run.policy if run else config.policy)
-    if policy.kind == "toybox":
-        if config.guidance is not None:
-            raise UserError("guidance: ToyBox has none; leave it out")
-        return policy
-    # Of FLUX.2 klein, the distilled models take none.
-    usual = None if policy.kind == "flux2-klein" else PUBLISHED_GUIDANCE
-    return policy.model_copy(update={"guidance": usual if config.guidance is None else config.guidance})
+    return with_guidance(policy, config.guidance_scale, PUBLISHED_GUIDANCE)
 
 
 def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Item]) -> dict[str, Any]:
@@ -179,13 +183,13 @@ def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Ite
         return {"images": str(config.images.resolve()), **asked}
     adapter = _adapter(config)
     drawn = config.model_dump(mode="json", include={"num_steps", "shift", "seed"})
-    generator = policy.model_dump(mode="json", exclude=UNSEEN)
+    generator = flatten(policy.model_dump(mode="json"))
     return {
         **asked,
         "adapter": None if adapter is None else str(adapter.resolve()),
         "adapter_sha256": None if adapter is None else _adapter_hash(adapter),
         **drawn,
-        **{f"policy.{name}": value for name, value in generator.items()},
+        **{f"policy.{name}": value for name, value in generator.items() if not name.startswith(UNSEEN)},
     }
 
 
@@ -224,34 +228,30 @@ def _check_output(output: Path, settings: Mapping[str, Any]) -> None:
         raise UserError(f"output: {output} is not empty, and no benchmark; name another folder")
 
 
-def _is_toybox(config: BenchmarkConfig, policy: PolicyConfig) -> bool:
-    """Whether ToyBox's own rewards and judge measure."""
-    return policy.kind == "toybox" and config.images is None
+def _has_own_metrics(config: BenchmarkConfig, policy: PolicyConfig) -> bool:
+    """Return whether the generator's own rewards and oracle measure, and not what `config.metrics` names."""
+    return has_own_metrics(policy) and config.images is None
 
 
-def _measures(
-    config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures
-) -> Sequence[Measure]:
-    if _is_toybox(config, policy):
+def _metrics(config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, pictures: _Pictures) -> list[Metric]:
+    if _has_own_metrics(config, policy):
         if given := [name for name in sorted(MEASURED) if config.differs_from_default(name)]:
             raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
-        leak = run.rewards.identity_leak if run else RewardsConfig().identity_leak
-        scored = Config(policy=policy, rewards=RewardsConfig(identity_leak=leak))
-        judge = build_judge(scored)
-        assert judge is not None
-        return [toybox_measure(build_rewards(scored), judge)]
-    return load_measures(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
+        toybox = run.rewards.toybox if run else ToyBoxRewardConfig()
+        scored = Config(policy=policy, rewards=RewardsConfig(toybox=toybox))
+        return build_metrics(scored, build_rewards(scored))
+    return load_metrics(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 
 def _draw(
     config: BenchmarkConfig, work: _Work, left: Sequence[int], ranks: DistributedGroup, stages: StageProgress
 ) -> None:
-    """Draw the pictures with the numbers `left`, of which each process has its share; nothing is written before all
+    """Draw the pictures with the numbers `left`, each process its share; nothing is written before all
     have loaded what they need."""
     mine = left[ranks.rank :: ranks.world_size]
     policy = None
     with ranks.synchronized():
-        if mine or (left and work.policy.shard):  # of a sharded generator all processes have a part
+        if mine or (left and work.policy.pipeline.fsdp):  # of a sharded generator all processes have a part
             policy = _load_policy(config, work)
             asked = [work.items[number] for number in left]
             share = range(len(left))[ranks.rank :: ranks.world_size]
@@ -262,7 +262,7 @@ def _draw(
             write_whole(config.output / SETTINGS, json.dumps(work.settings, indent=1))
     with ranks.synchronized():
         if policy is not None:
-            with in_step(policy, ranks):
+            with policy.lockstep(ranks):
                 _draw_each(config, work, policy, mine, stages)
 
 
@@ -281,15 +281,17 @@ def _references(policy: Policy[Any], item: Item) -> list[Tensor]:
     return [policy.prepare_reference(load_image(path), len(item.references)) for path in item.references]
 
 
+@torch.no_grad()
 def _draw_each(
     config: BenchmarkConfig, work: _Work, policy: Policy[Any], mine: Sequence[int], stages: StageProgress
 ) -> None:
     """Draw the pictures with the numbers `mine`, a micro-batch at a time, each whole or not at all."""
-    sigmas = policy.sigmas(config.num_steps, config.shift)
+    sampling = Sampling(config.num_steps, config.shift, config.seed, config.micro_batch)
     for start in range(0, len(mine), config.micro_batch):
         rows = mine[start : start + config.micro_batch]
         chosen = [work.items[number] for number in rows]
-        images = _drawn(config, policy, chosen, [_references(policy, item) for item in chosen], rows, sigmas)
+        references = [_references(policy, item) for item in chosen]
+        images = draw(policy, [item.prompt for item in chosen], references, rows, sampling, PURPOSE).cpu()
         for number, image in zip(rows, images, strict=True):
             with writing(config.output):
                 save_image(image, work.paths[number])
@@ -297,23 +299,9 @@ def _draw_each(
 
 
 @torch.no_grad()
-def _drawn(
-    config: BenchmarkConfig,
-    policy: Policy[Any],
-    items: Sequence[Item],
-    references: Sequence[Sequence[Tensor]],
-    rows: Sequence[int],
-    sigmas: Tensor,
-) -> Tensor:
-    condition = policy.encode([item.prompt for item in items], references)
-    noise = batched_normal(config.seed, 0, rows, [0] * len(rows), PURPOSE, policy.latent_shape).to(policy.device)
-    return sample_ode(policy, condition, noise, sigmas, len(rows)).cpu()
-
-
-@torch.no_grad()
 def _measured(config: BenchmarkConfig, work: _Work, stages: StageProgress) -> list[dict[str, Any]]:
     """A record of each item, in their order."""
-    items, pictures, measures = work.items, work.pictures, work.measures
+    items, pictures = work.items, work.pictures
     assert pictures is not None
     groups: dict[tuple[str, tuple[Path, ...]], list[int]] = {}
     for place, item in enumerate(items):
@@ -326,11 +314,13 @@ def _measured(config: BenchmarkConfig, work: _Work, stages: StageProgress) -> li
         compared = references if config.identity_to == "reference" else pictures.load(first.pictures)
         for rows in _alike(places, work.paths, config.metrics.micro_batch):
             images = torch.stack([image for _, image in rows])
-            prompts = [items[place].prompt for place, _ in rows]
-            group = Group(subject, prompts, images, references, compared)
-            values = {name: each for measure in measures for name, each in measure(group).items()}
+            batch = PromptBatch(
+                [items[place].prompt for place, _ in rows], [references] * len(rows), None,
+                subjects=[subject] * len(rows), pictures=[compared] * len(rows),
+            )  # fmt: skip
+            values = measure(work.metrics, images, batch)
             for index, (place, _) in enumerate(rows):
-                found[place] = {name: evaluation.number(each[index]) for name, each in values.items()}
+                found[place] = {name: json_number(each[index]) for name, each in values.items()}
             stages.update("measuring", len(found), len(items))
     return [
         {"id": item.id, "subject": item.subject, "prompt": item.prompt, "metrics": found[place]}

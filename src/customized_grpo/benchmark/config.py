@@ -6,44 +6,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from customized_grpo.config.metrics import MetricsConfig
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.rewards import HPSv3Config
 from customized_grpo.config.section import Section
 
 PUBLISHED_GUIDANCE = 4.0
-MetricName = Literal["dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy"]
-
-
-class MetricsConfig(Section):
-    """What pictures are measured by. ToyBox's own rewards and judge measure ToyBox, and none of this is read."""
-
-    names: tuple[MetricName, ...] = ("dino", "clip_i", "clip_t", "dinov2", "hpsv3", "copy")
-    """Which metrics, of dino, clip_i, clip_t, dinov2, hpsv3, copy."""
-    dino: str = "facebook/dino-vits16"
-    """Folder or hub id of DINO's ViT-S/16: the identity that is published."""
-    clip: str = "openai/clip-vit-base-patch32"
-    """Folder or hub id of the CLIP of clip_i and clip_t."""
-    dinov2: str = "facebook/dinov2-base"
-    """Folder or hub id of DINOv2."""
-    hpsv3_weights: str | None = None
-    """HPSv3.safetensors, or owner/name/file on the hub; unset: the published ones."""
-    hpsv3: HPSv3Config = HPSv3Config()
-    """The rest of HPSv3."""
-    device: str = "auto"
-    """Where the metrics run, beside the generator: cpu, cuda, cuda:1, mps; auto: cuda where there is one."""
-    micro_batch: int = Field(32, ge=1)
-    """Pictures that go through an encoder at once: bounds memory, does not change the result."""
-
-    @model_validator(mode="after")
-    def _used(self) -> "MetricsConfig":
-        if not self.names:
-            raise ValueError("names: empty; name at least one metric")
-        if "hpsv3" not in self.names and (self.hpsv3_weights is not None or self.hpsv3 != HPSv3Config()):
-            raise ValueError("hpsv3, hpsv3_weights: names has no hpsv3; add it, or leave them out")
-        return self
-
-
-DRAWN = ("num_steps", "guidance", "shift", "seed", "micro_batch")
+DRAWN = ("num_steps", "guidance_scale", "shift", "seed", "micro_batch")
 """Fields of drawing."""
 
 
@@ -69,7 +37,7 @@ class BenchmarkConfig(Section):
     all pictures of the subject (DreamBooth's protocol)."""
     num_steps: int = Field(25, ge=1)
     """Denoising steps (paper: 25)."""
-    guidance: float | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(None, ge=1)
     """Guidance scale; unset: 4 (paper), and for flux2-klein the pipeline's own. Not for toybox."""
     shift: float | None = Field(None, gt=0)
     """Shift of the sigma schedule; unset: the generator's own schedule."""
@@ -95,8 +63,10 @@ class BenchmarkConfig(Section):
             raise ValueError("policy: with an adapter it is the run's own; leave it out")
         if self.ema and (self.images is not None or given):
             raise ValueError("ema: only of a run; name it with adapter")
-        if self.policy.guidance is not None:
-            raise ValueError("policy.guidance: a benchmark's is the field guidance; leave this out")
+        if self.policy.pipeline.guidance_scale is not None:
+            raise ValueError(
+                "policy.pipeline.guidance_scale: a benchmark's is the field guidance_scale; leave this out"
+            )
         if self.hpsv3_as_published and "hpsv3" not in self.metrics.names:
             raise ValueError("hpsv3_as_published: metrics.names has no hpsv3; add it, or leave this out")
         return self

@@ -14,23 +14,12 @@ from customized_grpo.benchmark.published import METHOD, PROMPTS, PUBLISHED, REAL
 from customized_grpo.data import load_image
 from customized_grpo.data.images import to_pil
 from customized_grpo.report import style
-from customized_grpo.report.formats import percent
+from customized_grpo.report.formats import metric_value
 from customized_grpo.report.inline import inline_svg
-from customized_grpo.report.page import HUES, render_page
-from customized_grpo.report.page import LABELS as OF_REPORTS
-from customized_grpo.report.records import SHARES, Interval, as_data_uri
+from customized_grpo.report.page import render_page
+from customized_grpo.report.records import Interval, as_data_uri
+from customized_grpo.tracking.metric_info import MetricInfo, headline_first, in_order, metric_info
 
-LABELS = {
-    "dino": ("DINO", "identity"),
-    "dinov2": ("DINOv2", "identity"),
-    "clip_i": ("CLIP-I", "identity"),
-    "clip_t": ("CLIP-T", "prompt"),
-    "hpsv3": ("HPSv3", "prompt"),
-    "copy": ("Copy-paste meter", "plain"),
-    "copy_score": ("Copy-paste meter", "plain"),
-    **{name: (label, HUES[name]) for name, label in OF_REPORTS.items()},
-}
-"""Heading and colour class of a metric."""
 PLANES = (("dino", "hpsv3"), ("dinov2", "hpsv3"), ("dino", "clip_t"), ("identity_kept", "prompt_satisfied"))
 """(identity, prompt): the first pair that was measured is drawn."""
 PUBLISHED_PLANE = PLANES[0]
@@ -55,14 +44,14 @@ def page_content(results: Mapping[str, Any], items: Sequence[Item], paths: Seque
     # Of other data, or to other pictures, they say nothing.
     comparable = results["benchmark"] == "dreambench" and results["measured"].get("identity_to") == "reference"
     published = PUBLISHED if comparable and axes == PUBLISHED_PLANE else {}
-    metrics = [(name, *LABELS[name]) for name in LABELS if name in summary]
+    metrics = headline_first(in_order(summary))
     return {
         "title": _title(settings),
         "facts": _facts(settings, results["subjects"], len(items)),
         "partial": results["benchmark"] == "dreambench" and not whole,
         "metrics": metrics,
         "copies": "copy" in summary,
-        "overall": [_cell(name, summary[name]) for name, _, _ in metrics],
+        "overall": [_cell(info, summary[info.name]) for info in metrics],
         "published": [_published(name, metrics) for name in published],
         "whole_prompts": not results["measured"].get("hpsv3_as_published", False),
         "subjects": _subject_rows(results["records"], metrics),
@@ -85,38 +74,30 @@ def _facts(settings: Mapping[str, Any], subjects: int, pictures: int) -> list[tu
     if "images" in settings:
         return facts
     facts += [("Denoising steps", str(settings["num_steps"])), ("Seed", str(settings["seed"]))]
-    if settings["policy.guidance"] is not None:
-        size = f"{settings['policy.width']} \u00d7 {settings['policy.height']}"
-        facts += [("Guidance", f"{settings['policy.guidance']:g}"), ("Size", size)]
+    if settings["policy.pipeline.guidance_scale"] is not None:
+        size = f"{settings['policy.pipeline.width']} \u00d7 {settings['policy.pipeline.height']}"
+        facts += [("Guidance", f"{settings['policy.pipeline.guidance_scale']:g}"), ("Size", size)]
     return facts
 
 
-def _cell(name: str, interval: Interval) -> dict[str, str]:
+def _cell(info: MetricInfo, interval: Interval) -> dict[str, str]:
     mean, low, high = interval
-    bounds = f"{_text(name, low)} to {_text(name, high)}" if math.isfinite(low) else ""
-    return {"mean": _text(name, mean), "bounds": bounds}
+    bounds = f"{metric_value(info, low)} to {metric_value(info, high)}" if math.isfinite(low) else ""
+    return {"mean": metric_value(info, mean), "bounds": bounds}
 
 
-def _text(name: str, value: float) -> str:
-    if name in SHARES:
-        return percent(value)
-    return "\u2013" if not math.isfinite(value) else f"{value:.{2 if name == 'hpsv3' else 3}f}".replace("-", "\u2212")
-
-
-def _published(name: str, metrics: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+def _published(name: str, metrics: Sequence[MetricInfo]) -> dict[str, Any]:
     known = dict(zip(PUBLISHED_PLANE, PUBLISHED[name], strict=True))
-    cells = [_text(metric, known[metric]) if metric in known else "\u2013" for metric, _, _ in metrics]
+    cells = [metric_value(info, known.get(info.name, math.nan)) for info in metrics]
     return {"name": name, "cells": cells, "ours": name == METHOD}
 
 
-def _subject_rows(
-    records: Sequence[Mapping[str, Any]], metrics: Sequence[tuple[str, str, str]]
-) -> list[dict[str, Any]]:
+def _subject_rows(records: Sequence[Mapping[str, Any]], metrics: Sequence[MetricInfo]) -> list[dict[str, Any]]:
     subjects = dict.fromkeys(record["subject"] for record in records)
     rows = []
     for subject in subjects:
         mine = [record["metrics"] for record in records if record["subject"] == subject]
-        cells = [_text(name, _mean([each[name] for each in mine])) for name, _, _ in metrics]
+        cells = [metric_value(info, _mean([each[info.name] for each in mine])) for info in metrics]
         rows.append({"subject": subject, "pictures": len(mine), "cells": cells})
     return rows
 
@@ -125,7 +106,7 @@ def _gallery(
     records: Sequence[Mapping[str, Any]],
     items: Sequence[Item],
     paths: Sequence[Path],
-    metrics: Sequence[tuple[str, str, str]],
+    metrics: Sequence[MetricInfo],
 ) -> list[dict[str, Any]]:
     """Each subject's reference and the first pictures drawn of it."""
     rows: dict[str, dict[str, Any]] = {}
@@ -136,7 +117,7 @@ def _gallery(
             row["reference"] = _thumbnail(reference)
         if len(row["shots"]) < SHOTS:
             values = record["metrics"]
-            told = ", ".join(f"{label} {_text(name, _known(values[name]))}" for name, label, _ in metrics)
+            told = ", ".join(f"{info.heading} {metric_value(info, _known(values[info.name]))}" for info in metrics)
             uri = _thumbnail(path)
             row["shots"].append({"uri": uri, "prompt": item.prompt, "told": told})
     return list(rows.values())
@@ -169,11 +150,13 @@ def _plane(summary: Mapping[str, Interval], axes: tuple[str, str], others: Mappi
                 "real pictures of a subject", (REAL_IMAGES, 0.01), (4, 3), xycoords=("data", "axes fraction"),
                 textcoords="offset points", fontsize=8.5, color=style.MUTED,
             )  # fmt: skip
-        style.grid(panel, share=axes[1] in SHARES)
-        style.grid(panel, share=axes[0] in SHARES, across=True)
+        style.grid(panel, share=metric_info(axes[1]).is_share)
+        style.grid(panel, share=metric_info(axes[0]).is_share, across=True)
         panel.margins(0.09)
-        style.title(panel, LABELS[axes[1]][0], hue=style.PROMPT)
-        panel.set_xlabel(LABELS[axes[0]][0], loc="right", color=style.IDENTITY, fontweight="bold", fontsize=10.5)
+        style.title(panel, metric_info(axes[1]).heading, hue=style.PROMPT)
+        panel.set_xlabel(
+            metric_info(axes[0]).heading, loc="right", color=style.IDENTITY, fontweight="bold", fontsize=10.5
+        )
         figure.draw_without_rendering()
         style.place_labels(panel, spots, THIS)
         return inline_svg("plane", style.svg_text(figure), "Prompt over identity")

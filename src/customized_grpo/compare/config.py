@@ -13,7 +13,7 @@ from customized_grpo.config.section import Section
 from customized_grpo.errors import UserError
 
 OF_THE_GRID = {
-    "seed", "output", "advantages.normalise", "advantages.shape", "advantages.thresholds", "advantages.weights",
+    "seed", "output", "advantages.normalize", "advantages.shape", "advantages.thresholds", "advantages.weights",
     "advantages.lookup", "advantages.table",
 }  # fmt: skip
 """Fields of `train` that a grid sets itself, run by run."""
@@ -29,7 +29,7 @@ class CompareConfig(Section):
     presets: dict[str, int] = Field(default_factory=lambda: dict.fromkeys([BASE, *PRESETS], 3) | {HINGE: 0})
     """Seeds of each preset: 3 means seeds 0, 1, 2; 0 leaves it out."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=lambda: dict[str, dict[str, Any]]({"": {}}))
-    """Named variations of `train`, each crossed with all presets: {name: {rewards: {identity_leak: low}}}."""
+    """Named variations of `train`, each crossed with all presets: {name: {rewards: {toybox: {identity_leak: low}}}}."""
     intervals: bool = True
     """State 95 % intervals over seeds, which takes two seeds of every preset; false allows a single one."""
     hinge_thresholds: tuple[float | None, float | None] | None = None

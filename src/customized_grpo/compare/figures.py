@@ -26,6 +26,7 @@ from customized_grpo.io.files import write_whole
 from customized_grpo.report import style
 from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT
 from customized_grpo.statistics import t_interval
+from customized_grpo.tracking.metric_info import metric_info
 
 CURVES = (BASELINE, "naive-1:1.5", METHOD)
 PAPER_SIGNALS = (0.502, 0.268, 0.230)
@@ -33,13 +34,10 @@ PAPER_SIGNALS = (0.502, 0.268, 0.230)
 SIGNAL_NAMES = ("conflict", "both positive", "both negative")
 SIGNAL_COLOURS = ((style.CONFLICT, style.PAPER), (INK, style.PAPER), (style.BAD, INK))
 """Fill and text."""
-SHARES, SHARE_TITLES = ("joint_success", "copied"), ("Joint success", "Copy-paste rate")
-PANELS = (
-    ("identity_kept", "Identity kept", IDENTITY),
-    ("prompt_satisfied", "Prompt satisfied", PROMPT),
-    ("reward/identity", "Identity reward", IDENTITY),
-    ("reward/prompt", "Prompt reward", PROMPT),
-)
+SHARES = ("joint_success", "copied")
+PANELS = ("identity_kept", "prompt_satisfied", "reward/identity", "reward/prompt")
+COLOURS = {"identity": IDENTITY, "prompt": PROMPT}
+"""By hue of a metric; others are drawn in ink."""
 
 
 def write_figures(results: Sequence[Result], folder: Path, order: Sequence[str] | None = None) -> list[Path]:
@@ -68,28 +66,29 @@ def curves(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
     """Validations against iteration: means over seeds, their 95 % intervals shaded; a column per setting."""
     trained = [name for name in presets if any(r.curve for r in results if r.preset == name)]
     shown = [name for name in CURVES if name in trained] or trained[:3]
-    panels = [panel for panel in PANELS if any(panel[0] in r.curve for r in results if r.preset in shown)]
+    panels = [metric for metric in PANELS if any(metric in r.curve for r in results if r.preset in shown)]
     if not panels:
         return None
     settings = settings_in(results)
     several = len(settings) > 1
-    jobs = [(setting, *panel) for panel in panels for setting in settings]
+    jobs = [(setting, metric_info(metric)) for metric in panels for setting in settings]
     columns = len(settings) if several else 2
     rows = math.ceil(len(jobs) / columns)
     figure = style.new_figure(2.5 * rows + 0.3)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey="row" if several else False)
-    for axes, (setting, metric, title, hue) in zip(grid.flat, jobs, strict=False):
+    for axes, (setting, info) in zip(grid.flat, jobs, strict=False):
+        hue = COLOURS.get(info.hue, INK)
         ends = []
         for preset in shown:
-            steps, course = _course(select(results, setting, preset).values(), metric)
+            steps, course = _course(select(results, setting, preset).values(), info.name)
             if steps:
                 mean, low, high = zip(*course, strict=True)
                 line = style.curve(preset, hue)
                 axes.fill_between(steps, low, high, color=line["color"], alpha=0.14, linewidth=0)
                 axes.plot(steps, mean, **line)
                 ends.append((mean[-1], preset, line["color"]))
-        style.title(axes, title, setting, hue)
-        style.grid(axes, share=not metric.startswith("reward"))
+        style.title(axes, info.heading, setting, hue)
+        style.grid(axes, share=info.is_share)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
         axes.margins(x=0)
         if setting == settings[-1]:
@@ -210,7 +209,7 @@ def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | No
         return None
     figure = style.new_figure(3.4)
     grid = figure.subplots(1, 3)
-    for axes, metric, title in zip(grid, SHARES, SHARE_TITLES, strict=False):
+    for axes, metric in zip(grid, SHARES, strict=False):
         ends = []
         for number, preset in enumerate(presets):
             aside = 0.06 * (number - (len(presets) - 1) / 2)
@@ -221,7 +220,7 @@ def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | No
                 axes.plot(list(own), [mean for mean, _, _ in own.values()], marker="o", markersize=5, **line)
                 _bars(axes, own, line["color"])
                 ends.append((own[max(own)][0], preset, line["color"]))
-        style.title(axes, title)
+        style.title(axes, metric_info(metric).heading)
         _settings_axis(axes, settings)
         style.end_labels(axes, ends)
     ours = [row for row in rows if row.preset == METHOD and "joint_success" in row.differences]

@@ -20,22 +20,12 @@ from customized_grpo.compare.results import (
     summarise,
 )
 from customized_grpo.config.presets import BASE, BASELINE, METHOD
-from customized_grpo.report.formats import duration, percent, points, reward
+from customized_grpo.report.formats import duration, metric_change, metric_value
 from customized_grpo.report.inline import inline_svg
 from customized_grpo.report.page import SECRET, render_page
 from customized_grpo.report.records import data_uri
+from customized_grpo.tracking.metric_info import MetricInfo, headline_first, overview
 
-COLUMNS = (
-    ("joint_success", "Joint success", "joint"),
-    ("prompt_satisfied", "Prompt satisfied", "prompt"),
-    ("identity_kept", "Identity kept", "identity"),
-    ("copied", "Copy-paste rate", "plain"),
-    ("reward/prompt", "Prompt reward", "prompt"),
-    ("reward/identity", "Identity reward", "identity"),
-    ("conflict_rate", "Conflict rate", "plain"),
-    ("seconds", "Training time", "plain"),
-)
-"""Metric, heading, colour class."""
 FIGURES = {
     "settings": (
         "Where it helps",
@@ -92,7 +82,7 @@ def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, 
     """What the template shows of the results, by name."""
     order = list(dict.fromkeys(cell.preset for cell in cells))
     rows = summarise(results, order=order)
-    columns = [column for column in COLUMNS if any(column[0] in row.means for row in rows)]
+    columns = headline_first(overview(name for row in rows for name in row.means))
     drawn = draw_svgs(results, order)
     return {
         "done": sum(cell.finished for cell in cells),
@@ -170,23 +160,25 @@ def grouped(rows: Sequence[Row], shown: Sequence[dict[str, Any]]) -> list[tuple[
     return list(groups.items())
 
 
-def table_row(row: Row, columns: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+def table_row(row: Row, columns: Sequence[MetricInfo]) -> dict[str, Any]:
     """Means and intervals as text; an unknown one is a dash."""
     cells = []
-    for metric, _, hue in columns:
-        mean, low, high = row.means.get(metric, (math.nan,) * 3)
-        bounds = f"{_text(metric, low)} to {_text(metric, high)}" if math.isfinite(low) else ""
-        cells.append({"hue": hue, "mean": _text(metric, mean), "bounds": bounds, "apart": None})
+    for info in columns:
+        mean, low, high = row.means.get(info.name, (math.nan,) * 3)
+        bounds = f"{metric_value(info, low)} to {metric_value(info, high)}" if math.isfinite(low) else ""
+        cells.append({"hue": info.hue, "mean": metric_value(info, mean), "bounds": bounds, "apart": None})
     return {"preset": row.preset, "seeds": len(row.seeds), "cells": cells}
 
 
-def difference_row(row: Row, columns: Sequence[tuple[str, str, str]]) -> dict[str, Any]:
+def difference_row(row: Row, columns: Sequence[MetricInfo]) -> dict[str, Any]:
     """Differences to the reference as text, `apart` where the interval leaves out 0."""
     cells = []
-    for metric, _, hue in columns:
-        mean, low, high = row.differences.get(metric, (math.nan,) * 3)
-        bounds = f"{_change(metric, low)} to {_change(metric, high)}" if math.isfinite(low) else ""
-        cells.append({"hue": hue, "mean": _change(metric, mean), "bounds": bounds, "apart": low > 0 or high < 0})
+    for info in columns:
+        mean, low, high = row.differences.get(info.name, (math.nan,) * 3)
+        bounds = f"{metric_change(info, low)} to {metric_change(info, high)}" if math.isfinite(low) else ""
+        cells.append(
+            {"hue": info.hue, "mean": metric_change(info, mean), "bounds": bounds, "apart": low > 0 or high < 0}
+        )
     return {"preset": row.preset, "seeds": len(row.shared), "cells": cells}
 
 
@@ -221,20 +213,6 @@ def _verdict(record: Mapping[str, Any]) -> dict[str, Any]:
     judged = (("prompt", record.get("prompt_satisfied")), ("identity", record.get("identity_kept")))
     ticks = [(hue, bool(passed)) for hue, passed in judged if passed is not None]
     return {"ticks": ticks, "joint": bool(record.get("joint_success")), "copied": bool(record.get("copied"))}
-
-
-def _text(metric: str, value: float) -> str:
-    if not math.isfinite(value) or metric.startswith("reward"):
-        return reward(value)
-    return duration(value) if metric == "seconds" else percent(value)
-
-
-def _change(metric: str, value: float) -> str:
-    if not math.isfinite(value) or metric.startswith("reward"):
-        return reward(value, signed=True)
-    if metric == "seconds":
-        return ("+" if value >= 0 else "\u2212") + duration(abs(value))
-    return points(value)
 
 
 def _span(numbers: Iterable[int]) -> str:

@@ -16,12 +16,14 @@ from customized_grpo.io.files import replacing
 from customized_grpo.io.jsonl import read_lines
 from customized_grpo.report.records import Columns, to_columns
 from customized_grpo.statistics import t_interval
+from customized_grpo.tracking.metric_info import in_order, is_metric, overview
 
 Interval = tuple[float, float, float]
-JUDGED = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
-REWARDS = ("reward/prompt", "reward/identity")
-METRICS = (*JUDGED, *REWARDS, "conflict_rate", "seconds")
-"""What is summarised over seeds. Shares in [0, 1] but for the two rewards and the seconds of training."""
+METRICS = (
+    "prompt_satisfied", "identity_kept", "joint_success", "copied", "reward/prompt", "reward/identity", "conflict_rate",
+    "seconds",
+)  # fmt: skip
+"""Metrics with a column in every comparison.csv; another metric of `metric_info` has one where a run measured it."""
 SIGNALS = ("both_good", "only_prompt", "only_identity", "both_bad")
 PERIODS = ("early", "late", "overall")
 """The first and the last fifth of the iterations, and all of them."""
@@ -99,7 +101,7 @@ def read_results(cells: Sequence[Cell]) -> list[Result]:
             records = read_records(cell.folder, side)
             ids = tuple(records)
             _check_pairs(cell, ids, *first.setdefault(cell.setting, (cell, ids)))
-            means = {"pairs": float(len(ids)), **_means(to_columns(list(records.values())), (*JUDGED, *REWARDS))}
+            means = {"pairs": float(len(ids)), **_evaluated(list(records.values()))}
             if side == BASE:
                 base = Result(cell.setting, BASE, cell.seed, means, {})
                 found.setdefault((place, -1, cell.seed), base)
@@ -136,6 +138,11 @@ def settings_in(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(result.setting for result in results))
 
 
+def measured(results: Iterable[Result]) -> list[str]:
+    """Return the metrics that any of the results has a value of, in the order in which they are shown."""
+    return [info.name for info in overview(name for result in results for name in result.values if is_metric(name))]
+
+
 def select(results: Sequence[Result], setting: str, preset: str) -> dict[int, Result]:
     """The results of a preset in a setting, by seed."""
     return {r.seed: r for r in sorted(results, key=lambda r: r.seed) if (r.setting, r.preset) == (setting, preset)}
@@ -147,17 +154,17 @@ def summarise(results: Sequence[Result], reference: str = BASELINE, order: Seque
     A seed is one observation: means and 95 % Student's t intervals are over seeds, those of the differences over
     the seeds that preset and reference share.
     """
-    rows = []
+    rows, metrics = [], measured(results)
     for setting in settings_in(results):
         against = select(results, setting, reference)
         for preset in presets_in(results, order):
             own = select(results, setting, preset)
             if not own:
                 continue
-            means = {name: t_interval(values) for name in METRICS if (values := _of(own.values(), name))}
+            means = {name: t_interval(values) for name in metrics if (values := _of(own.values(), name))}
             shared = tuple(seed for seed in own if seed in against and preset != reference)
             differences = {}
-            for name in METRICS:
+            for name in metrics:
                 both = [(own[seed].values.get(name), against[seed].values.get(name)) for seed in shared]
                 gaps = [a - b for a, b in both if a is not None and b is not None]
                 if len(gaps) >= 2:
@@ -169,15 +176,18 @@ def summarise(results: Sequence[Result], reference: str = BASELINE, order: Seque
 def write_csv(path: Path, results: Sequence[Result]) -> None:
     """One row per result, floats to six digits: tables and figures can be made again from this file alone.
 
-    Columns: setting, preset, seed, `VALUES`, then validations as `curve/METRIC@ITERATION`. Unknown is empty.
+    Columns: setting, preset, seed, `VALUES`, further metrics, then validations as `curve/METRIC@ITERATION`. Unknown is
+    empty.
     """
+    further = [name for name in measured(results) if name not in VALUES]
     points = {(name, step) for result in results for name, curve in result.curve.items() for step in curve}
-    curves = sorted(points, key=lambda point: ((*JUDGED, *REWARDS).index(point[0]), point[1]))
+    order = [info.name for info in in_order(name for name, _ in sorted(points))]
+    curves = sorted(points, key=lambda point: (order.index(point[0]), point[1]))
     with replacing(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*KEYS, *VALUES, *(f"curve/{name}@{step}" for name, step in curves)])
+        writer.writerow([*KEYS, *VALUES, *further, *(f"curve/{name}@{step}" for name, step in curves)])
         for result in results:
-            numbers = [result.values.get(name) for name in VALUES]
+            numbers = [result.values.get(name) for name in (*VALUES, *further)]
             numbers += [result.curve.get(name, {}).get(step) for name, step in curves]
             writer.writerow([result.setting, result.preset, result.seed, *map(_number, numbers)])
 
@@ -195,7 +205,7 @@ def read_csv(path: Path) -> list[Result]:
         raise UserError(f"{path}: not readable as CSV ({error}); {remedy}") from error
     if missing := [name for name in KEYS if name not in header]:
         raise UserError(f"{path}: no column {', '.join(missing)}; {remedy}")
-    points = {name: _point(path, name) for name in header if name not in (*KEYS, *VALUES)}
+    points = {name: _point(path, name) for name in header if name not in (*KEYS, *VALUES) and not is_metric(name)}
     results = []
     for number, line in enumerate(lines, start=2):
         values: dict[str, float] = {}
@@ -239,13 +249,20 @@ def _training_values(cell: Cell) -> dict[str, float]:
 def _curve(cell: Cell) -> dict[str, dict[int, float]]:
     columns = to_columns(read_lines(cell.folder / "evaluations.jsonl"))
     steps = columns["iteration"].astype(int)
+    names = [info.name for info in overview(filter(is_metric, columns.values))]
     return {
         name: {
             int(step): float(value) for step, value in zip(steps, columns[name], strict=True) if math.isfinite(value)
         }
-        for name in (*JUDGED, *REWARDS)
+        for name in names
         if columns.has(name)
     }
+
+
+def _evaluated(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the mean of each metric over the records of an evaluation."""
+    columns = to_columns(records)
+    return _means(columns, [info.name for info in overview(filter(is_metric, columns.values))])
 
 
 def _means(columns: Columns, names: Sequence[str]) -> dict[str, float]:
@@ -263,7 +280,8 @@ def _check_pairs(cell: Cell, ids: tuple[str, ...], first: Cell, expected: tuple[
     raise UserError(
         f"{cell.folder}: evaluated on other pairs than {first.folder} ({len(ids)} and {len(expected)}; they differ in "
         f"{other}), so the two cannot be compared. Evaluate both on the same data (`customized-grpo evaluate --run "
-        f"{cell.folder} --data FOLDER --pairs {len(expected)}`), or delete the folder and run the comparison again"
+        f"{cell.folder} --data FOLDER --num_samples {len(expected)}`), or delete the folder and run the comparison "
+        "again"
     )
 
 
@@ -276,7 +294,7 @@ def _number(value: float | None) -> str:
 
 def _point(path: Path, column: str) -> tuple[str, int]:
     metric, _, step = column.removeprefix("curve/").partition("@")
-    if not column.startswith("curve/") or metric not in (*JUDGED, *REWARDS) or not step.isdecimal():
+    if not column.startswith("curve/") or not is_metric(metric) or not step.isdecimal():
         raise UserError(f"{path}: unknown column {column!r}; expected a value's name or curve/METRIC@ITERATION")
     return metric, int(step)
 

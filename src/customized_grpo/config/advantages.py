@@ -1,10 +1,13 @@
 """From rewards to advantages: normalization, shaping, weights over time."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from customized_grpo.config.section import Pair, ReadWith, Section, Share
+from customized_grpo.config.section import Pair, Section, Share, Switches
+
+Shape = Literal["none", "sars", "min", "max", "harmonic", "product"]
+Weights = Literal["constant", "tdw", "table"]
 
 
 class TimeWeightsConfig(Section):
@@ -34,22 +37,29 @@ class TimeWeightsConfig(Section):
         return self
 
 
-class AdvantagesConfig(Section):
-    """Normalise -> shape -> weight -> clamp."""
+class SarsConfig(Section):
+    """SARS, the paper's synergy-aware reward shaping."""
 
-    normalise: Literal["group", "group_then_batch", "rank"] = "group"
-    """Z-score within the group (GRPO), then over the batch too (GDPO), or of the ranks."""
-    shape: Literal["none", "sars", "min", "max", "harmonic", "product"] = "sars"
-    """How the two advantages act together; 'sars' is the paper's synergy-aware shaping."""
     gamma: float = Field(0.4, ge=0)
-    """Strength of SARS (paper's recipe: 0.4)."""
+    """Strength (paper's recipe: 0.4)."""
     gamma_penalty: float | None = Field(None, ge=0)
-    """Strength of SARS's penalties, where the rewards conflict or both are bad (the worked examples of the paper's
-    figure: about 1, with 0.5 for gamma); unset: gamma."""
+    """Strength of penalties, given to samples whose rewards conflict or are both bad (worked examples of the paper's
+    figure: about 1, with gamma 0.5); unset: gamma."""
+
+
+class AdvantagesConfig(Section):
+    """Turn rewards into advantages: normalize -> shape -> weight -> clip."""
+
+    normalize: Literal["group", "group_then_batch", "rank"] = "group"
+    """group: z-score within the group (GRPO). group_then_batch: over the batch too (GDPO). rank: z-score of ranks."""
+    shape: Shape = "sars"
+    """How to combine the two advantages of a sample; sars is the paper's synergy-aware reward shaping."""
+    sars: SarsConfig = SarsConfig()
+    """Settings for advantages.shape=sars."""
     thresholds: tuple[float | None, float | None] | None = None
-    """Hinge: (prompt, identity) rewards count only up to these values; null for no limit."""
-    weights: Literal["constant", "tdw", "table"] = "tdw"
-    """Weights of the rewards over the denoising steps; 'tdw' is the paper's time-aware weighting."""
+    """Hinge: cut (prompt, identity) rewards off at these values, with every shape; null for no limit."""
+    weights: Weights = "tdw"
+    """Weights of the rewards over the denoising steps; tdw is the paper's time-aware dynamic weighting."""
     constant: Pair = (0.5, 0.5)
     """(prompt, identity) weights for weights='constant', to whose mean `diagnose` calibrates; naive 1:1 is [0.5, 0.5];
     the paper's tuned 1:1.5, which is identity:prompt, is [0.6, 0.4]."""
@@ -57,19 +67,16 @@ class AdvantagesConfig(Section):
     """Look weights up by the true denoising step; or by the loop counter over each sample's shuffled steps, as the
     published code does (docs/differences.md, 1), to reproduce it."""
     tdw: TimeWeightsConfig = TimeWeightsConfig()
-    """Constants of weights='tdw'."""
+    """Settings for advantages.weights=tdw."""
     table: tuple[Pair, ...] | None = None
     """One (prompt, identity) row per denoising step for weights='table'."""
-    clamp: float = Field(5.0, gt=0)
-    """Advantages are clamped to [-clamp, clamp] (paper: 5)."""
+    clip: float = Field(5.0, gt=0)
+    """Clip advantages to [-clip, clip] (paper: 5)."""
 
-    READ_WITH: ClassVar[ReadWith] = {
-        "gamma": ("shape", ["sars"]),
-        "gamma_penalty": ("shape", ["sars"]),
-        "constant": ("weights", ["constant", "table"]),  # calibrated tables start from it
-        "lookup": ("weights", ["tdw", "table"]),
-        "tdw": ("weights", ["tdw"]),
-        "table": ("weights", ["table"]),
+    SWITCHES: ClassVar[Switches] = {"shape": get_args(Shape), "weights": get_args(Weights)}
+    SHARED: ClassVar[Switches] = {
+        "constant": ("constant", "table"),  # calibrated tables start from it
+        "lookup": ("tdw", "table"),
     }
 
     @field_validator("constant", "table")

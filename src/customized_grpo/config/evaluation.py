@@ -12,11 +12,11 @@ class EvaluationConfig(Section):
 
     every: int = Field(10, ge=1)
     """Iterations between validations."""
-    pairs: int = Field(96, ge=1)
-    """Validation pairs, the first of the folder."""
-    test_pairs: int = Field(384, ge=2)
-    """Pairs of the before-and-after evaluation, the first of the folder."""
+    num_samples: int = Field(96, ge=1)
+    """Samples to validate on, from the first of the folder."""
+    num_test_samples: int = Field(384, ge=2)
+    """Samples of the before-and-after evaluation, from the first of the folder."""
     gallery: int = Field(8, ge=1)
-    """Pairs shown in a gallery."""
+    """Samples shown in a gallery."""
     judge: Literal["toybox", "none"] = "toybox"
-    """Who says whether the prompt is satisfied and identity kept: the ToyBox judge, or nobody. Only for toybox."""
+    """Measure whether prompt and identity hold with the ToyBox judge (for policy.kind=toybox only), or not at all."""

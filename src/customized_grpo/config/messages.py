@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from customized_grpo.config.renamed import describe_rename, new_name
 from customized_grpo.config.run import Config
 
 WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
@@ -50,10 +51,19 @@ def format_validation_error(error: ValidationError, fields_of: type[BaseModel] |
     )
 
 
+def renamed_fields(error: ValidationError) -> list[str]:
+    """Return a sentence for each field in `error` that goes by another name now."""
+    places = [_place(each) for each in error.errors() if each["type"] == "extra_forbidden"]
+    return [told for told in map(describe_rename, places) if told is not None]
+
+
 def unknown(name: str, names: Sequence[str]) -> str:
-    """That there is no field or option `name`, and which of the `names` is most like it; the same last part in another
-    section counts as near."""
+    """Return that there is no field or option `name`, and its new name, or else the most similar of the `names`.
+
+    The same last part in another section counts as similar."""
     plain = name.replace("-", "_")
+    if new_name(plain) in names:
+        return f"{describe_rename(plain)}; use the new name"
     last = plain.split(".")[-1]
     near = difflib.get_close_matches(plain, names, n=1, cutoff=0.75)
     near = near or [known for known in names if known.split(".")[-1] == last]
@@ -92,6 +102,8 @@ def section_at(model: type[BaseModel], place: str) -> type[BaseModel] | None:
 
 def _worded(error: Any) -> str:
     place, text = _place(error), error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden" and (told := describe_rename(place)):
+        return f"{told}; use the new name"
     found = "" if isinstance(error["input"], dict | BaseModel) else f" (found {error['input']!r})"
     return f"{place}: {text}{found}" if place else text
 

@@ -1,14 +1,19 @@
 """The objective that an update minimizes."""
 
+from typing import Literal
+
 from pydantic import Field
 
 from customized_grpo.config.section import Section, Weight
 
 
 class ObjectiveConfig(Section):
-    """The clipped surrogate."""
+    """What an update minimizes."""
 
+    kind: Literal["grpo"] = "grpo"
+    """'grpo' is the clipped surrogate (paper)."""
     clip_range: float = Field(1e-4, gt=0)
-    """Ratios count only within 1 +- clip_range (paper: 1e-4)."""
+    """Clip probability ratios to [1 - clip_range, 1 + clip_range] (paper: 1e-4). DanceGRPO: clip_range;
+    TRL: epsilon."""
     kl_weight: Weight = 0.0
-    """Weight of the KL divergence to the untuned generator (paper: 0)."""
+    """Weight of the KL divergence from the untuned generator (paper: 0). DanceGRPO: kl_coeff; TRL: beta."""

@@ -40,7 +40,7 @@ PRESETS: dict[str, Settings] = {
     "max": _one_signal("max"),
     "harmonic": _one_signal("harmonic"),
     "product": _one_signal("product"),
-    "gdpo": _naive(0.5, 0.5, normalise="group_then_batch"),
+    "gdpo": _naive(0.5, 0.5, normalize="group_then_batch"),
     HINGE: _naive(0.5, 0.5),
 }
 """By name, in the order of tables.

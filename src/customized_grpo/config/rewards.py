@@ -9,22 +9,20 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from customized_grpo.config.section import ReadWith, Section, Share
+from customized_grpo.config.section import Section, Share, Switches
 
 OWN = r"python:\w+(\.\w+)+"
-"""How a reward of one's own is named."""
+"""Pattern of the name of a custom reward."""
 PROMPT_REWARDS = ("toybox", "hpsv3", "hpsv2", "pickscore", "clip_t", "siglip", "vlm_judge", "remote")
 IDENTITY_REWARDS = ("toybox", "dino", "clip_i", "vlm_judge", "remote")
 IDENTITY_ENCODERS = ("dino", "clip_i")
 ENCODERS = (*IDENTITY_ENCODERS, "clip_t", "siglip", "pickscore", "hpsv2")
 """Rewards that are cosines in a pretrained encoder's space."""
-READ_BY = {
-    "micro_batch": (*ENCODERS, "hpsv3"),
-    "device": (*ENCODERS, "hpsv3"),
-    "precision": (*ENCODERS, "hpsv3"),
-    "deadline": ("vlm_judge", "remote"),
-}
-"""Settings that some rewards read, on either side, and the others do not."""
+PRETRAINED = (*ENCODERS, "hpsv3")
+"""Rewards whose pretrained model runs in the training processes."""
+
+
+Timeout = Annotated[float, Field(gt=0)]
 
 
 def _known(rewards: Sequence[str], name: str) -> str:
@@ -41,6 +39,9 @@ class VlmJudgeConfig(Section):
     OPENAI_API_KEY alone: no user, password or query in it."""
     model: str | None = None
     """The model's name on that server; needed."""
+    timeout: Timeout = 120.0
+    """Timeout of each answer in seconds, retries included; a later answer is no score. A judge that has answered
+    nothing for so long is asked no more in that scoring (a batch of images)."""
     concurrency: int = Field(8, ge=1)
     """Questions under way at once."""
     attempts: int = Field(3, ge=1)
@@ -81,23 +82,74 @@ class VlmJudgeConfig(Section):
         return self
 
 
-class HPSv2Config(Section):
-    """A CLIP tuned to people's choices among images for a prompt (arXiv 2306.09341); its weights are named in
-    rewards.prompt_model."""
+class RemoteConfig(Section):
+    """Rewards served by `customized-grpo serve-reward` or another server of its protocol (docs/rewards.md)."""
 
+    prompt_url: str | None = None
+    """URL of the server of a remote prompt reward, http://host:port; required there."""
+    identity_url: str | None = None
+    """URL of the server of a remote identity reward, http://host:port; required there."""
+    timeout: Timeout = 120.0
+    """Timeout of each answer in seconds, retries included; a later answer is no score. A server that has answered
+    nothing for so long is asked no more in that scoring (a batch of images)."""
+
+
+class PromptEncoderConfig(Section):
+    """Cosine of image and prompt in a pretrained encoder."""
+
+    model: str | None = None
+    """Folder or hub id of the model; unset: the usual one (docs/rewards.md)."""
+
+
+class IdentityEncoderConfig(Section):
+    """Cosine of image and reference in a pretrained encoder."""
+
+    model: str | None = None
+    """Folder or hub id of the model; unset: the usual one (docs/rewards.md)."""
+    several_references: Literal["mean", "max"] = "mean"
+    """Identity to several references is the mean of the cosines, or the largest."""
+    background: Share = 1.0
+    """Gray level behind a segmented reference, from black (0) to white (1)."""
+
+
+class HPSv2Config(Section):
+    """A CLIP tuned to people's choices among images for a prompt (arXiv 2306.09341)."""
+
+    model: str | None = None
+    """Safetensors file of its weights, or a CLIP's folder or hub id; required (docs/rewards.md)."""
     backbone: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    """Folder or hub id whose configuration, tokenizer and image processor it takes where it has none of its own."""
+    """Folder or hub id of the configuration, tokenizer and image processor, used if the model has none of its own."""
 
 
 class HPSv3Config(Section):
-    """The paper's prompt reward (arXiv 2508.03789); its weights are named in rewards.prompt_model."""
+    """The paper's prompt reward (arXiv 2508.03789)."""
 
+    model: str | None = None
+    """HPSv3.safetensors, or owner/name/file on the hub; unset: the published weights."""
     backbone: str = "Qwen/Qwen2-VL-7B-Instruct"
-    """Folder or hub id whose configuration, tokenizer and image processor it takes."""
+    """Folder or hub id of the configuration, tokenizer and image processor."""
     instruction: Path | None = None
-    """File with the text that it was trained with; unset: read from the installed hpsv3 distribution."""
+    """File with the text that HPSv3 was trained with; unset: read from the installed hpsv3 distribution."""
     positions: Literal["sequential", "mrope"] = "sequential"
-    """Positions of its tokens: 0, 1, 2, ... as the published scorer feeds them, or Qwen2-VL's own (M-RoPE)."""
+    """Positions of its tokens: 0, 1, 2, ... as in the published scorer, or Qwen2-VL's own (M-RoPE)."""
+
+
+class ToyBoxRewardConfig(Section):
+    """ToyBox's rewards."""
+
+    identity_leak: Literal["low", "medium", "high"] = "high"
+    """Identity encoder, by how much of the reference's background and pose it takes for identity."""
+
+
+class LocalConfig(Section):
+    """Where and how pretrained encoders and HPSv3 run."""
+
+    device: str = "auto"
+    """Device: cpu, cuda, cuda:1, mps; auto: the generator's."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision; auto: HPSv3 in bf16 on CUDA, everything else in fp32."""
+    micro_batch: int = Field(32, ge=1)
+    """Images that go through a model at once: bounds memory, does not change the result."""
 
 
 class RewardsConfig(Section):
@@ -109,94 +161,76 @@ class RewardsConfig(Section):
     identity: Annotated[str, AfterValidator(partial(_known, IDENTITY_REWARDS))] = "toybox"
     """Identity reward: cosine to the reference in the encoder of toybox, dino (paper: DINOv2) or clip_i; a judge,
     vlm_judge; a server, remote; or python:module.function of your own (docs/rewards.md)."""
-    prompt_model: str | None = None
-    """Folder or hub id of the prompt reward's model (hpsv2, hpsv3: or a safetensors file), or the URL of a remote one;
-    unset: the usual model."""
-    identity_model: str | None = None
-    """Folder or hub id of the identity reward's model, or the URL of a remote one; unset: the usual model."""
-    identity_leak: Literal["low", "medium", "high"] = "high"
-    """Which of ToyBox's identity encoders: how much of the reference's background and pose it takes for identity."""
     identity_reference: Literal["whole", "segmented"] = "whole"
-    """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented)."""
-    several_references: Literal["mean", "max"] = "mean"
-    """dino, clip_i: identity to several references is the mean of the cosines, or the largest."""
-    background: Share = 1.0
-    """dino, clip_i: grey level behind a segmented reference, from black to white."""
-    micro_batch: int = Field(32, ge=1)
-    """Images that go through a pretrained encoder or HPSv3 at once: bounds memory, does not change the result."""
-    device: str = "auto"
-    """Where pretrained encoders and HPSv3 run: cpu, cuda, cuda:1, mps; auto: where the generator does."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """In what pretrained encoders and HPSv3 compute; auto: HPSv3 in bf16 on CUDA, everything else in fp32."""
-    deadline: float = Field(120.0, gt=0)
-    """vlm_judge, remote: seconds in which each answer must come, further tries included; without it, there is no score.
-    When a server has answered nothing for so long, the rest of that scoring (a batch of images) is not asked."""
-    hpsv2: HPSv2Config = HPSv2Config()
-    """HPSv2, where it is the prompt reward."""
-    hpsv3: HPSv3Config = HPSv3Config()
-    """HPSv3, where it is the prompt reward."""
-    vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
-    """The judge, where one of the rewards is vlm_judge."""
+    """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented). segmented: all data
+    must have masks, and custom and remote rewards receive them."""
     max_invalid_share: Share = 0.5
     """Stop when more than this share of an iteration's scores of one of the rewards could not be computed."""
+    toybox: ToyBoxRewardConfig = ToyBoxRewardConfig()
+    """Settings for rewards.prompt=toybox and rewards.identity=toybox."""
+    hpsv3: HPSv3Config = HPSv3Config()
+    """Settings for rewards.prompt=hpsv3."""
+    hpsv2: HPSv2Config = HPSv2Config()
+    """Settings for rewards.prompt=hpsv2."""
+    pickscore: PromptEncoderConfig = PromptEncoderConfig()
+    """Settings for rewards.prompt=pickscore."""
+    clip_t: PromptEncoderConfig = PromptEncoderConfig()
+    """Settings for rewards.prompt=clip_t."""
+    siglip: PromptEncoderConfig = PromptEncoderConfig()
+    """Settings for rewards.prompt=siglip."""
+    dino: IdentityEncoderConfig = IdentityEncoderConfig()
+    """Settings for rewards.identity=dino."""
+    clip_i: IdentityEncoderConfig = IdentityEncoderConfig()
+    """Settings for rewards.identity=clip_i."""
+    vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
+    """Settings for rewards.prompt=vlm_judge and rewards.identity=vlm_judge."""
+    remote: RemoteConfig = RemoteConfig()
+    """Settings for rewards.prompt=remote and rewards.identity=remote."""
+    local: LocalConfig = LocalConfig()
+    """Settings for rewards with a pretrained model in the training processes: dino, clip_i, clip_t, siglip, pickscore,
+    hpsv2, hpsv3."""
 
-    READ_WITH: ClassVar[ReadWith] = {
-        "hpsv2": ("prompt", ["hpsv2"]),
-        "hpsv3": ("prompt", ["hpsv3"]),
-        "identity_leak": ("identity", ["toybox"]),
-        "several_references": ("identity", IDENTITY_ENCODERS),
-        "background": ("identity", IDENTITY_ENCODERS),
-    }
+    SWITCHES: ClassVar[Switches] = {"prompt": PROMPT_REWARDS, "identity": IDENTITY_REWARDS}
+    SHARED: ClassVar[Switches] = {"local": PRETRAINED}
 
-    def reads(self, name: str) -> bool:
-        """Whether one of the two rewards reads the setting `name`, of READ_BY."""
-        return self.prompt in READ_BY[name] or self.identity in READ_BY[name]
+    def model_of(self, kind: str) -> str | None:
+        """Return the model that the section of a pretrained reward names, None if it names none."""
+        section: PromptEncoderConfig | IdentityEncoderConfig | HPSv2Config | HPSv3Config = getattr(self, kind)
+        return section.model
 
     @model_validator(mode="after")
-    def _models(self) -> "RewardsConfig":
-        for side, kind, model in (
-            ("prompt", self.prompt, self.prompt_model),
-            ("identity", self.identity, self.identity_model),
-        ):
+    def _check_remote(self) -> "RewardsConfig":
+        for side, kind in (("prompt", self.prompt), ("identity", self.identity)):
+            field, url = f"remote.{side}_url", getattr(self.remote, f"{side}_url")
             if kind == "remote":
-                _check_address(f"{side}_model", model)
-            if kind == "remote" and not (model or "").startswith(("http://", "https://")):
-                raise ValueError(f"{side}_model: a remote reward wants its URL, http://host:port (found {model!r})")
-            if model is not None and (kind in ("toybox", "vlm_judge") or kind.startswith("python:")):
-                raise ValueError(f"{side}_model: {side}={kind} takes none; leave it out")
-        if self.prompt == "hpsv2" and self.prompt_model is None:
+                _check_address(field, url)
+            if kind == "remote" and not (url or "").startswith(("http://", "https://")):
+                raise ValueError(f"{field}: a remote reward needs its URL, http://host:port (found {url!r})")
+            if kind != "remote" and url is not None:
+                raise ValueError(f"{field}: only for {side}=remote (found {side}={kind}); leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_needed(self) -> "RewardsConfig":
+        if self.prompt == "hpsv2" and self.hpsv2.model is None:
             raise ValueError(
-                "prompt_model: hpsv2 has no usual one, since its published weights are a pickle; name a safetensors "
+                "hpsv2.model: HPSv2 has no usual model, since its published weights are a pickle; name a safetensors "
                 "file made of them, or a CLIP's folder or hub id (docs/rewards.md)"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _parts(self) -> "RewardsConfig":
         _check_address("vlm_judge.url", self.vlm_judge.url)
-        judged = "vlm_judge" in (self.prompt, self.identity)
-        if judged and None in (self.vlm_judge.url, self.vlm_judge.model):
+        if self.is_read("vlm_judge") and None in (self.vlm_judge.url, self.vlm_judge.model):
             raise ValueError("vlm_judge.url, vlm_judge.model: name the judge's server and its model there")
-        if not judged and self.vlm_judge != VlmJudgeConfig():
-            raise ValueError("vlm_judge: neither reward is vlm_judge; leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _for_these_rewards(self) -> "RewardsConfig":
-        for name, readers in READ_BY.items():
-            if self.differs_from_default(name) and not self.reads(name):
+        for kind in IDENTITY_ENCODERS:
+            if getattr(self, kind).differs_from_default("background") and self.identity_reference != "segmented":
                 raise ValueError(
-                    f"{name}: only for {', '.join(readers)} (found prompt={self.prompt}, identity={self.identity}); "
-                    "leave it out"
+                    f"{kind}.background: only behind segmented references; set identity_reference to segmented"
                 )
-        if self.differs_from_default("background") and self.identity_reference != "segmented":
-            raise ValueError("background: only behind segmented references; set identity_reference to segmented")
         return self
 
 
 def _check_address(field: str, url: str | None) -> None:
     """Raise ValueError, which does not repeat it, for a URL with what is often secret: configurations are written down
-    and told."""
+    and shown."""
     if url is not None and any(mark in url for mark in "@?#"):
         raise ValueError(
             f"{field}: the URL has a user, a query or a fragment (one of @, ? and #), expected http://host:port/path; "

@@ -4,7 +4,31 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from customized_grpo.config.section import ReadWith, Section
+from customized_grpo.config.section import Section, Switches
+
+
+class SubsetConfig(Section):
+    """Training on a random subset of the steps."""
+
+    timestep_fraction: float = Field(0.6, gt=0, le=1)
+    """Fraction of the T - 1 trainable steps that each iteration trains (paper: 0.6)."""
+
+
+class WindowConfig(Section):
+    """Training on a window of consecutive steps (MixGRPO, arXiv 2507.21802)."""
+
+    size: int = Field(4, ge=1)
+    """Steps in the window."""
+    start: int | None = Field(None, ge=0)
+    """First step of the window; unset: the window moves on by one step every `period` iterations."""
+    period: int = Field(5, ge=1)
+    """Iterations that a moving window stays in one place."""
+
+    @model_validator(mode="after")
+    def _check_period(self) -> "WindowConfig":
+        if self.start is not None and self.differs_from_default("period"):
+            raise ValueError("period: a window with a start stays there; leave one of them out")
+        return self
 
 
 class RolloutConfig(Section):
@@ -23,39 +47,30 @@ class RolloutConfig(Section):
     """Stochastic step: Dance-SDE (paper), Flow-SDE, or coefficient-preserving sampling."""
     eta: float = Field(0.8, gt=0)
     """Noise of a stochastic step (paper: 0.4)."""
-    initial_noise: Literal["shared", "separate"] = "shared"
-    """One initial noise per group (paper: shared), or one per image: more variance within a group."""
-    steps: Literal["subset", "window"] = "subset"
-    """Trained steps: a random subset of all steps, all of them stochastic; or a window, the only stochastic part."""
-    subset_share: float = Field(0.6, gt=0, le=1)
-    """Share of the T - 1 trainable steps trained in an iteration (paper: 0.6)."""
-    window_size: int = Field(4, ge=1)
-    """Steps in the window."""
-    window_start: int | None = Field(None, ge=0)
-    """First step of the window; unset: it slides on by one step every window_period iterations."""
-    window_period: int = Field(5, ge=1)
-    """Iterations that a sliding window stays in one place."""
+    same_initial_noise: bool = True
+    """Start all images of a group from the same noise (paper: true). false: every image has its own, which gives more
+    variance within a group."""
+    trained_steps: Literal["subset", "window"] = "subset"
+    """Which steps to train: a random subset, with all steps stochastic (paper); or a window, with only its steps
+    stochastic."""
+    subset: SubsetConfig = SubsetConfig()
+    """Settings for rollout.trained_steps=subset."""
+    window: WindowConfig = WindowConfig()
+    """Settings for rollout.trained_steps=window."""
     micro_batch: int = Field(30, ge=1)
     """Images that go through the generator at once: bounds memory, does not change the result."""
 
-    READ_WITH: ClassVar[ReadWith] = {
-        "subset_share": ("steps", ["subset"]),
-        "window_size": ("steps", ["window"]),
-        "window_start": ("steps", ["window"]),
-        "window_period": ("steps", ["window"]),
-    }
+    SWITCHES: ClassVar[Switches] = {"trained_steps": ("subset", "window")}
 
     @model_validator(mode="after")
-    def _window_inside(self) -> "RolloutConfig":
-        start = self.window_start or 0
-        if self.steps == "window" and start + self.window_size > self.num_steps - 1:
+    def _check_window(self) -> "RolloutConfig":
+        size, start = self.window.size, self.window.start or 0
+        if self.trained_steps == "window" and start + size > self.num_steps - 1:
             raise ValueError(
-                f"the window of window_size={self.window_size} steps from window_start={start} does not fit: "
+                f"the window of window.size={size} steps from window.start={start} does not fit: "
                 f"of num_steps={self.num_steps} steps, 0 to {self.num_steps - 2} are trainable"
                 " (the last is deterministic). Make the window smaller or start it earlier"
             )
-        if self.window_start is not None and self.differs_from_default("window_period"):
-            raise ValueError("window_period: a window with a window_start stays there; leave one of them out")
         if self.sde == "cps" and self.eta > 1:
             raise ValueError(f"eta={self.eta} is too large for sde='cps': it must be in (0, 1]")
         return self

@@ -16,7 +16,7 @@ from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.rewards import RewardsConfig as RewardsConfig
 from customized_grpo.config.rollout import RolloutConfig
 from customized_grpo.config.section import Section
-from customized_grpo.config.training import CheckpointConfig, EmaConfig, LogConfig, OptimizerConfig, RanksConfig
+from customized_grpo.config.training import CheckpointConfig, DistributedConfig, EmaConfig, LogConfig, OptimizerConfig
 
 
 class Config(Section):
@@ -50,7 +50,7 @@ class Config(Section):
     """Resumable checkpoints."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation and test."""
-    ranks: RanksConfig = RanksConfig()
+    distributed: DistributedConfig = DistributedConfig()
     """Several processes."""
     log: LogConfig = LogConfig()
     """Loggers."""
@@ -74,9 +74,9 @@ class Config(Section):
     @model_validator(mode="after")
     def _each_update_has_images(self) -> "Config":
         images = self.rollout.prompts_per_iteration * self.rollout.group_size
-        if self.optimizer.updates_per_iteration > images:
+        if self.optimizer.num_minibatches > images:
             raise ValueError(
-                f"optimizer.updates_per_iteration={self.optimizer.updates_per_iteration} is more than an iteration's "
+                f"optimizer.num_minibatches={self.optimizer.num_minibatches} is more than an iteration's "
                 f"{images} images (rollout.prompts_per_iteration x group_size), on which updates are shared out"
             )
         return self

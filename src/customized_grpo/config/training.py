@@ -16,8 +16,8 @@ class OptimizerConfig(Section):
     """Decay rates of the moments."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm (paper: 1.0)."""
-    updates_per_iteration: int = Field(2, ge=1)
-    """Optimizer steps per iteration, each on its share of the images."""
+    num_minibatches: int = Field(2, ge=1)
+    """Minibatches per iteration: the images are split evenly among them, and each gives one optimizer step."""
     micro_batch: int = Field(30, ge=1)
     """(image, step) pairs per backward pass: bounds memory, does not change the result."""
 
@@ -35,9 +35,9 @@ class CheckpointConfig(Section):
     every: int = Field(20, ge=1)
     """Iterations between checkpoints; the last iteration always leaves one."""
     keep_last: int = Field(2, ge=1)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: int | None = Field(None, ge=1)
-    """Checkpoints of every so many iterations are kept for good, a multiple of every; unset: none is."""
+    """Keep the checkpoints of every so many iterations for good, a multiple of `every`; unset: keep none."""
 
     @model_validator(mode="after")
     def _made_at_all(self) -> "CheckpointConfig":
@@ -53,9 +53,9 @@ class EmaConfig(Section):
     """An exponential moving average (EMA) of the trained weights, beside them."""
 
     decay: float | None = Field(None, gt=0, lt=1)
-    """Share of the average that an iteration keeps, at most (1 + i) / (10 + i) after iteration i; unset: no average."""
+    """EMA decay, capped at (1 + i) / (10 + i) after iteration i; unset: no EMA."""
     evaluate: bool = True
-    """Validate and evaluate the averaged weights instead of the trained ones."""
+    """Validate and evaluate the EMA weights instead of the trained ones."""
 
     @model_validator(mode="after")
     def _with_an_average(self) -> "EmaConfig":
@@ -64,13 +64,13 @@ class EmaConfig(Section):
         return self
 
 
-class RanksConfig(Section):
+class DistributedConfig(Section):
     """Several processes, started by torchrun, accelerate launch or --num_processes."""
 
-    check_every: int = Field(10, ge=1)
-    """Iterations between comparisons of the weights: they are equal in all processes, or the run stops."""
-    silence: float = Field(30.0, gt=2)
-    """Seconds without a sign of life after which a process is taken for gone, and the others stop."""
+    check_weights_every: int = Field(10, ge=1)
+    """Iterations between checks that the weights are equal in all processes; the run stops if they are not."""
+    heartbeat_timeout: float = Field(30.0, gt=2)
+    """Seconds without a heartbeat after which a process counts as lost, and the others stop."""
 
 
 class LogConfig(Section):

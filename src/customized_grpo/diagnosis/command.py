@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,6 @@ from customized_grpo.runtime.device import configure
 from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run_dir import load_run_config
-from customized_grpo.training.trainer import REWARD_NAMES
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
 WRITTEN = (RECORD, f"{FIGURE}.svg", f"{FIGURE}.png", WEIGHTS)
@@ -93,7 +93,7 @@ def diagnose(
         write_figure(_clean(record), output / FIGURE)
         # Last: who finds it takes the diagnosis for done.
         write_whole(output / WEIGHTS, weights_yaml(weights, measured))
-    _show(record, display)
+    _show(record, tuple(rewards), display)
     return output / RECORD
 
 
@@ -111,7 +111,8 @@ def weights_yaml(table: npt.NDArray[np.float64], measured: str) -> str:
 
 
 def make_record(conflict: GradientConflict, sensitivity: Sensitivity) -> Record:
-    """Everything measured, as the "gradients" and "sensitivity" of the JSON record."""
+    """Return everything measured, as the "gradients" and "sensitivity" of the JSON record."""
+    names = sensitivity.names
     means, shares = sensitivity.intervals(), sensitivity.share_intervals()
     curves: Record = {
         name: {
@@ -121,27 +122,29 @@ def make_record(conflict: GradientConflict, sensitivity: Sensitivity) -> Record:
             "centre": float(sensitivity.centres()[k]),
             "by_prompt": sensitivity.variances[..., k].tolist(),
         }
-        for k, name in enumerate(REWARD_NAMES)
+        for k, name in enumerate(names)
     }
     gradients = {
         "cosine": [_interval(t_interval(column)) for column in conflict.cosines.T],
         "norm": {
-            name: [_interval(t_interval(column)) for column in conflict.norms[..., k].T]
-            for k, name in enumerate(REWARD_NAMES)
+            name: [_interval(t_interval(column)) for column in conflict.norms[..., k].T] for k, name in enumerate(names)
         },
         "whole": {
             "cosine": _interval(t_interval(conflict.whole_cosines)),
-            "norm": {name: _interval(t_interval(conflict.whole_norms[:, k])) for k, name in enumerate(REWARD_NAMES)},
+            "norm": {name: _interval(t_interval(conflict.whole_norms[:, k])) for k, name in enumerate(names)},
         },
         "advantage_cosine": _interval(t_interval(conflict.advantage_cosines)),
         "by_batch": conflict.cosines.tolist(),
     }
-    curves["centre_difference"] = _interval(sensitivity.centre_difference())
+    for i, j in combinations(range(len(names)), 2):
+        pair = "" if len(names) == 2 else f" {names[i]}-{names[j]}"
+        curves[f"centre_difference{pair}"] = _interval(sensitivity.centre_difference(i, j))
     return {"gradients": gradients, "sensitivity": curves}
 
 
 def find(conflict: GradientConflict, sensitivity: Sensitivity) -> list[str]:
-    """What the measurements say, one sentence each."""
+    """Return what the measurements say, one sentence each."""
+    names = sensitivity.names
     mean, low, high = t_interval(conflict.whole_cosines)
     verdict = "the rewards pull against each other" if high < 0 else "the rewards pull together"
     if not (high < 0 or low > 0):
@@ -151,20 +154,32 @@ def find(conflict: GradientConflict, sensitivity: Sensitivity) -> list[str]:
     against = [str(i) for i, (_, _, top) in enumerate(by_step) if top < 0]
     steps = sensitivity.variances.shape[1]
     halves = [int(np.searchsorted(np.cumsum(column), 0.5)) + 1 for column in sensitivity.shares().T]
-    centres, gap = sensitivity.centres(), sensitivity.centre_difference()
-    order = (
-        "earlier than" if gap[1] > 0 else "later than" if gap[2] < 0 else "no earlier or later, as far as shown, than"
-    )
     return [
-        f"The gradients of the two rewards over all steps have cosine {_range((mean, low, high))}: {verdict}. "
+        f"The gradients of the {'two ' if len(names) == 2 else ''}rewards over all steps have cosine "
+        f"{_range((mean, low, high))}: {verdict}. "
         f"Their advantages alone have {_signed(alone)}.",
         f"Step by step, they oppose each other at {'step ' + ', '.join(against) if against else 'no step'} "
         f"(of {steps}; the interval lies below zero).",
-        f"Half of the prompt reward's sensitivity lies in the first {halves[0]} of {steps} trainable steps, half of "
-        f"the identity reward's in the first {halves[1]}.",
-        f"The prompt reward is decided {order} the identity reward: the centres are at step {centres[0]:.1f} and "
-        f"{centres[1]:.1f}, {_range(gap, 1)} steps.",
+        f"Half of the {names[0]} reward's sensitivity lies in the first {halves[0]} of {steps} trainable steps"
+        + "".join(
+            f", half of the {n} reward's in the first {half}" for n, half in zip(names[1:], halves[1:], strict=True)
+        )
+        + ".",
+        *(_order(sensitivity, i, j) for i, j in combinations(range(len(names)), 2)),
     ]
+
+
+def _order(sensitivity: Sensitivity, i: int, j: int) -> str:
+    """Return a sentence that says which of two rewards is decided earlier."""
+    (first, second), centres = (sensitivity.names[i], sensitivity.names[j]), sensitivity.centres()
+    gap = sensitivity.centre_difference(i, j)
+    order = (
+        "earlier than" if gap[1] > 0 else "later than" if gap[2] < 0 else "no earlier or later, as far as shown, than"
+    )
+    return (
+        f"The {first} reward is decided {order} the {second} reward: the centres are at step {centres[i]:.1f} and "
+        f"{centres[j]:.1f}, {_range(gap, 1)} steps."
+    )
 
 
 def _check(config: Config | None, run: Path | None, output: Path, counts: Mapping[str, int]) -> Config:
@@ -194,16 +209,15 @@ def _weight_tables(config: Config, calibrated: npt.NDArray[np.float64]) -> Recor
     }
 
 
-def _show(record: Mapping[str, Any], display: Display) -> None:
+def _show(record: Mapping[str, Any], names: Sequence[str], display: Display) -> None:
     gradients, curves, weights = record["gradients"], record["sensitivity"], record["weights"]["calibrated"]
     table = Table(title="by denoising step, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("step", "gradient cosine", "prompt share", "identity share", "weights"):
+    for column in ("step", "gradient cosine", *(f"{name} share" for name in names), "weights"):
         table.add_column(column, justify="right", no_wrap=True)
     for i, cosine in enumerate(gradients["cosine"]):
-        shares = (_percent(curves[name]["share"][i]) for name in REWARD_NAMES)
+        shares = (_percent(curves[name]["share"][i]) for name in names)
         angle = _range((cosine["mean"], cosine["low"], cosine["high"]))
-        prompt, identity = weights[i]
-        table.add_row(str(i), angle, *shares, f"{prompt:.2f} {identity:.2f}")
+        table.add_row(str(i), angle, *shares, " ".join(f"{weight:.2f}" for weight in weights[i]))
     display.console.print(table)
     for finding in record["findings"]:
         display.note(finding)

@@ -3,10 +3,10 @@
 Branch a group at step i: one initial noise and one deterministic path up to i, a stochastic step at i with noise of
 each sample's own, a deterministic path after it. The spread of a reward within the group is what step i decides.
 
-Shape legend: P prompts, G samples of a group, S = T - 1 trainable steps, R = 2 rewards (prompt, identity).
+Shape legend: P prompts, G samples of a group, S = T - 1 trainable steps, R rewards.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +19,10 @@ from customized_grpo.diagnosis.gradients import FRESH_NOISE, OnProgress, Ticks, 
 from customized_grpo.errors import UserError
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.rewards.reward import Reward
+from customized_grpo.rewards.scoring import Scorer
 from customized_grpo.statistics import t_interval
-from customized_grpo.training.rollout import Plan, sample_groups
-from customized_grpo.training.trainer import REWARD_NAMES, Trainer
+from customized_grpo.training.advantages import PAIR
+from customized_grpo.training.rollout import Plan, encode_samples, iteration_samples, sample_groups
 
 RESAMPLES = 2000
 
@@ -31,9 +32,10 @@ Array = npt.NDArray[np.float64]
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
     """`variances` [P, S, R]: of each reward within the group branched at a step, NaN where fewer than two samples
-    have a valid reward. `seed` draws the bootstrap's resamples of prompts."""
+    have a valid reward. `names`: of the rewards. `seed` draws the bootstrap's resamples of prompts."""
 
     variances: Array
+    names: tuple[str, ...]
     seed: int = 0
 
     def means(self) -> Array:
@@ -59,13 +61,15 @@ class Sensitivity:
         """Centre of mass of each reward's sensitivity [R], in steps from 0, the noisiest."""
         return _centres(self.shares())
 
-    def centre_difference(self) -> tuple[float, float, float]:
-        """How many steps the identity reward's centre lies after the prompt reward's (mean, low, high): 95 %
-        percentile bootstrap over prompts, the same prompts for both."""
+    def centre_difference(self, first: int = 0, second: int = 1) -> tuple[float, float, float]:
+        """Return how many steps the center of reward `second` lies after that of reward `first` (mean, low, high).
+
+        A 95 % percentile bootstrap over prompts, the same prompts for both.
+        """
         centres = _centres(_shares(self._bootstrap_means()))
-        low, high = _percentiles(centres[..., 1] - centres[..., 0])
-        prompt, identity = self.centres()
-        return float(identity - prompt), float(low), float(high)
+        low, high = _percentiles(centres[..., second] - centres[..., first])
+        found = self.centres()
+        return float(found[second] - found[first]), float(low), float(high)
 
     def _bootstrap_means(self) -> Array:
         prompts = len(self.variances)
@@ -84,7 +88,7 @@ class Sensitivity:
 def measure(
     config: Config,
     policy: Policy[ConditionT],
-    rewards: Sequence[Reward],
+    rewards: Mapping[str, Reward],
     dataset: SubjectDataset,
     *,
     prompts: int = 24,
@@ -106,26 +110,26 @@ def measure(
         raise UserError(f"group_size: a group of {group_size} has no variance; ask for 2 or more")
     at_once = min(prompts, config.rollout.prompts_per_iteration)
     settings = config.rollout.model_copy(
-        update={"initial_noise": "shared", "group_size": group_size, "prompts_per_iteration": at_once}
+        update={"same_initial_noise": True, "group_size": group_size, "prompts_per_iteration": at_once}
     )
-    trainer = Trainer(config.model_copy(update={"rollout": settings}), policy, rewards, dataset)
+    scorer, sigmas = Scorer(rewards, config.rewards), policy.sigmas(settings.num_steps, settings.shift)
     steps, firsts, parts = settings.num_steps - 1, range(0, prompts, at_once), []
     ticks = Ticks(on_progress, steps * len(firsts))
     for number, first in enumerate(firsts):
-        samples = trainer.samples(number)[: prompts - first]
-        condition, batch = trainer.condition(samples), trainer.batch(samples)
+        samples = iteration_samples(dataset, at_once, config.seed, number)[: prompts - first]
+        condition, batch = encode_samples(policy, dataset, samples), scorer.batch(dataset, samples)
         branches = []
         for i in range(steps):
             rollout = sample_groups(
-                policy, condition, len(samples), Plan(trainer.sigmas, (i,), (i,)), settings,
+                policy, condition, len(samples), Plan(sigmas, (i,), (i,)), settings,
                 seed=config.seed, iteration=FRESH_NOISE + number,
             )  # fmt: skip
-            scores, valid = trainer.score(rollout.images, batch)
-            trainer.check_valid(valid)
-            branches.append(group_variances(scores, valid))
+            scores = scorer.score(rollout.images, batch)
+            scorer.check(scores, f"step {i} of the sensitivity")
+            branches.append(group_variances(scores.values, scores.valid))
             ticks.tick()
         parts.append(np.stack(branches, axis=1))
-    return Sensitivity(np.concatenate(parts), config.seed)
+    return Sensitivity(np.concatenate(parts), scorer.names, config.seed)
 
 
 def group_variances(rewards: Tensor, valid: Tensor) -> Array:
@@ -153,7 +157,7 @@ def calibrated_weights(shares: npt.ArrayLike, constant: Sequence[float]) -> Arra
     reward whose shares are all zero or not known.
     """
     share, weights = np.asarray(shares, dtype=np.float64), np.asarray(constant, dtype=np.float64)
-    for name, column in zip(REWARD_NAMES, share.T, strict=True):
+    for name, column in zip(PAIR, share.T, strict=True):
         if not np.isfinite(column).all() or not column.any():
             raise UserError(
                 f"the {name} reward does not vary within the groups measured, or could not be computed: no time "

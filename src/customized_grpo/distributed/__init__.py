@@ -1,1 +1,1 @@
-"""."""
+"""Several processes: launch, collectives, heartbeats and signals."""

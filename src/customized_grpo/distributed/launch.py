@@ -21,8 +21,8 @@ from customized_grpo.distributed.termination import SIGNALS
 from customized_grpo.errors import UserError
 
 PATIENCE = 60.0
-"""Seconds that the others have to end by themselves when one has failed: `ranks.silence` until they find out, and some
-to end. One that saves has all the time it needs."""
+"""Seconds that the others have to end by themselves when one has failed: `distributed.heartbeat_timeout` until they
+find out, and some to end. One that saves has all the time it needs."""
 MARKER = "CUSTOMIZED_GRPO_SAVING"
 """Environment variable with the path of a file that is there while a process saves."""
 

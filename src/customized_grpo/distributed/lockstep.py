@@ -1,8 +1,8 @@
 """Work in unequal shares on one transformer that is sharded over processes.
 
-Its weights are gathered anew whenever it runs, forward and backward, and all processes take part in that: all must run
-it equally often, in the same order. Their shares differ - in prompts, micro-batches, shapes. So each tells the others
-what it is about to do, and whoever has less to do makes up for it with idle runs.
+Its weights are gathered again whenever it runs, forward and backward, and all processes take part in that: all must run
+it equally often, in the same order. Their shares differ - in prompts, micro-batches, shapes. So the processes exchange
+what each is about to do, and a process with less to do makes up for it with idle runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,31 +19,53 @@ _WORKING, _DONE, _FAILED = range(3)
 
 
 class LockstepForward:
-    """The processes meet before every `velocity` of any of them, and at the end of their shares.
+    """Runs a transformer equally often in all processes, whatever their shares.
 
-    What computes a gradient runs its backward pass before the next meeting.
+    The processes meet before every `forward` of any of them, and at the end of their shares. A process that computes a
+    gradient runs its backward pass before the next meeting.
     """
 
-    def __init__(self, ranks: DistributedGroup, idle: Callable[[], Tensor]) -> None:
+    def __init__(self, idle: Callable[[], Tensor]) -> None:
         """`idle` runs the transformer once, on next to nothing."""
-        self._ranks, self._idle = ranks, idle
-        self._abandoned = False
+        self._idle = idle
+        self._ranks: DistributedGroup | None = None
+        self._aborted = False
 
-    def velocity(self, runs: int, compute: Callable[[], Tensor]) -> Tensor:
-        """What `compute` returns, which runs the transformer `runs` times, and idle runs up to the most of any process.
+    @contextmanager
+    def phase(self, ranks: DistributedGroup) -> Iterator[None]:
+        """Open the phase in which `forward` may be called.
 
-        Raises `Terminated` where another process has failed: what this one is about is then of no use.
+        All processes enter it within `DistributedGroup.synchronized`, whatever their share, and leave it when all have
+        done theirs, or one has failed.
+        """
+        self._ranks, self._aborted = ranks, False
+        try:
+            with ranks.blaming():
+                try:
+                    yield
+                except (UserError, TrainingError, OSError, Terminated):  # all that `synchronized` reports to the others
+                    self._abort()
+                    raise
+                self._drain()
+        finally:
+            self._ranks = None
+
+    def forward(self, runs: int, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what `compute` returns, which runs the transformer `runs` times, and add idle runs up to the most of
+        any process.
+
+        Raises `Terminated` if another process has failed: the result would be of no use.
         """
         most, _ = self._meet(_WORKING, runs)
-        velocity = compute()
+        output = compute()
         for _ in range(most - runs):
             idle = self._idle()
             if idle.requires_grad:
                 # Part of the graph, so that the backward pass goes through it here where it does elsewhere.
-                velocity = velocity + 0 * idle.sum()
-        return velocity
+                output = output + 0 * idle.sum()
+        return output
 
-    def drain(self) -> None:
+    def _drain(self) -> None:
         """Run idly along with the others until all have done their shares."""
         while True:
             most, grad = self._meet(_DONE, 0)
@@ -54,33 +76,19 @@ class LockstepForward:
                 if idle.requires_grad:
                     (0 * idle.sum()).backward()
 
-    def abort(self) -> None:
-        """Tell the others, at their next meeting, that this process has failed."""
-        if not self._abandoned:
+    def _abort(self) -> None:
+        """Report to the others, at their next meeting, that this process has failed."""
+        if not self._aborted:
             with suppress(Terminated):
                 self._meet(_FAILED, 0)
 
     def _meet(self, state: int, runs: int) -> tuple[int, bool]:
-        """The most runs that a process is about to make, and whether with gradients."""
+        """Return the most runs that a process is about to make, and whether with gradients."""
+        assert self._ranks is not None, "the processes run a sharded transformer within `lockstep`"
         own = torch.tensor([state, runs, torch.is_grad_enabled()])
         states, each, grads = self._ranks.all_gather(own).unbind(1)
         if bool((states == _FAILED).any()):
             # `DistributedGroup.synchronized`, around the phase, raises what the other has met instead.
-            self._abandoned = True
+            self._aborted = True
             raise Terminated
         return int(each.max()), bool(grads[states == _WORKING].any())
-
-
-@contextmanager
-def phase(ranks: DistributedGroup, idle: Callable[[], Tensor]) -> Iterator[LockstepForward]:
-    """All processes enter it within `DistributedGroup.synchronized`, whatever their share, and leave it when all have
-    done theirs, or
-    one has failed."""
-    current = LockstepForward(ranks, idle)
-    with ranks.blaming():
-        try:
-            yield current
-        except (UserError, TrainingError, OSError, Terminated):  # all that `together` tells the others of
-            current.abort()
-            raise
-        current.drain()

@@ -1,79 +1,56 @@
 """The evaluation before and after training, as files."""
 
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from customized_grpo.config.run import Config
-from customized_grpo.data import SubjectDataset, save_image
+from customized_grpo.data import save_image
 from customized_grpo.data.images import within
-from customized_grpo.distributed.group import DistributedGroup
-from customized_grpo.evaluation.evaluator import Evaluation, chance_levels, evaluate
+from customized_grpo.evaluation.evaluator import Evaluation, Evaluator, OnProgress, ignore_progress
 from customized_grpo.io.files import write_whole, writing
-from customized_grpo.policies.policy import Policy
-from customized_grpo.rewards.reward import Reward
-from customized_grpo.toybox.oracle import Oracle
 
 REPORTED_IMAGES = 24
-OnProgress = Callable[[float], None]
 
 
 def write_evaluation(
-    config: Config,
-    policy: Policy[Any],
-    dataset: SubjectDataset,
-    rewards: Sequence[Reward],
-    judge: Oracle | None,
-    folder: Path,
-    pairs: int,
-    ranks: DistributedGroup,
-    on_progress: OnProgress = lambda share: None,
+    evaluator: Evaluator, num_samples: int, iteration: int, folder: Path, on_progress: OnProgress = ignore_progress
 ) -> dict[str, dict[str, Any]]:
-    """Evaluate the untuned ("base") and the tuned generator of a finished run on equal pairs and noise; return both
-    results, which the first of the `ranks` writes."""
-    with policy.base_weights():
-        base = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
-    tuned = evaluate_pairs(config, policy, dataset, rewards, judge, pairs, ranks, on_progress)
-    results = {}
-    for name, evaluation in (("base", base), ("tuned", tuned)):
-        results[name] = {
-            "iteration": config.iterations,
-            "split": dataset.folder.name,
-            "pairs": len(evaluation.samples),
-            "seed": config.seed,
-            "chance": chance_levels(evaluation, judge) if judge else {},
-            "ceiling": judge.ceiling if judge else {},
-            "records": evaluation.records(),
-            "summary": evaluation.summary(),
-        }
-    if not ranks.is_main_process:
-        return results
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, evaluation in (("base", base), ("tuned", tuned)):
-            write_whole(folder / f"{name}.json", json.dumps(results[name], indent=1))
-            for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
-                save_image(image, folder / "images" / f"{sample.id}_{name}.png")
-        for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
-            shown = within(reference[0], max(base.images.shape[-2:]))
-            save_image(shown, folder / "images" / f"{sample.id}_reference.png")
+    """Evaluate the base and the tuned generator on equal samples and noise, and write `folder`; return both results.
+
+    `iteration`: after which the tuned weights stand. The first process writes.
+    """
+    with evaluator.policy.base_weights():
+        base = evaluator.evaluate(num_samples, on_progress)
+    tuned = evaluator.evaluate(num_samples, on_progress)
+    evaluations = {"base": base, "tuned": tuned}
+    results = {name: _result(evaluator, evaluation, iteration) for name, evaluation in evaluations.items()}
+    if evaluator.ranks.is_main_process:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, result in results.items():
+                write_whole(folder / f"{name}.json", json.dumps(result, indent=1))
+            _save_images(evaluations, folder / "images")
     return results
 
 
-def evaluate_pairs(
-    config: Config,
-    policy: Policy[Any],
-    dataset: SubjectDataset,
-    rewards: Sequence[Reward],
-    judge: Oracle | None,
-    pairs: int,
-    ranks: DistributedGroup,
-    on_progress: OnProgress,
-) -> Evaluation:
-    """`evaluation.evaluate` with the settings of a run."""
-    return evaluate(
-        policy, dataset, rewards, judge, pairs=pairs, num_steps=config.rollout.num_steps, shift=config.rollout.shift,
-        seed=config.seed, micro_batch=config.rollout.micro_batch,
-        masks=config.rewards.identity_reference == "segmented", ranks=ranks, on_progress=on_progress,
-    )  # fmt: skip
+def _result(evaluator: Evaluator, evaluation: Evaluation, iteration: int) -> dict[str, Any]:
+    return {
+        "iteration": iteration,
+        "split": evaluator.dataset.folder.name,
+        "pairs": len(evaluation.samples),
+        "seed": evaluator.sampling.seed,
+        "chance": evaluator.chance_levels(evaluation),
+        "ceiling": evaluator.ceiling,
+        "records": evaluation.records(),
+        "summary": evaluation.summary(),
+    }
+
+
+def _save_images(evaluations: dict[str, Evaluation], folder: Path) -> None:
+    """Save the first images of both generators, and their references no larger than them."""
+    for name, evaluation in evaluations.items():
+        for sample, image in list(zip(evaluation.samples, evaluation.images, strict=True))[:REPORTED_IMAGES]:
+            save_image(image, folder / f"{sample.id}_{name}.png")
+    base = evaluations["base"]
+    for sample, reference in list(zip(base.samples, base.references, strict=True))[:REPORTED_IMAGES]:
+        save_image(within(reference[0], max(base.images.shape[-2:])), folder / f"{sample.id}_reference.png")

@@ -1,132 +1,171 @@
-"""What pictures of a benchmark are measured by.
+"""What images are measured by: the protocol of a metric, and metrics of any generator.
 
-Shape legend: N pictures drawn of a group, K pictures of their subject.
+Shape legend: N images, K pictures of a subject, D features.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from customized_grpo.benchmark.config import MetricsConfig
-from customized_grpo.config.rewards import RewardsConfig
 from customized_grpo.errors import UserError
-from customized_grpo.evaluation import evaluator as evaluation
 from customized_grpo.evaluation.copy_paste import layout
-from customized_grpo.rewards.reward import Reward
-from customized_grpo.runtime.device import resolve_device
-from customized_grpo.runtime.libraries import silence_libraries
-from customized_grpo.toybox.oracle import Oracle
+from customized_grpo.rewards.reward import Reward, Scores
+from customized_grpo.tracking.metric_info import REWARD_PREFIX, MetricInfo, metric_info
 from customized_grpo.types import PromptBatch
 
 COPY = "copy"
 
 
-@dataclass(frozen=True)
-class Group:
-    """Pictures [N, 3, H, W] drawn from the same references. Pictures of the subject are [3, h, w], in [0, 1]."""
+class Metric(Protocol):
+    """Measures images by one figure or several; deterministic.
 
-    subject: str
-    prompts: Sequence[str]
-    images: Tensor
-    references: Sequence[Tensor]
-    """What was drawn from."""
-    pictures: Sequence[Tensor]
-    """What identity is to."""
-
-
-Measure = Callable[[Group], Mapping[str, Tensor]]
-"""Values [N] by metric; NaN where there is none."""
-
-
-def load_measures(config: MetricsConfig, layouts: Mapping[str, Tensor], *, hpsv3_as_published: bool) -> list[Measure]:
-    """The metrics that `config` names. `layouts`: of all pictures that the benchmark has of a subject, by subject.
-
-    Raises `UserError` where a model cannot be had.
-    """
-    # transformers takes seconds to import.
-    silence_libraries()
-    from customized_grpo.factory.rewards import load_hpsv3_reward
-    from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
-    from customized_grpo.rewards.pretrained import PretrainedEncoder
-
-    device = resolve_device(config.device, "metrics.")
-
-    def checkpoint(field: str, kind: str) -> PretrainedEncoder:
-        return PretrainedEncoder(
-            f"metrics.{field}", kind, getattr(config, field), None, device, micro_batch=config.micro_batch, bf16=False
-        )
-
-    def hpsv3() -> Measure:
-        settings = RewardsConfig(prompt="hpsv3", hpsv3=config.hpsv3, micro_batch=config.micro_batch)
-        try:
-            reward = load_hpsv3_reward(settings, config.hpsv3_weights, device)
-        except UserError as error:
-            # Said of the reward's fields, and meant of those that stand for them here.
-            text = str(error).replace("rewards.prompt_model", "metrics.hpsv3_weights")
-            raise UserError(text.replace("rewards.hpsv3", "metrics.hpsv3")) from error
-        return prompt_measure("hpsv3", reward, first_character=hpsv3_as_published)
-
-    loaders: dict[str, Callable[[], Measure]] = {
-        "dino": lambda: identity_measure("dino", checkpoint("dino", "dino").encoder(DINO_PUBLISHED)),
-        # As DINO's, CLIP's published scores are of pictures that torchvision cropped.
-        "clip_i": lambda: identity_measure("clip_i", checkpoint("clip", "clip_i").encoder(half="even")),
-        "clip_t": lambda: prompt_measure("clip_t", checkpoint("clip", "clip_t").to_prompt(half="even")),
-        "dinov2": lambda: identity_measure("dinov2", checkpoint("dinov2", "dino").encoder()),
-        "hpsv3": hpsv3,
-        COPY: lambda: copy_measure(layouts),
-    }
-    return [loaders[name]() for name in config.names]
-
-
-def identity_measure(name: str, encoder: Callable[[Tensor], Tensor]) -> Measure:
-    """The mean cosine to the pictures of the subject, in [-1, 1]."""
-    known: dict[tuple[int, ...], tuple[Sequence[Tensor], Tensor]] = {}
-
-    def measure(group: Group) -> Mapping[str, Tensor]:
-        # A subject's groups share their pictures; kept beside their features, an address is not used again.
-        key = tuple(map(id, group.pictures))
-        if key not in known:
-            known.clear()
-            known[key] = (group.pictures, torch.cat([encoder(picture[None]) for picture in group.pictures]))
-        return {name: (encoder(group.images) @ known[key][1].T).mean(1).cpu()}
-
-    return measure
-
-
-def prompt_measure(name: str, reward: Reward, *, first_character: bool = False) -> Measure:
-    """A prompt reward; of each prompt's first character alone where the published figures are to be had."""
-
-    def measure(group: Group) -> Mapping[str, Tensor]:
-        asked = [prompt[:1] for prompt in group.prompts] if first_character else group.prompts
-        return {name: evaluation.scores(group.images, PromptBatch(asked, [[] for _ in asked], None), reward)}
-
-    return measure
-
-
-def copy_measure(layouts: Mapping[str, Tensor]) -> Measure:
-    """The copy-paste meter: how far a picture is from other subjects' pictures (0) towards being its reference (1).
-
-    Closeness is the correlation of two pictures' 8 x 8 layouts. What is to be expected of a picture that is no copy is
-    how close the reference is to the pictures of all other subjects; where there are none, 0.
+    A subclass inherits "unknown" for ceiling, chance and reasons.
     """
 
-    def measure(group: Group) -> Mapping[str, Tensor]:
-        targets = torch.cat([layout(reference[None]) for reference in group.references])
-        others = [each for subject, each in layouts.items() if subject != group.subject]
+    infos: Sequence[MetricInfo]
+    """What is shown of each figure; its name is the key in `measure`."""
+    ceiling: Mapping[str, float] = MappingProxyType({})
+    """Figures of ideal images by name, if they are known."""
+    chance_names: Sequence[str] = ()
+    """Figures whose level by chance is of interest: an evaluation measures it on images of other prompts."""
+    reasons: Sequence[str | None] = ()
+    """Why values of the last `measure` are missing, without what is secret."""
+
+    @abstractmethod
+    def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
+        """Measure `images` [N, 3, H, W] in [0, 1], one for each prompt of `batch`.
+
+        Returns values [N] by the names of `infos`, NaN where a value is missing.
+        """
+        ...
+
+
+def measure(metrics: Sequence[Metric], images: Tensor, batch: PromptBatch) -> dict[str, Tensor]:
+    """Measure `images` [N, 3, H, W] by all `metrics`: float values [N] on the CPU by name, NaN where missing."""
+    found: dict[str, Tensor] = {}
+    for metric in metrics:
+        values = metric.measure(images, batch)
+        for info in metric.infos:
+            value = values.get(info.name)
+            if value is None or value.shape != (len(images),):
+                shape = "nothing" if value is None else f"a tensor of shape {list(value.shape)}"
+                raise UserError(
+                    f"{type(metric).__name__}.measure: found {shape} for '{info.name}', expected a tensor of shape "
+                    f"[{len(images)}]: one value for each image"
+                )
+            found[info.name] = value.float().cpu()
+    return found
+
+
+def metric_names(metrics: Sequence[Metric]) -> list[str]:
+    """Return the names of all figures of `metrics`, in order."""
+    return [info.name for metric in metrics for info in metric.infos]
+
+
+class RewardMetric(Metric):
+    """Measures by rewards: `reward/NAME` is the score of the reward with that name."""
+
+    def __init__(self, rewards: Mapping[str, Reward]) -> None:
+        self._rewards = {f"{REWARD_PREFIX}{name}": reward for name, reward in rewards.items()}
+        self.infos = [metric_info(name) for name in self._rewards]
+
+    def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
+        """Score `images` [N, 3, H, W]."""
+        groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of several is asked once
+        found = {name: reward.score(groups, batch) for name, reward in self._rewards.items()}
+        self.reasons = [scores.reason for scores in found.values()]
+        return {name: known(scores) for name, scores in found.items()}
+
+
+class PromptMetric(Metric):
+    """Measures by one reward that reads the prompt alone."""
+
+    def __init__(self, name: str, reward: Reward, *, first_character: bool = False) -> None:
+        """Score each prompt by `first_character` alone where published figures were made that way."""
+        self.infos = [metric_info(name)]
+        self._name, self._reward, self._first_character = name, reward, first_character
+
+    def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
+        """Score `images` [N, 3, H, W]."""
+        prompts = [prompt[:1] for prompt in batch.prompts] if self._first_character else batch.prompts
+        scored = self._reward.score(images.unsqueeze(1), PromptBatch(prompts, [[] for _ in prompts], None))
+        return {self._name: known(scored)}
+
+
+class IdentityMetric(Metric):
+    """Measures the mean cosine to pictures of the subject, in [-1, 1]."""
+
+    def __init__(self, name: str, encoder: Callable[[Tensor], Tensor]) -> None:
+        """Compare what `encoder` makes of images [B, 3, H, W]: unit features [B, D]."""
+        self.infos = [metric_info(name)]
+        self._name, self._encoder = name, encoder
+        self._last: tuple[Sequence[Tensor], Tensor] | None = None
+
+    def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
+        """Compare `images` [N, 3, H, W] with `batch.pictures`."""
+        pictures = batch.references if batch.pictures is None else batch.pictures
+        parts = []
+        for rows, shared in shared_rows(pictures):
+            features = self._features(shared)
+            parts.append((self._encoder(images[rows]) @ features.T).mean(1))
+        return {self._name: torch.cat(parts)}
+
+    def _features(self, pictures: Sequence[Tensor]) -> Tensor:
+        """Return the features [K, D] of `pictures`; those of the last call are kept."""
+        if self._last is None or not _same(self._last[0], pictures):
+            self._last = (pictures, torch.cat([self._encoder(picture[None]) for picture in pictures]))
+        return self._last[1]
+
+
+class CopyMetric(Metric):
+    """Measures copy-paste: how far an image is from other subjects' pictures (0) towards being its reference (1).
+
+    Closeness is the correlation of two pictures' 8 x 8 layouts. The closeness to expect of an image that is no copy is
+    how close the reference is to the pictures of all other subjects; without other subjects, 0.
+    """
+
+    def __init__(self, layouts: Mapping[str, Tensor]) -> None:
+        """Take the `layouts` [K, ...] of all pictures of each subject, by subject."""
+        self.infos = [metric_info(COPY)]
+        self._layouts = layouts
+
+    def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
+        """Hold `images` [N, 3, H, W] against the references of `batch`, which names its subjects."""
+        subjects = batch.subjects or [None] * len(images)
+        parts = [
+            self._towards(images[rows], references, subjects[rows.start])
+            for rows, references in shared_rows(batch.references)
+        ]
+        return {COPY: torch.cat(parts)}
+
+    def _towards(self, images: Tensor, references: Sequence[Tensor], subject: str | None) -> Tensor:
+        targets = torch.cat([layout(reference[None]) for reference in references])
+        others = [each for name, each in self._layouts.items() if name != subject]
         expected = (targets @ torch.cat(others).T).mean(1) if others else torch.zeros(len(targets))
-        towards = (layout(group.images) @ targets.T - expected) / (1 - expected).clamp(min=1e-3)
-        return {COPY: towards.amax(1)}
-
-    return measure
+        towards = (layout(images) @ targets.T - expected) / (1 - expected).clamp(min=1e-3)
+        return towards.amax(1)
 
 
-def toybox_measure(rewards: Sequence[Reward], judge: Oracle) -> Measure:
-    """ToyBox's own: the rewards (prompt, identity), what the judge says, and its copy-paste meter."""
+def known(found: Scores) -> Tensor:
+    """Return scores [N, 1] as values [N], NaN where they are invalid."""
+    return torch.where(found.valid, found.values, torch.nan).squeeze(1).float().cpu()
 
-    def measure(group: Group) -> Mapping[str, Tensor]:
-        batch = PromptBatch(group.prompts, [group.references] * len(group.prompts), None)
-        return evaluation.measure(group.images, batch, rewards, judge)
 
-    return measure
+def shared_rows(pictures: Sequence[Sequence[Tensor]]) -> Iterator[tuple[slice, Sequence[Tensor]]]:
+    """Yield consecutive rows that have the very same pictures, and these pictures."""
+    start, shared = 0, None
+    for row, own in enumerate(pictures):
+        if shared is not None and not _same(shared, own):
+            yield slice(start, row), shared
+            start = row
+        shared = own
+    if shared is not None:
+        yield slice(start, len(pictures)), shared
+
+
+def _same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(one is other for one, other in zip(some, others, strict=True))

@@ -1,1 +1,1 @@
-"""."""
+"""From a configuration to parts: policy, rewards and data."""

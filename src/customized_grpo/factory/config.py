@@ -12,9 +12,10 @@ def resolve_config(config: Config) -> Config:
     That of the rewards stays "auto" where this stands for two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
     """
     rewards = config.rewards
-    if rewards.reads("precision") and rewards.precision == "auto":
+    if rewards.is_read("local") and rewards.local.precision == "auto":
         two = rewards.prompt == "hpsv3" and reward_device(config).type == "cuda"
-        rewards = rewards.model_copy(update={"precision": "auto" if two else "fp32"})
+        local = rewards.local.model_copy(update={"precision": "auto" if two else "fp32"})
+        rewards = rewards.model_copy(update={"local": local})
     return config.model_copy(update={"policy": resolve_policy_config(config.policy), "rewards": rewards})
 
 

@@ -10,7 +10,7 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed.env import local_rank, local_world
 from customized_grpo.errors import UserError, truncated
-from customized_grpo.policies.policy import EncodesAhead, Policy, ReadsPrompts, RowAsked
+from customized_grpo.policies.policy import Policy, PromptRow
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.tracking.console import Display, StageProgress
 
@@ -56,20 +56,20 @@ def check_prompts(source: Path, samples: Iterable[PromptLike], policy: Policy[An
 def warn_truncated_prompts(
     config: Config,
     policy: Policy[Any],
-    rewards: Sequence[Reward],
+    rewards: Mapping[str, Reward],
     used: Mapping[SubjectDataset, Sequence[Sample]],
     display: Display,
 ) -> None:
     """Warn of prompts that the generator or the prompt reward does not read to their end, among the samples of each
     dataset that are used."""
-    readers: dict[str, tuple[str, object]] = {
-        "policy.kind": (config.policy.kind, policy),
-        "rewards.prompt": (config.rewards.prompt, rewards[0]),
+    readers = {
+        "policy.kind": (config.policy.kind, policy.prompt_lengths),
+        "rewards.prompt": (config.rewards.prompt, rewards["prompt"].prompt_lengths),
     }
-    for field, (name, reader) in readers.items():
+    for field, (name, prompt_lengths) in readers.items():
         for dataset, samples in used.items():
             prompts = [sample.prompt for sample in samples]
-            lengths = reader.prompt_lengths(prompts) if isinstance(reader, ReadsPrompts) else None
+            lengths = prompt_lengths(prompts)
             if lengths is None:
                 continue
             long = [s.id for s, tokens in zip(samples, lengths.num_tokens, strict=True) if tokens > lengths.max_tokens]
@@ -102,11 +102,11 @@ def read_samples(
     training, evaluation = datasets["path"], config.evaluation
     each = config.rollout.prompts_per_iteration
     read = set(batch_indices(len(training), config.iterations * each, config.seed, 0)[first * each :])
-    shown = max(evaluation.pairs, evaluation.gallery)
+    shown = max(evaluation.num_samples, evaluation.gallery)
     if "validation" not in datasets:
         read |= set(range(min(shown, len(training))))
     used: dict[SubjectDataset, Sequence[Sample]] = {training: [training[index] for index in sorted(read)]}
-    for name, count in (("validation", shown), ("test", evaluation.test_pairs)):
+    for name, count in (("validation", shown), ("test", evaluation.num_test_samples)):
         if name in datasets:
             used[datasets[name]] = datasets[name].samples[:count]
     return used
@@ -126,21 +126,18 @@ def encode_ahead(policy: Policy[Any], used: Mapping[SubjectDataset, Sequence[Sam
 
 def encode_rows(
     policy: Policy[Any],
-    rows: Sequence[RowAsked],
+    rows: Sequence[PromptRow],
     references: Callable[[int], Sequence[Tensor]],
     stages: StageProgress,
     mine: Sequence[int] | None = None,
 ) -> None:
-    """`encode_ahead` for `rows`, whose prepared `references` are had by index. This process encodes those with the
-    numbers `mine`; None: a share of what the processes of this machine have to encode."""
-    if not isinstance(policy, EncodesAhead):
-        return
-    policy.reserve(rows, references, check_only=local_rank() > 0)
+    """Have the policy precompute `rows`; `references` returns a row's prepared references by its number.
+
+    This process encodes the rows with the numbers `mine`; None: its share among the processes of this machine.
+    """
     # The disk of a machine need not be that of other machines. Where nothing says how many processes there are, each
     # encodes all.
-    numbers = range(len(rows))[local_rank() % local_world() :: local_world()] if mine is None else mine
-    policy.encode_ahead(
-        [rows[number].prompt for number in numbers],
-        lambda index: references(numbers[index]),
-        lambda done: stages.update("encoding prompts and references", done, len(numbers)),
+    share = range(len(rows))[local_rank() % local_world() :: local_world()] if mine is None else mine
+    policy.precompute(
+        rows, references, share, lambda done: stages.update("encoding prompts and references", done, len(share))
     )

@@ -24,38 +24,35 @@ def reward_bytes(
     because what they are made of is not on this machine."""
     counted: dict[str, float] = {}
     unknown = []
-    for side, kind, model in (
-        ("prompt", config.prompt, config.prompt_model),
-        ("identity", config.identity, config.identity_model),
-    ):
+    for side, kind in (("prompt", config.prompt), ("identity", config.identity)):
         if kind in ELSEWHERE:
             continue
         name = f"rewards.{side} ({kind})"
-        files = _files(side, kind, model, config, toybox_weights)
+        files = _files(side, kind, config, toybox_weights)
         if not files:
             unknown.append(name)
         else:
-            bf16 = config.precision == "bf16" or (
-                config.precision == "auto" and kind == "hpsv3" and device.type == "cuda"
+            bf16 = config.local.precision == "bf16" or (
+                config.local.precision == "auto" and kind == "hpsv3" and device.type == "cuda"
             )
             counted[name] = float(sum(_numbers(path) for path in files) * (2 if bf16 else 4))
     return counted, unknown
 
 
-def _files(side: str, kind: str, model: str | None, config: RewardsConfig, toybox_weights: Path | None) -> list[Path]:
+def _files(side: str, kind: str, config: RewardsConfig, toybox_weights: Path | None) -> list[Path]:
     """The safetensors files of a reward that are on this machine; none where one of them is not."""
     if kind == "toybox":
-        name = "prompt_encoder" if side == "prompt" else f"identity_encoder_{config.identity_leak}"
+        name = "prompt_encoder" if side == "prompt" else f"identity_encoder_{config.toybox.identity_leak}"
         return _there([(toybox_weights or shipped_folder()) / f"{name}.safetensors"])
     if kind == "hpsv3":
         from customized_grpo.rewards.hpsv3 import WEIGHTS as PUBLISHED
 
-        return _single(model or PUBLISHED)
+        return _single(config.hpsv3.model or PUBLISHED)
     if kind not in ENCODERS:
         return []  # of one's own
     from customized_grpo.rewards.pretrained import MODELS
 
-    name = model or MODELS.get(kind, "")
+    name = config.model_of(kind) or MODELS.get(kind, "")
     if name.endswith(".safetensors"):
         return _single(name)
     index = _part(name, INDEX)

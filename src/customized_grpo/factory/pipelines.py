@@ -45,23 +45,28 @@ ROW_FORMAT = 3
 
 def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: bool) -> DiffusersPolicy:
     """The policy that `config` describes. Raises `UserError` before the weights are read where it can."""
-    check_backend(config.attention_backend, device)
+    settings = config.pipeline
+    check_backend(settings.attention_backend, device)
     if device.type == "cuda" and device.index is not None:
         # Kernels of others, FSDP and NCCL take the current device for the one that is meant.
         torch.cuda.set_device(device)
     family = PIPELINES[config.kind]
-    model = config.model or MODELS[config.kind]
+    model = settings.model or MODELS[config.kind]
     check_model(model, family)  # the cheapest first: a file of a few lines, an adapter, the weights
-    adapter = None if config.base_adapter is None else resolve_adapter(config.base_adapter, "policy.base_adapter")
+    adapter = (
+        None
+        if settings.base_adapter is None
+        else resolve_adapter(settings.base_adapter, "policy.pipeline.base_adapter")
+    )
     folder = resolve_model(model, family)
     pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     if adapter is not None:
         merge_base_adapter(pipe, adapter)
-    guided = family.uses_cfg(pipe, family.guidance if config.guidance is None else config.guidance)
+    guided = family.uses_cfg(pipe, family.guidance if settings.guidance_scale is None else settings.guidance_scale)
     stands_for = json.dumps([ROW_FORMAT, config.kind, fingerprint(folder), bf16, guided])
     depends_on = {name: inputs for name, inputs in family.depends_on.items() if guided or name != "negative"}
-    limit = None if config.cache_limit is None else config.cache_limit * GIGABYTE
-    cache = ConditionCache(config.cache, stands_for, depends_on, limit)
+    limit = None if settings.cache_limit is None else settings.cache_limit * GIGABYTE
+    cache = ConditionCache(settings.cache, stands_for, depends_on, limit)
     return DiffusersPolicy(family, pipe, cache, settings_of(config, device, seed))
 
 
@@ -69,30 +74,31 @@ def check_backend(name: str | None, device: torch.device) -> None:
     """Raise `UserError` for an attention backend that cannot train, or wants CUDA and the device is another."""
     if name is not None and (name == "_flash_3" or name.startswith(NO_BACKWARD)):
         raise UserError(
-            f"policy.attention_backend: '{name}' has no backward pass, and trains nothing; use _native_flash, flash or "
-            "_flash_3_hub, or leave it out"
+            f"policy.pipeline.attention_backend: '{name}' has no backward pass, and trains nothing; use "
+            "_native_flash, flash or _flash_3_hub, or leave it out"
         )
     if name is not None and name.startswith(NEEDS_CUDA) and device.type != "cuda":
         raise UserError(
-            f"policy.attention_backend: '{name}' runs on CUDA, and the device is {device}; leave it out, or use "
-            "policy.device=cuda"
+            f"policy.pipeline.attention_backend: '{name}' runs on CUDA, and the device is {device}; leave it out, or "
+            "use policy.device=cuda"
         )
 
 
 def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settings:
     """What of `config` a diffusers policy rests on."""
+    settings = config.pipeline
     return Settings(
         device=device,
-        size=(config.height, config.width),
+        size=(settings.height, settings.width),
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        guidance=config.guidance,
-        reference_side=config.reference_side,
-        offload=config.offload,
+        guidance=settings.guidance_scale,
+        reference_side=settings.reference_side,
+        offload=settings.text_encoders == "cpu",
         # A command that runs in one process, such as generate, takes the configuration of a run of several.
-        shard=config.shard and dist.is_initialized(),
-        gradient_checkpointing=config.gradient_checkpointing,
-        compile=config.compile,
-        attention_backend=config.attention_backend,
+        shard=settings.fsdp and dist.is_initialized(),
+        gradient_checkpointing=settings.gradient_checkpointing,
+        compile=settings.compile,
+        attention_backend=settings.attention_backend,
         seed=seed,
     )

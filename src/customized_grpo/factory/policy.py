@@ -15,6 +15,7 @@ from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import CPU, check_precision, keep_freed_memory, resolve_device, resolve_precision
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.toybox.policy import ADAPTER_FILE, ToyBoxPolicy, save_weights
+from customized_grpo.toybox.weights import shipped_folder
 
 
 def resolve_policy_config(config: PolicyConfig) -> PolicyConfig:
@@ -65,10 +66,36 @@ def init_adapter(config: PolicyConfig) -> Path | None:
         raise UserError(f"policy.init_from: {error}") from error
 
 
+def policy_weights(config: PolicyConfig) -> tuple[str, str | Path, str | None]:
+    """Return the field that names the generator's weights, what it names, and the pattern of the files that count.
+
+    The pattern is None for a model as libraries load it.
+    """
+    if config.kind == "toybox":
+        return "policy.toybox.weights", config.toybox.weights or shipped_folder(), r".*\.safetensors"
+    from customized_grpo.factory.pipelines import MODELS
+
+    return "policy.pipeline.model", config.pipeline.model or MODELS[config.kind], None
+
+
+def with_guidance(config: PolicyConfig, guidance_scale: float | None, usual: float) -> PolicyConfig:
+    """Return the settings of a benchmark's generator: with this `guidance_scale`, or the `usual` one if it is unset.
+
+    Raises `UserError` where a generator without guidance is asked for some.
+    """
+    if config.kind == "toybox":
+        if guidance_scale is not None:
+            raise UserError("guidance_scale: ToyBox has none; leave it out")
+        return config
+    if guidance_scale is None and config.kind != "flux2-klein":  # its distilled models take none
+        guidance_scale = usual
+    return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"guidance_scale": guidance_scale})})
+
+
 def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Write trained `parameters` of the generator of `config`, by name, as it would itself; it is not loaded."""
     if config.kind == "toybox":
-        lora = (config.lora_rank, config.lora_alpha) if config.adapter == "lora" else None
+        lora = (config.lora_rank, config.lora_alpha) if config.toybox.adapter == "lora" else None
         save_weights(parameters, folder, lora)
         return
     silence_libraries()
@@ -83,23 +110,25 @@ def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]],
 
 def check_shard(config: PolicyConfig, world: int) -> None:
     """Raise `UserError` where `world` processes are asked to spread the generator's weights, and cannot."""
-    if not config.shard:
+    if not config.pipeline.fsdp:
         return
     if world == 1:
         raise UserError(
-            "policy.shard: a single process has no other to share the frozen weights with; start several "
+            "policy.pipeline.fsdp: a single process has no other to share the frozen weights with; start several "
             "(--num_processes, torchrun), or leave it out"
         )
     device = policy_device(config)
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"policy.shard: weights are gathered on cuda or cpu, and the device is {device}; leave it out")
+        raise UserError(
+            f"policy.pipeline.fsdp: weights are gathered on cuda or cpu, and the device is {device}; leave it out"
+        )
 
 
 def load_toybox(config: PolicyConfig, precision: Literal["fp32", "bf16"], seed: int) -> ToyBoxPolicy:
     keep_freed_memory()
     return ToyBoxPolicy.load(
-        config.weights,
-        adapter=config.adapter,
+        config.toybox.weights,
+        adapter=config.toybox.adapter,
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         precision=precision,

@@ -47,9 +47,9 @@ def merge_base_adapter(pipe: Any, path: Path) -> None:
             return
         merge_factors(pipe.transformer, place_factors(parse_lora(path, tensors, header), pipe.transformer), path)
     except UserError as error:
-        raise UserError(f"policy.base_adapter: {error}") from error
+        raise UserError(f"policy.pipeline.base_adapter: {error}") from error
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(
-            f"policy.base_adapter: {path} does not fit the transformer ({first_line(error)}); name one that was made "
-            "for this model"
+            f"policy.pipeline.base_adapter: {path} does not fit the transformer ({first_line(error)}); name one that "
+            "was made for this model"
         ) from error

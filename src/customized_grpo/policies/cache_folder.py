@@ -65,13 +65,14 @@ class Hold:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"policy.cache: {self._folder} is in use by a run; wait for the run to end, or name another folder"
+                f"policy.pipeline.cache: {self._folder} is in use by a run; wait for the run to end, or name another "
+                "folder"
             ) from error
         except OSError as error:
             if error.errno == errno.EBADF:  # of a network disk, for a lock that may only be read
                 raise UserError(
-                    f"policy.cache: {self._folder} is another user's, so nothing can be removed from it; name one of "
-                    "your own"
+                    f"policy.pipeline.cache: {self._folder} is another user's, so nothing can be removed from it; "
+                    "name one of your own"
                 ) from error
             if error.errno not in NO_LOCKS:
                 raise

@@ -1,11 +1,12 @@
-"""Encoded prompts and references: rows that every step of every sample shares, kept on disk between runs."""
+"""The cache of encoded prompts and references on disk: what is encoded is kept between runs, and its size is known
+before."""
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,16 +16,9 @@ from torch import Tensor
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import free_bytes, save_tensors, writing
 from customized_grpo.policies.cache_folder import Hold, gigabytes, list_files, mark_used, surplus
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes
 from customized_grpo.policies.pipelines.resolution import sizes_of
-
-if TYPE_CHECKING:
-    from customized_grpo.policies.pipelines.spec import PipelineSpec
-
-Sizes = tuple[tuple[int, int], ...]
-"""(height, width) of references, in pixels."""
-Inputs = tuple[str, ...]
-"""What an encoded tensor depends on, beside the generator: some of PROMPT and REFERENCES, in this order."""
-PROMPT, REFERENCES = "prompt", "references"
+from customized_grpo.policies.pipelines.spec import PipelineSpec
 
 
 @dataclass(frozen=True)
@@ -34,69 +28,6 @@ class Planned:
     prompt: str
     pictures: tuple[Path, ...]
     sizes: Sizes
-
-
-@dataclass(frozen=True)
-class EncodedPrompt:
-    """One prompt with its references, encoded: tensors by name, without a batch axis, and the references' sizes."""
-
-    tensors: Mapping[str, Tensor]
-    sizes: Sizes
-
-
-@dataclass(frozen=True)
-class UniformBatch:
-    """Rows of equal shapes, stacked: `tensors` [b, ...] by name. `indices` [b]: where they stand among the samples."""
-
-    tensors: Mapping[str, Tensor]
-    sizes: Sizes
-    indices: Tensor
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """`rows`, one per prompt, on the CPU, and for each of B samples the `index` [B] of its row: taking copies none."""
-
-    rows: tuple[EncodedPrompt, ...]
-    index: Tensor
-
-    def take(self, index: Tensor) -> "EncodedBatch":
-        """See `policies.Condition.take`."""
-        return EncodedBatch(self.rows, self.index[index])
-
-    def groups(self) -> list[list[int]]:
-        """The places of samples of equal shapes, a list for each."""
-        places: dict[object, list[int]] = {}
-        for place, source in enumerate(self.index.tolist()):
-            row = self.rows[source]
-            shapes = tuple((name, tensor.shape) for name, tensor in row.tensors.items())
-            places.setdefault((row.sizes, shapes), []).append(place)
-        return list(places.values())
-
-    def batches(self, device: torch.device) -> Iterator[UniformBatch]:
-        """The samples in batches of equal shapes, on `device`.
-
-        References of other sizes and prompts of other lengths make other token sequences; they go through the
-        generator apart, so that nothing is padded and nothing masked.
-        """
-        sources = self.index.tolist()
-        moved: dict[int, Tensor] = {}
-        for source in dict.fromkeys(sources):
-            for tensor in self.rows[source].tensors.values():
-                if id(tensor) not in moved:  # rows share tensors
-                    moved[id(tensor)] = tensor.to(device, non_blocking=True)
-        for batch in self.groups():
-            rows = [
-                {name: moved[id(tensor)] for name, tensor in self.rows[sources[place]].tensors.items()}
-                for place in batch
-            ]
-            # Stacked even where all rows are one: matrix products of expanded tensors take another path, and round
-            # otherwise.
-            tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-            yield UniformBatch(tensors, self.rows[sources[batch[0]]].sizes, torch.tensor(batch))
 
 
 class ConditionCache:
@@ -207,18 +138,18 @@ def check_room(folder: Path, needed: int, there: int, free: int, limit: float | 
     have with `free` bytes and the `there` bytes of the cache."""
     if limit is not None and needed > limit:
         raise UserError(
-            f"policy.cache_limit: the prompts and references that are read take about {gigabytes(needed)} in {folder}, "
-            f"more than the limit of {gigabytes(limit)}; raise it, leave it out, or plan fewer iterations"
+            f"policy.pipeline.cache_limit: the prompts and references that are read take about {gigabytes(needed)} in "
+            f"{folder}, more than the limit of {gigabytes(limit)}; raise it, leave it out, or plan fewer iterations"
         )
     if needed > there + free:
         raise UserError(
-            f"policy.cache: the prompts and references that are read take about {gigabytes(needed)} in {folder}, where "
-            f"{gigabytes(free)} are free; name a folder on a larger disk, or plan fewer iterations"
+            f"policy.pipeline.cache: the prompts and references that are read take about {gigabytes(needed)} in "
+            f"{folder}, where {gigabytes(free)} are free; name a folder on a larger disk, or plan fewer iterations"
         )
 
 
 def bytes_of_rows(
-    family: "PipelineSpec", network: Any, dtype: torch.dtype, rows: Sequence[Planned], *, guided: bool
+    family: PipelineSpec, network: Any, dtype: torch.dtype, rows: Sequence[Planned], *, guided: bool
 ) -> int:
     """About how many bytes `rows` take, what they share counted once; `network` is the transformer's configuration.
 

@@ -1,9 +1,9 @@
 """A policy of a diffusers pipeline: its transformer gets LoRA factors, its encoders run once, ahead of training."""
 
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,19 @@ from torch import Tensor, nn
 
 from customized_grpo.algorithm import shift_sigmas
 from customized_grpo.data.images import image_size, resize
+from customized_grpo.distributed.env import local_rank
 from customized_grpo.distributed.group import DistributedGroup
-from customized_grpo.distributed.lockstep import LockstepForward, phase
+from customized_grpo.distributed.lockstep import LockstepForward
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.files import writing
-from customized_grpo.policies.conditions import (
-    ConditionCache,
-    EncodedBatch,
-    EncodedPrompt,
-    Planned,
-    UniformBatch,
-    bytes_of_rows,
-)
+from customized_grpo.policies.conditions import ConditionCache, Planned, bytes_of_rows
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
 from customized_grpo.policies.lora_files import NAME
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt, UniformBatch
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
-from customized_grpo.policies.placement import shard
-from customized_grpo.policies.policy import RowAsked
-from customized_grpo.runtime.device import CPU
+from customized_grpo.policies.placement import Placement
+from customized_grpo.policies.policy import Policy, PromptRow
 from customized_grpo.types import PromptLengths, References
 
 MOST_GRAPHS = 64
@@ -39,7 +33,7 @@ with gradients and without, with the adapter and without, for one sample and for
 uncompiled."""
 
 
-def plan_row(family: PipelineSpec, row: RowAsked, side: int | None) -> Planned:
+def plan_row(family: PipelineSpec, row: PromptRow, side: int | None) -> Planned:
     """What is encoded of `row`, by the headers of its pictures."""
     pictures = tuple(row.references)
     sizes = tuple(family.reference_size(*image_size(path), len(pictures), side) for path in pictures)
@@ -64,8 +58,8 @@ class Settings:
     seed: int = 0
 
 
-class DiffusersPolicy:
-    """A `policies.Policy`; latents are packed tokens [N, C]."""
+class DiffusersPolicy(Policy[EncodedBatch]):
+    """A diffusers pipeline as a policy; latents are packed tokens [N, C]."""
 
     def __init__(self, family: PipelineSpec, pipe: Any, cache: ConditionCache, settings: Settings) -> None:
         """`pipe` on the CPU. Raises `UserError` for guidance or an attention backend that it cannot take."""
@@ -76,17 +70,22 @@ class DiffusersPolicy:
         self._trainable = add_lora(
             pipe.transformer, family.lora_targets, settings.lora_rank, settings.lora_alpha, settings.seed
         )
-        for part in (*(getattr(pipe, name) for name in family.text_encoders), pipe.vae):
-            if part is not None:
-                part.requires_grad_(False).eval()
+        self._placement = Placement(
+            pipe,
+            family.text_encoders,
+            [parameter for _, parameter in self._trainable],
+            settings.device,
+            how="fsdp" if settings.shard else "whole",
+            keep_encoders=settings.offload,
+        )
         if settings.gradient_checkpointing:
             self._transformer.enable_gradient_checkpointing()
         if settings.attention_backend is not None:
             self._use_backend(settings.attention_backend)
         if settings.compile:
             self._transformer.compile_repeated_blocks(dynamic=True, recompile_limit=MOST_GRAPHS)
-        self._placed = False
-        self._phase: LockstepForward | None = None
+        # The processes run a sharded transformer together; a whole one each runs by itself.
+        self._lockstep = LockstepForward(self._idle) if settings.shard else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -115,7 +114,7 @@ class DiffusersPolicy:
             raise UserError(f'this generator takes at most {most} references, not {num_references}; see "references"')
 
     def prompt_lengths(self, prompts: Sequence[str]) -> PromptLengths | None:
-        """See `policies.ReadsPrompts`."""
+        """See `Policy.prompt_lengths`."""
         return self._family.prompt_lengths(self._pipe, prompts)
 
     def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
@@ -131,38 +130,31 @@ class DiffusersPolicy:
         rows = [self._row(prompt, list(pictures)) for prompt, pictures in zip(prompts, references, strict=True)]
         return EncodedBatch(tuple(rows), torch.arange(len(rows)))
 
-    def reserve(
-        self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
+    @torch.no_grad()
+    def precompute(
+        self,
+        rows: Sequence[PromptRow],
+        references: Callable[[int], Sequence[Tensor]],
+        share: Sequence[int],
+        on_progress: Callable[[int], None],
     ) -> None:
-        """See `policies.EncodesAhead`."""
-        side = self._settings.reference_side
-        planned = [plan_row(self._family, row, side) for row in rows]
+        """See `Policy.precompute`: results go to the cache."""
+        self._reserve(rows, references)
+        for done, number in enumerate(share, start=1):
+            self._encode(rows[number].prompt, references(number))
+            on_progress(done)
+        self._placement.release_encoders()
+
+    def _reserve(self, rows: Sequence[PromptRow], references: Callable[[int], Sequence[Tensor]]) -> None:
+        """Make room for `rows` in the cache. The first process of a machine does so; the others only check."""
+        planned = [plan_row(self._family, row, self._settings.reference_side) for row in rows]
         needed = bytes_of_rows(
             self._family, self._transformer.config, self._pipe.vae.dtype, planned, guided=self.guided
         )
-        if check_only:
+        if local_rank() > 0:
             self._cache.check(needed)
         else:
-            self._cache.reserve(needed, lambda: ((row.prompt, references(index)) for index, row in enumerate(rows)))
-
-    @torch.no_grad()
-    def encode_ahead(
-        self, prompts: Sequence[str], references: Callable[[int], Sequence[Tensor]], on_progress: Callable[[int], None]
-    ) -> None:
-        """See `policies.EncodesAhead`."""
-        for index, prompt in enumerate(prompts):
-            self._encode(prompt, references(index))
-            on_progress(index + 1)
-        if self._settings.offload:
-            self._move_text_encoders(CPU)
-        else:
-            self._pipe.register_modules(**dict.fromkeys(self._family.text_encoders))
-            # Not None: a VAE that counts the layers of both its halves wants to find a module.
-            self._pipe.vae.encoder = nn.Identity()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._place()
+            self._cache.reserve(needed, lambda: ((row.prompt, references(number)) for number, row in enumerate(rows)))
 
     def sigmas(self, num_steps: int, shift: float | None) -> Tensor:
         """See `Policy.sigmas`."""
@@ -171,12 +163,12 @@ class DiffusersPolicy:
         return shift_sigmas(num_steps, shift)
 
     def velocity(self, latents: Tensor, sigma: Tensor, condition: EncodedBatch) -> Tensor:
-        """See `Policy.velocity`."""
-        self._place()
-        if self._phase is not None:
-            return self._phase.velocity(len(condition.groups()), lambda: self._velocity(latents, sigma, condition))
-        assert not self._settings.shard, "the processes run a sharded transformer within `in_step`"
-        return self._velocity(latents, sigma, condition)
+        """See `Policy.velocity`. A sharded transformer runs within `lockstep` only."""
+        self._placement.bring_transformer()
+        compute = partial(self._velocity, latents, sigma, condition)
+        if self._lockstep is None:
+            return compute()
+        return self._lockstep.forward(len(condition.batches(self.device)), compute)
 
     def _velocity(self, latents: Tensor, sigma: Tensor, condition: EncodedBatch) -> Tensor:
         parts, places = [], []
@@ -188,21 +180,13 @@ class DiffusersPolicy:
             places.append(rows)
         return torch.cat(parts)[torch.cat(places).argsort()]
 
-    @contextmanager
-    def in_step(self, ranks: DistributedGroup) -> Iterator[None]:
-        """See `policies.RunsInStep`."""
-        if not self._settings.shard:
-            yield
-            return
-        with phase(ranks, self._idle) as self._phase:
-            try:
-                yield
-            finally:
-                self._phase = None
+    def lockstep(self, ranks: DistributedGroup) -> AbstractContextManager[None]:
+        """See `Policy.lockstep`."""
+        return nullcontext() if self._lockstep is None else self._lockstep.phase(ranks)
 
     def _idle(self) -> Tensor:
-        """A velocity of which nothing is wanted: of one image token, at one small reference."""
-        self._place()
+        """Return a velocity that nothing uses: one image token with one small reference."""
+        self._placement.bring_transformer()
         sizes = ((32, 32),)
         example = self._family.dummy_inputs(self._transformer.config, sizes, guided=self.guided)
         tensors = {
@@ -218,7 +202,7 @@ class DiffusersPolicy:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """See `Policy.decode`."""
-        self._place()
+        self._placement.bring_transformer()
         images = self._family.decode(self._pipe, latents, self.size)
         return (images.float() / 2 + 0.5).clamp(0, 1)
 
@@ -228,7 +212,7 @@ class DiffusersPolicy:
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
-        """See `Policy.untuned`."""
+        """See `Policy.base_weights`."""
         self._transformer.disable_adapters()
         try:
             yield
@@ -250,7 +234,9 @@ class DiffusersPolicy:
             self._encode(prompt, references)
             row = self._cache.read(prompt, references)
         if row is None:
-            raise UserError(f"policy.cache: files go from {self._cache.folder} while it is in use; leave it alone")
+            raise UserError(
+                f"policy.pipeline.cache: files go from {self._cache.folder} while it is in use; leave it alone"
+            )
         return row
 
     def _encode(self, prompt: str, references: Sequence[Tensor]) -> None:
@@ -258,37 +244,16 @@ class DiffusersPolicy:
         missing = self._cache.missing(prompt, references)
         if not missing:
             return
-        self._move_text_encoders(self.device)
-        self._pipe.vae.to(self.device)
         # A negative prompt's part that is there already is not encoded again.
         guided = self.guided and self._family.depends_on["negative"] in missing
-        encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=guided)
-        self._cache.write(prompt, references, {name: tensor.cpu() for name, tensor in encoded.tensors.items()})
-        if self._placed and self._settings.offload:
-            self._move_text_encoders(CPU)
-
-    def _move_text_encoders(self, device: torch.device) -> None:
-        encoders = [getattr(self._pipe, name) for name in self._family.text_encoders]
-        if None in encoders:
-            raise UserError(
-                "policy.cache: a prompt that was encoded before training is not there any more, and the encoders have "
-                "gone; leave the folder alone while a run goes on, and go on with --resume"
-            )
-        for encoder in encoders:
-            encoder.to(device)
-
-    def _place(self) -> None:
-        """The transformer comes to the device when the encoders have had it."""
-        if not self._placed:
-            if self._settings.shard:
-                shard(self._transformer, [parameter for _, parameter in self._trainable], self.device)
-            else:
-                self._transformer.to(self.device)
-            self._pipe.vae.to(self.device)
-            self._placed = True
+        with self._placement.encoding():
+            encoded = self._family.encode(self._pipe, prompt, references, self.device, guided=guided)
+            self._cache.write(prompt, references, {name: tensor.cpu() for name, tensor in encoded.tensors.items()})
 
     def _use_backend(self, name: str) -> None:
         try:
             self._transformer.set_attention_backend(name)
         except (ValueError, RuntimeError, ImportError) as error:
-            raise UserError(f"policy.attention_backend: '{name}' cannot be used: {first_line(error)}") from error
+            raise UserError(
+                f"policy.pipeline.attention_backend: '{name}' cannot be used: {first_line(error)}"
+            ) from error

@@ -43,7 +43,9 @@ def resolve_model(model: str, family: PipelineSpec, *, weights: bool = True) -> 
         if not name.startswith("_") and isinstance(value, list) and value[0] and not (folder / name).is_dir()
     ]
     if missing:
-        raise UserError(f"policy.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew")
+        raise UserError(
+            f"policy.pipeline.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew"
+        )
     return folder
 
 
@@ -56,18 +58,18 @@ def check_model(model: str, family: PipelineSpec) -> dict[str, Any]:
     if folder.is_dir():
         index = read_index(folder)
     elif folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-        raise UserError(f"policy.model: {model} is neither a folder nor a hub id (owner/name)")
+        raise UserError(f"policy.pipeline.model: {model} is neither a folder nor a hub id (owner/name)")
     else:
         index = read_index(_fetch(model, lambda: Path(hf_hub_download(model, INDEX)).parent))
     if index.get("_class_name") not in family.pipeline_names:
         raise UserError(
-            f"policy.model: {model} holds a {index.get('_class_name')}, but policy.kind takes a "
+            f"policy.pipeline.model: {model} holds a {index.get('_class_name')}, but policy.kind takes a "
             f"{' or '.join(family.pipeline_names)}; name another model or kind"
         )
     kind = index.get("transformer", [None, None])[1]
     if kind != family.transformer.__name__:
         raise UserError(
-            f"policy.model: the transformer in {model} is a {kind}, but policy.kind takes a "
+            f"policy.pipeline.model: the transformer in {model} is a {kind}, but policy.kind takes a "
             f"{family.transformer.__name__}; name another model or kind"
         )
     return index
@@ -75,17 +77,17 @@ def check_model(model: str, family: PipelineSpec) -> dict[str, Any]:
 
 def load_pipeline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
     """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
-    check_shards(folder, "policy.model")
+    check_shards(folder, "policy.pipeline.model")
     try:
         with forbid_pickles():
             pipe = family.pipeline.from_pretrained(
                 folder, dtype=dtype, local_files_only=True, use_safetensors=True, **family.load_components(str(folder))
             )
     except (*DAMAGED, RuntimeError, ImportError, SafetensorError) as error:
-        raise UserError(f"policy.model: {folder} could not be loaded: {first_line(error)}") from error
+        raise UserError(f"policy.pipeline.model: {folder} could not be loaded: {first_line(error)}") from error
     if pipe.transformer.dtype != dtype:
         raise UserError(
-            f"policy.model: {folder} was loaded as {pipe.transformer.dtype}, not as {dtype}; update diffusers"
+            f"policy.pipeline.model: {folder} was loaded as {pipe.transformer.dtype}, not as {dtype}; update diffusers"
         )
     return pipe
 
@@ -116,25 +118,25 @@ def _fetch(model: str, download: Callable[[], Path]) -> Path:
         with from_hub():
             return download()
     except RemoteEntryNotFoundError as error:
-        raise UserError(f"policy.model: {model} holds no diffusers pipeline: it has no {INDEX}") from error
+        raise UserError(f"policy.pipeline.model: {model} holds no diffusers pipeline: it has no {INDEX}") from error
     except GatedRepoError as error:
         raise UserError(
-            f"policy.model: {model} is gated: accept its licence on its page, then log in with `hf auth login`, or set "
-            "HF_TOKEN"
+            f"policy.pipeline.model: {model} is gated: accept its licence on its page, then log in with `hf auth "
+            "login`, or set HF_TOKEN"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, InvalidId, OSError) as error:
         raise UserError(
-            f"policy.model: {model} is no folder here, and could not be had from the hub ({first_line(error)}). Check "
-            "the name and the network, or download it and name its folder"
+            f"policy.pipeline.model: {model} is no folder here, and could not be had from the hub "
+            f"({first_line(error)}). Check the name and the network, or download it and name its folder"
         ) from error
 
 
 def read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
-        raise UserError(f"policy.model: {folder} holds no diffusers pipeline: it has no {INDEX}")
+        raise UserError(f"policy.pipeline.model: {folder} holds no diffusers pipeline: it has no {INDEX}")
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"policy.model: {path} is damaged ({error}); download it anew") from error
+        raise UserError(f"policy.pipeline.model: {path} is damaged ({error}); download it anew") from error
     return index

@@ -93,18 +93,20 @@ def _mismatch(found: Mapping[str, Factors], layers: Iterable[str], rank: int, al
         return (
             f"it {'lacks' if missing else 'has'} factors for {(missing or unknown)[0]}: it fits "
             f"{len(wanted) - len(missing)} of the {len(wanted)} layers that are trained, and has {len(unknown)} more; "
-            "check policy.model, or merge it with policy.base_adapter"
+            "check policy.pipeline.model, or merge it with policy.pipeline.base_adapter"
         )
     shapes = {(each.rank, round(each.scale * each.rank, 6)) for each in found.values()}
     if shapes == {(rank, float(alpha))}:
         return ""
     if len(shapes) > 1:
-        return "its layers have several ranks or scales, and the policy's one; merge it with policy.base_adapter"
+        return (
+            "its layers have several ranks or scales, and the policy's one; merge it with policy.pipeline.base_adapter"
+        )
     (their_rank, their_alpha) = shapes.pop()
     if not their_alpha.is_integer():
         return (
             f"it has rank {their_rank} and alpha {their_alpha:g}, and policy.lora_alpha is a whole number; merge it "
-            "with policy.base_adapter"
+            "with policy.pipeline.base_adapter"
         )
     return (
         f"it has rank {their_rank} and alpha {their_alpha:g}, and the policy rank {rank} and alpha {alpha}; set "

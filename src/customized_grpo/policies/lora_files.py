@@ -191,7 +191,7 @@ def _refuse_others(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if found:
             raise UserError(
                 f"{path}: this is {method} ('{found[0]}'), and only plain LoRA is read; merge it into the model with "
-                "the tool that made it, and name the merged model in policy.model"
+                "the tool that made it, and name the merged model in policy.pipeline.model"
             )
     encoders = [name for name in tensors if without_prefix(name).startswith(TEXT_ENCODERS)]
     if encoders:

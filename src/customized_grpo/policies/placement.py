@@ -1,14 +1,98 @@
-"""The frozen weights of a transformer, spread over the processes of a run (FSDP2)."""
+"""Where the frozen weights of a pipeline lie: its encoders until prompts are encoded, then its transformer.
 
+The transformer comes to the device when the encoders have had it: whole, or spread over the processes of a run (FSDP2).
+"""
+
+import gc
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+
+from customized_grpo.errors import UserError
+from customized_grpo.runtime.device import CPU
+
+How = Literal["whole", "fsdp"]
+"""How the transformer lies on the device."""
+
+
+class Placement:
+    """Moves the parts of a pipeline, which starts on the CPU, between the CPU and a device."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        text_encoders: Sequence[str],
+        trainable: Sequence[nn.Parameter],
+        device: torch.device,
+        *,
+        how: How,
+        keep_encoders: bool,
+    ) -> None:
+        """Freeze text encoders and VAE. `text_encoders`: names of parts of `pipe`. `trainable`: parameters that lie
+        whole in every process. `keep_encoders`: on the CPU, after `release_encoders`."""
+        self._pipe, self._names, self._trainable, self._device = pipe, text_encoders, trainable, device
+        self._how, self._keep_encoders = how, keep_encoders
+        self._placed = False
+        for part in (*self._encoders(), pipe.vae):
+            if part is not None:
+                part.requires_grad_(False).eval()
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        """Hold text encoders and VAE on the device. Raises `UserError` if the encoders were freed."""
+        self._move_encoders(self._device)
+        self._pipe.vae.to(self._device)
+        yield
+        if self._placed and self._keep_encoders:
+            self._move_encoders(CPU)
+
+    def release_encoders(self) -> None:
+        """Free the text encoders and the VAE's encoder, or move the former to the CPU, and bring the transformer."""
+        if self._keep_encoders:
+            self._move_encoders(CPU)
+        else:
+            self._pipe.register_modules(**dict.fromkeys(self._names))
+            # Not None: a VAE that counts the layers of both its halves wants to find a module.
+            self._pipe.vae.encoder = nn.Identity()
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.bring_transformer()
+
+    def bring_transformer(self) -> None:
+        """Move transformer and VAE to the device, unless they are there."""
+        if not self._placed:
+            place(self._pipe.transformer, self._trainable, self._device, self._how)
+            self._pipe.vae.to(self._device)
+            self._placed = True
+
+    def _encoders(self) -> list[Any]:
+        return [getattr(self._pipe, name) for name in self._names]
+
+    def _move_encoders(self, device: torch.device) -> None:
+        encoders = self._encoders()
+        if None in encoders:
+            raise UserError(
+                "policy.pipeline.cache: a prompt that was encoded before training is not there any more, and the "
+                "encoders have gone; leave the folder alone while a run goes on, and go on with --resume"
+            )
+        for encoder in encoders:
+            encoder.to(device)
+
+
+def place(transformer: Any, trainable: Iterable[nn.Parameter], device: torch.device, how: How) -> None:
+    """Move the weights of `transformer` from the CPU to `device`; `trainable` ones lie whole in every process."""
+    if how == "fsdp":
+        shard(transformer, trainable, device)
+    else:
+        transformer.to(device)
 
 
 def shard(transformer: Any, kept: Iterable[nn.Parameter], device: torch.device) -> None:

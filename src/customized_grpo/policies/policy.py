@@ -1,9 +1,14 @@
-"""What a generator must do to be tuned. `toybox.policy` is one; `diffusers_policy` makes one of a pipeline."""
+"""What a generator must do to be tuned. `toybox.policy` is one; `diffusers_policy` makes one of a pipeline.
 
+To write another, derive a class from `Policy` and define its abstract members. Three more members do nothing unless a
+policy defines them: `prompt_lengths`, `precompute` and `lockstep`.
+"""
+
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol, Self, TypeVar, runtime_checkable
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,70 +31,7 @@ class Condition(Protocol):
         ...
 
 
-class Policy(Protocol[ConditionT]):
-    """A subject-driven generator on rectified flow: sigma falls from 1 (noise) to 0 (image)."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the images it makes, in pixels."""
-        ...
-
-    @property
-    def latent_shape(self) -> torch.Size:
-        """Shape of one latent, without the batch."""
-        ...
-
-    @property
-    def device(self) -> torch.device:
-        """Where latents live."""
-        ...
-
-    def check(self, prompt: str, num_references: int) -> None:
-        """Raise `UserError` for a prompt, or a number of references, that it cannot take."""
-        ...
-
-    def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
-        """A picture or mask [C, h, w] in the size in which it is seen as one of `count` references."""
-        ...
-
-    def encode(self, prompts: Sequence[str], references: References) -> ConditionT:
-        """Prompts and their prepared references to a condition of B rows."""
-        ...
-
-    def sigmas(self, num_steps: int, shift: float | None) -> Tensor:
-        """Noise levels [num_steps + 1] float32 from 1 to 0, on the CPU; the generator's own schedule if `shift` is
-        None."""
-        ...
-
-    def velocity(self, latents: Tensor, sigma: Tensor, condition: ConditionT) -> Tensor:
-        """Velocity `noise - image` at `latents` [B, ...] and `sigma` [B], guidance included; fp32, as latents."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Latents at sigma 0 to images [B, 3, H, W] in [0, 1]."""
-        ...
-
-    def trainable_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        """Name and value of each trained tensor, in a fixed order."""
-        ...
-
-    def base_weights(self) -> AbstractContextManager[None]:
-        """Within it the generator is the base: without what was trained, and without `policy.init_from`."""
-        ...
-
-    def save_adapter(self, folder: Path) -> None:
-        """Write what was trained as safetensors into `folder`."""
-        ...
-
-    def load_adapter(self, place: Path) -> None:
-        """Read what `save_adapter` wrote into the folder `place`, or the file `place`.
-
-        Raises `UserError` where it does not fit, or holds numbers that are not finite.
-        """
-        ...
-
-
-class RowAsked(Protocol):
+class PromptRow(Protocol):
     """A prompt with the files of its references."""
 
     @property
@@ -98,51 +40,105 @@ class RowAsked(Protocol):
     def references(self) -> Sequence[Path]: ...
 
 
-@runtime_checkable
-class EncodesAhead(Protocol):
-    """A policy whose encoders are large: they run once over the data, before the generator takes their place."""
+class Policy(Protocol[ConditionT]):
+    """A subject-driven generator on rectified flow: sigma falls from 1 (noise) to 0 (image)."""
 
-    def reserve(
-        self, rows: Sequence[RowAsked], references: Callable[[int], Sequence[Tensor]], *, check_only: bool = False
-    ) -> None:
-        """Make room for what `encode_ahead` leaves of `rows`, whose prepared `references` are had by index.
-
-        Raises `UserError` where there is none. Of the processes of a machine one makes room; to the others it is
-        `check_only`.
-        """
+    @property
+    @abstractmethod
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images it makes, in pixels."""
         ...
 
-    def encode_ahead(
-        self, prompts: Sequence[str], references: Callable[[int], Sequence[Tensor]], on_progress: Callable[[int], None]
-    ) -> None:
-        """Encode every prompt with its prepared references (by its index), keep the results, let the encoders go.
-
-        `on_progress` hears how many are done.
-        """
+    @property
+    @abstractmethod
+    def latent_shape(self) -> torch.Size:
+        """Shape of one latent, without the batch."""
         ...
 
-
-@runtime_checkable
-class RunsInStep(Protocol):
-    """A policy that may be spread over processes, which then can only run it together."""
-
-    def in_step(self, ranks: DistributedGroup) -> AbstractContextManager[None]:
-        """Within it each process calls `velocity` as often as its share of the work asks, be it never.
-
-        All enter it, and leave it together. A gradient is computed before the next call of `velocity`.
-        """
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where latents live."""
         ...
 
+    @abstractmethod
+    def check(self, prompt: str, num_references: int) -> None:
+        """Raise `UserError` for a prompt, or a number of references, that it cannot take."""
+        ...
 
-def in_step(policy: Policy[ConditionT], ranks: DistributedGroup) -> AbstractContextManager[None]:
-    """Enter `RunsInStep.in_step` of a policy that has it, within `DistributedGroup.synchronized`."""
-    return policy.in_step(ranks) if isinstance(policy, RunsInStep) else nullcontext()
+    @abstractmethod
+    def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
+        """A picture or mask [C, h, w] in the size in which it is seen as one of `count` references."""
+        ...
 
+    @abstractmethod
+    def encode(self, prompts: Sequence[str], references: References) -> ConditionT:
+        """Prompts and their prepared references to a condition of B rows."""
+        ...
 
-@runtime_checkable
-class ReadsPrompts(Protocol):
-    """A policy or a reward whose encoder may not read the whole of a prompt."""
+    @abstractmethod
+    def sigmas(self, num_steps: int, shift: float | None) -> Tensor:
+        """Noise levels [num_steps + 1] float32 from 1 to 0, on the CPU; the generator's own schedule if `shift` is
+        None."""
+        ...
+
+    @abstractmethod
+    def velocity(self, latents: Tensor, sigma: Tensor, condition: ConditionT) -> Tensor:
+        """Velocity `noise - image` at `latents` [B, ...] and `sigma` [B], guidance included; fp32, as latents."""
+        ...
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents at sigma 0 to images [B, 3, H, W] in [0, 1]."""
+        ...
+
+    @abstractmethod
+    def trainable_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
+        """Name and value of each trained tensor, in a fixed order."""
+        ...
+
+    @abstractmethod
+    def base_weights(self) -> AbstractContextManager[None]:
+        """Within it the generator is the base: without what was trained, and without `policy.init_from`."""
+        ...
+
+    @abstractmethod
+    def save_adapter(self, folder: Path) -> None:
+        """Write what was trained as safetensors into `folder`."""
+        ...
+
+    @abstractmethod
+    def load_adapter(self, place: Path) -> None:
+        """Read what `save_adapter` wrote into the folder `place`, or the file `place`.
+
+        Raises `UserError` where it does not fit, or holds numbers that are not finite.
+        """
+        ...
 
     def prompt_lengths(self, prompts: Sequence[str]) -> PromptLengths | None:
-        """The lengths of `prompts`; None where all is read, however long."""
-        ...
+        """Return the lengths of `prompts` in tokens; None if the generator reads all of every prompt."""
+        return None
+
+    def precompute(
+        self,
+        rows: Sequence[PromptRow],
+        references: Callable[[int], Sequence[Tensor]],
+        share: Sequence[int],
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """Encode the rows with the numbers `share` ahead of training; do nothing if encoders are small.
+
+        A policy with large encoders keeps the results for `encode`, and then frees the encoders. `rows`: all that the
+        processes of this machine read; `references` returns a row's prepared references by its number; `on_progress`
+        gets how many rows are done. Raises `UserError`, before any row is encoded, if there is no room for `rows`.
+        """
+        return None
+
+    def lockstep(self, ranks: DistributedGroup) -> AbstractContextManager[None]:
+        """Return a context in which `velocity` may need all processes; do nothing if each has the whole generator.
+
+        Around every use of `velocity`, all processes enter and leave the context together, within
+        `DistributedGroup.synchronized`. In it each process calls `velocity` as often as its share of the work needs,
+        even never, and runs the backward pass of a velocity before it computes the next one.
+        """
+        return nullcontext()

@@ -18,8 +18,11 @@ from customized_grpo.report.charts import (
 )
 from customized_grpo.report.records import Columns, Run
 from customized_grpo.report.svg import Array
+from customized_grpo.tracking.metric_info import metric_info
 
 FIRST_RATIO_ALARM = 1e-5
+JUDGED = ("prompt_satisfied", "identity_kept", "joint_success")
+"""What the chart of the judge shows."""
 
 
 def reward_charts(run: Run) -> list[Chart]:
@@ -38,16 +41,8 @@ def reward_charts(run: Run) -> list[Chart]:
 def judge_chart(run: Run) -> Chart | None:
     """Shares of the validation pairs the judge passes, over training."""
     checks = run.evaluations
-    labels = {
-        "prompt_satisfied": ("prompt", "prompt satisfied"),
-        "identity_kept": ("identity", "identity kept"),
-        "joint_success": ("joint", "joint success"),
-    }
-    series = [
-        Series(label, checks["iteration"], checks[metric], hue, "dots")
-        for metric, (hue, label) in labels.items()
-        if checks.has(metric)
-    ]
+    infos = [metric_info(name) for name in JUDGED if checks.has(name)]
+    series = [Series(info.label, checks["iteration"], checks[info.name], info.hue, "dots") for info in infos]
     if not series:
         return None
     return line_chart(
@@ -59,7 +54,7 @@ def plane_chart(run: Run) -> Chart | None:
     """The plane of the judge's two verdicts; of the two rewards where there was no judge."""
     judged = run.evaluations.has("identity_kept") or any("identity_kept" in e.intervals for e in run.final.values())
     across, up = ("identity_kept", "prompt_satisfied") if judged else ("reward/identity", "reward/prompt")
-    names = ("identity kept", "prompt satisfied") if judged else ("identity reward", "prompt reward")
+    names = (metric_info(across).label, metric_info(up).label)
     checks = run.evaluations
     tests = {
         name: (found.intervals[across], found.intervals[up])

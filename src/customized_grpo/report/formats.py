@@ -3,6 +3,7 @@
 import math
 
 from customized_grpo.report.svg import power_of_ten
+from customized_grpo.tracking.metric_info import MetricInfo
 
 
 def percent(value: float) -> str:
@@ -16,10 +17,28 @@ def points(value: float) -> str:
     return "\u2013" if not math.isfinite(value) else f"{100 * value:+.1f}".replace("-", "\u2212")
 
 
-def reward(value: float | None, signed: bool = False) -> str:
+def metric_value(info: MetricInfo, value: float) -> str:
+    """Return a value of a metric as text."""
+    if info.is_share:
+        return percent(value)
+    return duration(value) if info.unit == "seconds" and math.isfinite(value) else reward(value, digits=info.digits)
+
+
+def metric_change(info: MetricInfo, change: float) -> str:
+    """Return a signed difference of values of a metric as text, of shares in percentage points without unit."""
+    if info.is_share:
+        return points(change)
+    if info.unit == "seconds" and math.isfinite(change):
+        return ("+" if change >= 0 else "\u2212") + duration(abs(change))
+    return reward(change, signed=True, digits=info.digits)
+
+
+def reward(value: float | None, signed: bool = False, digits: int | None = None) -> str:
+    """Return a number as text; `digits`: its decimals, None for as many as its size wants."""
     if value is None or not math.isfinite(value):
         return "\u2013"
-    digits = 3 if abs(value) < 10 else 1
+    if digits is None:
+        digits = 3 if abs(value) < 10 else 1
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "\u2212")
 
 

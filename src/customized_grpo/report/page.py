@@ -14,44 +14,35 @@ from markupsafe import Markup
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import figures
 from customized_grpo.report.charts import strip
-from customized_grpo.report.formats import duration, percent, points, reward, scientific
+from customized_grpo.report.formats import (
+    duration,
+    metric_change,
+    metric_value,
+    percent,
+    points,
+    reward,
+    scientific,
+)
 from customized_grpo.report.records import (
-    METRICS,
-    SHARES,
     Columns,
     Evaluation,
     Interval,
     Run,
     data_uri,
+    metrics_in,
     read_run,
 )
 from customized_grpo.report.svg import Array
 from customized_grpo.statistics import paired_difference
+from customized_grpo.tracking.metric_info import HEADLINE, MetricInfo
 
-LABELS = {
-    "joint_success": "Joint success",
-    "prompt_satisfied": "Prompt satisfied",
-    "identity_kept": "Identity kept",
-    "copied": "Copy-paste rate",
-    "reward/prompt": "Prompt reward",
-    "reward/identity": "Identity reward",
-}
-HUES = {
-    "joint_success": "joint",
-    "prompt_satisfied": "prompt",
-    "identity_kept": "identity",
-    "copied": "copied",
-    "reward/prompt": "prompt",
-    "reward/identity": "identity",
-}
-LOW_IS_GOOD = ("copied",)
 FACTS = (
     ("Policy", "policy.kind"),
-    ("Trained", "policy.adapter"),
+    ("Trained", "policy.toybox.adapter"),
     ("Data", "data.path"),
     ("Shaping", "advantages.shape"),
-    ("SARS \u03b3", "advantages.gamma"),
-    ("SARS \u03b3 of penalties", "advantages.gamma_penalty"),
+    ("SARS \u03b3", "advantages.sars.gamma"),
+    ("SARS \u03b3 of penalties", "advantages.sars.gamma_penalty"),
     ("Weights", "advantages.weights"),
     ("Samples per group", "rollout.group_size"),
     ("Groups per iteration", "rollout.prompts_per_iteration"),
@@ -88,6 +79,7 @@ def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path
         lstrip_blocks=True,
     )
     environment.filters.update(percent=percent, points=points, reward=reward, duration=duration, scientific=scientific)
+    environment.filters.update(metric_value=metric_value, metric_change=metric_change)
     write_whole(path, environment.get_template("template.html.j2").render(content))
     return path
 
@@ -105,10 +97,10 @@ def page_content(run: Run) -> dict[str, Any]:
         "has_base": "base" in run.final,
         "has_tuned": "tuned" in run.final,
         "same_noise": len({side.seed for side in run.final.values()}) == 1 and len(run.final) == 2,
-        "judged": any(row["metric"] in SHARES for row in table),
+        "judged": any(row["info"].is_share for row in table),
         "rows": table,
-        "headline": next((r for r in table if r["metric"] == "joint_success" and r["difference"]), None),
-        "secondary": [r for r in table if r["metric"] != "joint_success" and r["difference"]],
+        "headline": next((r for r in table if r["info"].name == HEADLINE and r["difference"]), None),
+        "secondary": [r for r in table if r["info"].name != HEADLINE and r["difference"]],
         "last_validation": last_validation(run.evaluations),
         "remarks": remarks(run),
         "reward_charts": figures.reward_charts(run),
@@ -143,44 +135,42 @@ def result_rows(final: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
     """Rows of the before/after table: the metrics at least one evaluation has, joint success first."""
     base, tuned = final.get("base"), final.get("tuned")
     rows = []
-    for metric in METRICS:
+    for info in metrics_in(name for side in (base, tuned) if side for name in side.intervals):
+        metric = info.name
         sides = [side.intervals.get(metric) if side else None for side in (base, tuned)]
-        if not any(sides):
-            continue
         known = [side for side in (tuned, base) if side]
         chance, ceiling = (
             next((getattr(side, name)[metric] for side in known if metric in getattr(side, name)), None)
             for name in ("chance", "ceiling")
         )
-        share = metric in SHARES
         rows.append(
             {
-                "metric": metric,
-                "label": LABELS[metric],
-                "hue": HUES[metric],
-                "share": share,
+                "info": info,
+                "label": info.heading,
+                "hue": info.hue,
+                "share": info.is_share,
                 "base": sides[0],
                 "tuned": sides[1],
                 "chance": chance,
                 "ceiling": ceiling,
-                "strip": strip(sides[0], sides[1], chance, ceiling, HUES[metric]) if share else Markup(""),
-                **_difference(base, tuned, metric),
+                "strip": strip(sides[0], sides[1], chance, ceiling, info.hue) if info.is_share else Markup(""),
+                **_difference(base, tuned, info),
             }
         )
     return rows
 
 
-def _difference(base: Evaluation | None, tuned: Evaluation | None, metric: str) -> dict[str, Any]:
+def _difference(base: Evaluation | None, tuned: Evaluation | None, info: MetricInfo) -> dict[str, Any]:
     if not (base and tuned):
         return {"difference": None, "pairs": 0, "gained": 0, "lost": 0, "verb": ""}
-    before, after = paired_values(base, tuned, metric)
+    before, after = paired_values(base, tuned, info.name)
     difference = paired_difference(before, after)
     rise, fall = int((after > before).sum()), int((after < before).sum())
     return {
         "difference": difference if math.isfinite(difference[0]) else None,
         "pairs": len(before),
-        "gained": fall if metric in LOW_IS_GOOD else rise,
-        "lost": rise if metric in LOW_IS_GOOD else fall,
+        "gained": rise if info.higher_is_better else fall,
+        "lost": fall if info.higher_is_better else rise,
         "verb": _verb(difference),
     }
 
@@ -209,14 +199,10 @@ def last_validation(evaluations: Columns) -> dict[str, Any] | None:
     """The last validation's figures by metric name, or None where there was no validation."""
     if evaluations.length == 0:
         return None
-    last = {name: float(evaluations[name][-1]) for name in METRICS}
+    last = {info: float(evaluations[info.name][-1]) for info in metrics_in(evaluations.values)}
     return {
         "iteration": int(evaluations["iteration"][-1]),
-        "values": [
-            {"label": LABELS[name].lower(), "value": value, "share": name in SHARES}
-            for name, value in last.items()
-            if math.isfinite(value)
-        ],
+        "values": [{"info": info, "value": value} for info, value in last.items() if math.isfinite(value)],
     }
 
 

@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from customized_grpo.errors import UserError
 from customized_grpo.io.jsonl import is_number, read_lines
 from customized_grpo.report.svg import Array
 from customized_grpo.statistics import mean_interval
+from customized_grpo.tracking.metric_info import MetricInfo, headline_first, overview
 
 Interval = tuple[float, float, float]
-SHARES = ("joint_success", "prompt_satisfied", "identity_kept", "copied")
-METRICS = (*SHARES, "reward/prompt", "reward/identity")
+NOT_METRICS = ("id", "prompt", "subject", "iteration", "pairs")
+"""Fields of the records of an evaluation and of the rows of evaluations.jsonl that are no metrics."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def read_run(folder: Path) -> Run:
     )
 
 
+def metrics_in(names: Iterable[str]) -> list[MetricInfo]:
+    """Return the metrics among the fields of records or rows, in the order in which a report shows them."""
+    return headline_first(overview(name for name in names if name not in NOT_METRICS))
+
+
 def to_columns(rows: list[dict[str, Any]]) -> Columns:
     names = {name for row in rows for name in row}
     return Columns({name: np.array([_as_float(row.get(name)) for row in rows]) for name in names}, len(rows))
@@ -136,7 +142,9 @@ def _evaluation(path: Path) -> Evaluation:
     records = {str(record["id"]): record for record in content.get("records", []) if "id" in record}
     summary = content.get("summary", {})
     intervals = {}
-    for name in METRICS:
+    for name in dict.fromkeys([*summary, *(field for record in records.values() for field in record)]):
+        if name in NOT_METRICS:
+            continue
         if summary.get(name):
             mean, low, high = (_as_float(summary[name].get(key)) for key in ("mean", "low", "high"))
             interval = mean, low, high

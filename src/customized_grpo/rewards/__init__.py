@@ -1,1 +1,1 @@
-"""."""
+"""The rewards: the protocol `Reward`, pretrained encoders, judges, remote servers and user functions."""

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.types import PromptBatch
 
 PREFIX = "python:"
 Function = Callable[[Tensor, PromptBatch], Tensor | Scores]
 
 
-class CustomReward:
-    """Calls `function(images [P, G, 3, H, W], task)`, which answers values [P, G], higher is better, or `Scores`.
+class CustomReward(Reward):
+    """Calls `function(images [P, G, 3, H, W], batch)`, which answers values [P, G], higher is better, or `Scores`.
 
     A value that is not finite is invalid: its sample leaves the group.
     """
@@ -63,6 +63,8 @@ class CustomReward:
             if not isinstance(part, Tensor) or tuple(part.shape) != shape:
                 given = list(part.shape) if isinstance(part, Tensor) else type(part).__name__
                 raise UserError(f"{self._name} answered {given}, expected a tensor of {list(shape)}, a number an image")
+        if not isinstance(scores.reason, str | None):
+            raise UserError(f"{self._name} answered a reason of {type(scores.reason).__name__}, expected a str or None")
         values = scores.values.float()
         known = scores.valid.to(values.device) & values.isfinite()
-        return Scores(torch.where(known, values, 0.0), known)
+        return Scores(torch.where(known, values, 0.0), known, scores.reason)

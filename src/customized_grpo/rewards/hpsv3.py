@@ -21,7 +21,7 @@ from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
 from customized_grpo.io.hub import from_hub, resolve_file
 from customized_grpo.io.tensors import mismatch, read_tensors
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.runtime.qwen_vl import ImageTextProcessor
 from customized_grpo.types import PromptBatch
 
@@ -57,7 +57,7 @@ class HPSv3(nn.Module):
         return logits[:, 0]
 
 
-class HPSv3Reward:
+class HPSv3Reward(Reward):
     """The score of an image for its prompt, higher is better: about 0 to 15, unbounded."""
 
     def __init__(
@@ -110,7 +110,7 @@ def load_hpsv3(
     Raises `UserError` where a part cannot be had, or its tensors are not those of HPSv3.
     """
     text = read_instruction(instruction)
-    path = resolve_file(weights or WEIGHTS, "rewards.prompt_model")
+    path = resolve_file(weights or WEIGHTS, "rewards.hpsv3.model")
     if not Path(backbone).exists():
         check_hub()
     try:
@@ -124,7 +124,7 @@ def load_hpsv3(
             "that can be reached"
         ) from error
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    state = renamed(read_tensors(path, "rewards.prompt_model"))
+    state = renamed(read_tensors(path, "rewards.hpsv3.model"))
     config.text_config.vocab_size = len(state.get("backbone.language_model.embed_tokens.weight", ()))
     # Tables of rotary frequencies are made, weights only outlined.
     with init_empty_weights(include_buffers=False):
@@ -192,12 +192,12 @@ def _check_names(path: Path, state: dict[str, Tensor], expected: dict[str, Tenso
     wrong = mismatch(state, expected)
     if wrong:
         raise UserError(
-            f"rewards.prompt_model: {path} does not hold HPSv3 on this backbone ({wrong}); name HPSv3.safetensors, "
+            f"rewards.hpsv3.model: {path} does not hold HPSv3 on this backbone ({wrong}); name HPSv3.safetensors, "
             "and Qwen2-VL-7B-Instruct in rewards.hpsv3.backbone"
         )
     rows = len(state["backbone.language_model.embed_tokens.weight"])
     if rows < vocabulary:
         raise UserError(
-            f"rewards.prompt_model: {path} has {rows} rows of token embeddings, and the backbone's tokenizer with "
+            f"rewards.hpsv3.model: {path} has {rows} rows of token embeddings, and the backbone's tokenizer with "
             f"{REWARD_TOKEN} {vocabulary} tokens; name the backbone that it was trained on"
         )

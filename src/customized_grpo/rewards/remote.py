@@ -25,7 +25,7 @@ from torch import Tensor
 from customized_grpo.data.images import to_pil, within
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.rewards.http import Refused, Scoring, Transport, Unavailable
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.splitting import UNLIMITED, Part, RequestSize, split
 from customized_grpo.types import PromptBatch, References
 
@@ -42,28 +42,22 @@ ENVELOPE = 128
 """Bytes of a request besides its prompts and pictures: for one group at most so many, for each further one fewer."""
 
 
-class RemoteReward:
-    """A `Reward` that asks a server, with as many images at once as it takes; a `TellsFailure`."""
+class RemoteReward(Reward):
+    """Asks a server for scores, with as many images at once as it takes."""
 
     def __init__(self, transport: Transport) -> None:
         """Raises `UserError` where no reward server answers."""
         self._transport = transport
         self._limit = _limits(transport)
-        self._probed = False
-        self.last_failure: str | None = None
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`: what the server could not score in time is invalid."""
-        self.last_failure, self._probed = None, False
-        encoded_batch = _EncodedBatch.of(images, batch)
-        shared, each = encoded_batch.sizes()
+        work = _Work(_EncodedBatch.of(images, batch), self._transport.scoring())
+        shared, each = work.batch.sizes()
         for group, sizes in zip(shared, each, strict=True):
             self._check(group, sizes)
-        return Scores(
-            *self._ask_each(
-                encoded_batch, split(shared, each, self._limit), images.shape[:2], self._transport.scoring()
-            )
-        )
+        values, valid = self._ask_each(work, split(shared, each, self._limit), images.shape[:2])
+        return Scores(values, valid, work.reason)
 
     def _check(self, group: RequestSize, images: Sequence[RequestSize]) -> None:
         """Raise `UserError` for an image that is above the server's limit by itself."""
@@ -76,50 +70,48 @@ class RemoteReward:
                     f"references has {wanted:,}; start it with a larger --max_{name}"
                 )
 
-    def _ask_each(
-        self, batch: "_EncodedBatch", parts: Iterable[Part], shape: Sequence[int], scoring: Scoring
-    ) -> tuple[Tensor, Tensor]:
+    def _ask_each(self, work: "_Work", parts: Iterable[Part], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Values and their validity, of the `shape` [P, G], of consecutive parts: whole groups, or pieces of one."""
-        found = [self._ask(batch, part, scoring) for part in parts]
+        found = [self._ask(work, part) for part in parts]
         values, valid = (
             torch.cat([part.flatten() for part in column]).view(*shape) for column in zip(*found, strict=True)
         )
         return values, valid
 
-    def _ask(self, batch: "_EncodedBatch", part: Part, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    def _ask(self, work: "_Work", part: Part) -> tuple[Tensor, Tensor]:
         """Values and their validity of one part. What is refused is asked again in parts, down to single images: one
         that cannot be scored leaves the others their scores."""
         rows, columns = part
         shape = (len(rows), len(columns))
         missing = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
-        if scoring.is_over():
+        if work.scoring.is_over():
             return missing
         try:
-            return parsed(self._transport.post("/score", batch.payload(part), scoring), shape)
+            return parsed(self._transport.post("/score", work.batch.payload(part), work.scoring), shape)
         except Refused as error:
-            self._probe(batch, scoring, error)
+            self._probe(work, error)
             if shape != (1, 1):
                 groups = [(range(p, p + 1), columns) for p in rows]
                 single = [(rows, range(g, g + 1)) for g in columns]
-                return self._ask_each(batch, groups if len(rows) > 1 else single, shape, scoring)
-            self.last_failure = str(error)
+                return self._ask_each(work, groups if len(rows) > 1 else single, shape)
+            work.reason = str(error)
         except (Unavailable, ValueError) as error:
-            told = self._transport.redact(str(error))
-            self.last_failure = told if isinstance(error, Unavailable) else f"{self._transport.field_name}: {told}"
+            redacted = self._transport.redact(str(error))
+            work.reason = redacted if isinstance(error, Unavailable) else f"{self._transport.field_name}: {redacted}"
         return missing
 
-    def _probe(self, batch: "_EncodedBatch", scoring: Scoring, refusal: Refused) -> None:
+    def _probe(self, work: "_Work", refusal: Refused) -> None:
         """Find out, once a scoring, whether these images are refused or all are: ask about a grey one. Raises
         `UserError` where that is refused too."""
-        if self._probed:
+        if work.probed:
             return
-        self._probed = True
-        image = batch.images[0][0]
+        work.probed = True
+        image = work.batch.images[0][0]
         grey = encoded(torch.full_like(image, 0.5))
-        masks = None if batch.batch.masks is None else [[encoded(torch.ones_like(image[:1]))]]
+        masks = None if work.batch.batch.masks is None else [[encoded(torch.ones_like(image[:1]))]]
         payload = {"prompts": ["a grey picture"], "images": [[grey]], "references": [[grey]], "masks": masks}
         try:
-            self._transport.post("/score", payload, scoring)
+            self._transport.post("/score", payload, work.scoring)
         except Refused as error:
             raise UserError(f"{refusal}; a trial image, all grey, was refused too: {error}") from error
         except Unavailable:
@@ -191,6 +183,18 @@ class _EncodedBatch:
             rest = RequestSize(bytes=ENVELOPE + len(json.dumps(prompt)))
             shared.append(sum((picture.size() for row in rows for picture in row), rest))
         return shared, [[image.size(images=1) for image in row] for row in self.image_rows]
+
+
+@dataclass
+class _Work:
+    """One scoring under way: the patience that its requests share, and why some scores are missing."""
+
+    batch: _EncodedBatch
+    scoring: Scoring
+    probed: bool = False
+    """Whether the trial image was asked about."""
+    reason: str | None = None
+    """Of the last score that is missing."""
 
 
 class _SharedPictures:

@@ -1,4 +1,4 @@
-"""`customized-grpo serve-reward`: a reward behind a small HTTP server, for trainers on other machines.
+"""A reward behind a small HTTP server, for trainers on other machines.
 
 The protocol is `rewards.remote`'s. One request is decoded and scored at a time, while the body of the next is read.
 """
@@ -11,25 +11,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
-from customized_grpo.config.messages import format_validation_error
-from customized_grpo.config.rewards import ENCODERS, IDENTITY_ENCODERS, RewardsConfig
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.factory.rewards import load_hpsv3_reward, load_pretrained
-from customized_grpo.rewards.custom import PREFIX, CustomReward
 from customized_grpo.rewards.http import read_token
 from customized_grpo.rewards.remote import TOKEN
 from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.rewards.score_request import Limits, Refused, read_request
-from customized_grpo.runtime.device import check_precision, resolve_device
 from customized_grpo.runtime.memory import is_out_of_memory
 
 BODIES = 2
@@ -45,7 +39,7 @@ PEEK = 1.0
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves `reward` under `name`, within `limits`."""
+    """A server of `reward` under `name`, within `limits`."""
 
     daemon_threads = True
     request_queue_size = CONNECTIONS
@@ -73,7 +67,7 @@ class RewardServer(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def expect(self, request: Any, seconds: float) -> None:
-        """End a connection's input unless it is expected anew within `seconds`."""
+        """End a connection's input after `seconds`, unless another call extends the time."""
         self._due[request] = time.monotonic() + seconds
 
     def service_actions(self) -> None:
@@ -89,7 +83,7 @@ class RewardServer(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
     def score(self, body: bytearray) -> dict[str, Any]:
-        """The answer to a request's body, which is emptied. Raises `Refused` for one that cannot be scored."""
+        """Return the answer to a request's body, and empty the body. Raise `Refused` if it cannot be scored."""
         try:
             images, batch = read_request(body, self.limits)
             return _answer(self.reward.score(images, batch))
@@ -131,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(HTTPStatus.OK, answer)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet: the trainer tells what fails."""
+        """Log nothing: the trainer reports what fails."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """See `http.server`, which calls this for requests that it cannot read, and other methods."""
@@ -142,7 +136,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.expect(self.connection, math.inf)
 
     def _scores(self, length: int) -> dict[str, Any]:
-        """Bodies are read one after the other, however many clients send: they wait in their own memory."""
+        """Read bodies one after the other, however many clients send: clients wait with theirs in their own memory."""
         with self._turn(self.server.bodies):
             body = self._body(length)
             with self._turn(self.server.turn):
@@ -182,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         return int(length)
 
     def _body(self, length: int) -> bytearray:
-        """The body, in as much memory as has come of it. Raises `Refused` where it does not come, or too slowly."""
+        """Return the body, using only the memory of what has arrived. Raise `Refused` if it comes too slowly."""
         body = bytearray()
         start = time.monotonic()
         while len(body) < length:
@@ -237,25 +231,13 @@ def _answer(scores: Scores) -> dict[str, Any]:
 
 
 def serve(
-    name: str,
-    model: str | None,
-    settings: Mapping[str, Any],
-    address: tuple[str, int],
-    limits: Limits,
-    *,
-    on_ready: Callable[[str], None],
+    reward: Reward, name: str, address: tuple[str, int], limits: Limits, *, on_ready: Callable[[str], None]
 ) -> None:
-    """Serve the reward `name` until interrupted; `settings` are of `RewardsConfig`. `on_ready` hears where.
+    """Serve `reward` under `name` until interrupted; `on_ready` gets a line that says where.
 
-    Raises `UserError` for a reward that cannot be had, settings that it does not read, limits below 1, and an address
-    that cannot be listened on, or that other machines reach although no token is set.
+    Raises `UserError` as `check_server` does.
     """
-    for option, value in vars(limits).items():
-        if value < 1:
-            raise UserError(f"--{option}: {value} takes no request; give 1 or more")
-    token = read_token(TOKEN)
-    _check_address(address, token)
-    reward = _reward(name, model, settings)
+    token = check_server(address, limits)
     try:
         server = RewardServer(address, reward, name, limits, token)
     except (OSError, OverflowError, UnicodeError) as error:
@@ -267,8 +249,16 @@ def serve(
         server.serve_forever()
 
 
-def _check_address(address: tuple[str, int], token: str | None) -> None:
-    """Raise `UserError` where `serve` would, before a model is loaded for minutes."""
+def check_server(address: tuple[str, int], limits: Limits) -> str | None:
+    """Check that `serve` can start, before a model is loaded for minutes; return the token that requests must have.
+
+    Raises `UserError` for limits below 1, and for an address that cannot be listened on, or that other machines reach
+    although no token is set.
+    """
+    for option, value in vars(limits).items():
+        if value < 1:
+            raise UserError(f"--{option}: {value} takes no request; give 1 or more")
+    token = read_token(TOKEN)
     try:
         with socket.create_server(address) as probe:
             host = probe.getsockname()[0]
@@ -279,37 +269,8 @@ def _check_address(address: tuple[str, int], token: str | None) -> None:
             f"--host: other machines reach {address[0] or host}, and no token is set; set the environment variable "
             f"{TOKEN} here and for the trainer, or serve on 127.0.0.1 alone"
         )
+    return token
 
 
 def _cannot_listen(address: tuple[str, int], error: Exception) -> UserError:
     return UserError(f"--host, --port: cannot listen on {address[0]}:{address[1]} ({error}); name others")
-
-
-def _reward(name: str, model: str | None, settings: Mapping[str, Any]) -> Reward:
-    if name.startswith(PREFIX):
-        if model is not None:
-            raise UserError(f"--model: {name} takes none; leave it out")
-        reward = CustomReward.load("serve-reward", name)
-        _config(name, None, settings)
-        return reward
-    if name not in (*ENCODERS, "hpsv3"):
-        raise UserError(
-            f"serve-reward: no reward '{name}'; choose hpsv3, {', '.join(ENCODERS)} or python:module.function"
-        )
-    config = _config(name, model, settings)
-    device = resolve_device(config.device, "--")
-    check_precision(config.precision, device, "--")
-    if name == "hpsv3":
-        return load_hpsv3_reward(config, model, device)
-    return load_pretrained(name, "--model", model, config, device)
-
-
-def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> RewardsConfig:
-    """The configuration of the reward `name`. Raises `UserError` for settings that it does not read."""
-    side = "identity" if name in IDENTITY_ENCODERS else "prompt"
-    if side == "prompt" and settings.get("identity_reference", "whole") != "whole":
-        raise UserError(f"--identity_reference: only for {' or '.join(IDENTITY_ENCODERS)}; leave it out")
-    try:
-        return RewardsConfig.model_validate({side: name, f"{side}_model": model, **settings})
-    except ValidationError as error:
-        raise UserError(f"--{format_validation_error(error).replace(f'{side}_model', 'model')}") from error

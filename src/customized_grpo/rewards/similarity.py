@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from customized_grpo.rewards.preprocessing import composited
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.types import PromptBatch, PromptLengths
 
 Encode = Callable[[Tensor], Tensor]
@@ -47,7 +47,7 @@ class PictureEncoder:
         return self._kept[key]
 
 
-class IdentitySimilarity:
+class IdentitySimilarity(Reward):
     """Cosine of an image with its references, in [-1, 1], higher is more alike.
 
     The paper multiplies DINO's by 100; normalised within a group, that changes nothing.
@@ -88,7 +88,7 @@ class IdentitySimilarity:
         return cosines.amax(-1) if self._several == "max" else cosines.mean(-1)
 
 
-class PromptSimilarity:
+class PromptSimilarity(Reward):
     """Cosine of an image with its prompt, in [-1, 1], higher is more as it says."""
 
     def __init__(
@@ -101,7 +101,7 @@ class PromptSimilarity:
         self._encoder, self._read, self._measure = encoder, read, measure
 
     def prompt_lengths(self, prompts: Sequence[str]) -> PromptLengths:
-        """See `policies.ReadsPrompts`."""
+        """See `Reward.prompt_lengths`."""
         return self._measure(prompts)
 
     @torch.no_grad()

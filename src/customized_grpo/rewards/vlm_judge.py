@@ -18,7 +18,7 @@ from customized_grpo.errors import UserError, truncated
 from customized_grpo.rewards.chat import BEST, QUESTIONS, QUOTED, Unreadable, messages, parse
 from customized_grpo.rewards.http import Refused, Scoring, Transport, Unavailable
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.types import PromptBatch
 
 KEY = "OPENAI_API_KEY"
@@ -35,12 +35,20 @@ TRIAL_SIDE, TRIAL_PROMPT = 224, "a red square on a white table"
 
 
 @dataclass(frozen=True)
+class Ratings:
+    """`values` [P, G, 2] (prompt, subject), 0 to 4, NaN if there is none, and the `reason` why some are missing."""
+
+    values: Tensor
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Asked:
     """The last images that were rated, and their ratings: two rewards share one round of questions."""
 
     images: "weakref.ref[Tensor]"
     batch: PromptBatch
-    ratings: Tensor
+    ratings: Ratings
 
 
 @dataclass
@@ -60,8 +68,6 @@ class VlmJudge:
         """Nothing is asked yet; see `check`."""
         self._transport, self._settings = transport, settings
         self._last: Asked | None = None
-        self.last_failure: str | None = None
-        """See `TellsFailure`."""
 
     def check(self) -> None:
         """Ask a trial question about a drawn picture. Raises `UserError`, with what the server said, where it has no
@@ -71,8 +77,8 @@ class VlmJudge:
         if self._ask(image, references, TRIAL_PROMPT, rating) is NOTHING:
             raise UserError(f"{'; '.join(rating.failures)}. This was a trial question, before any work; {ADJUST}")
 
-    def rate(self, images: Tensor, batch: PromptBatch) -> Tensor:
-        """Ratings [P, G, 2] (prompt, subject) of `images` [P, G, 3, H, W], 0 to 4; NaN where there is none.
+    def rate(self, images: Tensor, batch: PromptBatch) -> Ratings:
+        """Return the ratings of `images` [P, G, 3, H, W].
 
         Raises `UserError` where the server answers nobody, or refuses the trial picture beside one of these.
         """
@@ -95,8 +101,8 @@ class VlmJudge:
             raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        self.last_failure = truncated(list(rating.failures), "; ", TOLD) or None
-        ratings = torch.tensor(found).unflatten(0, images.shape[:2])
+        values = torch.tensor(found).unflatten(0, images.shape[:2])
+        ratings = Ratings(values, truncated(list(rating.failures), "; ", TOLD) or None)
         self._last = Asked(weakref.ref(images), batch, ratings)
         return ratings
 
@@ -170,22 +176,18 @@ class VlmJudge:
         )
 
 
-class JudgeReward:
-    """One of a judge's two scores as a `Reward`, 0 to 4, higher is better; a `TellsFailure`."""
+class JudgeReward(Reward):
+    """One of a judge's two scores, 0 to 4, higher is better."""
 
     def __init__(self, judge: VlmJudge, question: str) -> None:
         """`question`: one of QUESTIONS."""
         self._judge, self._column = judge, QUESTIONS.index(question)
 
-    @property
-    def last_failure(self) -> str | None:
-        """See `TellsFailure`."""
-        return self._judge.last_failure
-
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`."""
-        values = self._judge.rate(images, batch)[..., self._column]
-        return Scores(values.nan_to_num(0.0), values.isfinite())
+        ratings = self._judge.rate(images, batch)
+        values = ratings.values[..., self._column]
+        return Scores(values.nan_to_num(0.0), values.isfinite(), ratings.reason)
 
 
 def _trial() -> tuple[Tensor, list[str]]:

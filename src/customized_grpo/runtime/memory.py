@@ -9,8 +9,11 @@ MARKS = ("out of memory", "you tried to allocate", "ALLOC_FAILED")
 """What torch writes where an allocation fails: on CUDA, on the CPU, and in cuBLAS."""
 
 DRAWING = "Lower rollout.micro_batch (and, for a first-pass ratio of 1, optimizer.micro_batch with it)"
-SCORING = "Lower rewards.micro_batch, or set rewards.device to another GPU"
-UPDATING = "Lower optimizer.micro_batch (and rollout.micro_batch with it), or set policy.gradient_checkpointing to true"
+SCORING = "Lower rewards.local.micro_batch, or set rewards.local.device to another GPU"
+UPDATING = (
+    "Lower optimizer.micro_batch (and rollout.micro_batch with it), or set "
+    "policy.pipeline.gradient_checkpointing to true"
+)
 EVALUATING = "Lower rollout.micro_batch, or set ema.evaluate to false"
 COPYING = "It takes as much as a checkpoint takes disk: free some, or start a new run with a lower policy.lora_rank"
 """What to do where memory runs out. A resumed run may change these settings, but for the rank."""

@@ -1,1 +1,1 @@
-"""."""
+"""Tiny random models of the true classes, for tests and benchmarks."""

@@ -17,6 +17,7 @@ from customized_grpo.errors import UserError
 from customized_grpo.io.files import save_tensors, writing
 from customized_grpo.io.tensors import mismatch
 from customized_grpo.policies.lora_files import METADATA, adapter_file, header_settings, read_tensors, saved_name
+from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import resolve_precision
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.language import tokenize, words_of
@@ -30,8 +31,12 @@ OWN_SHIFT = 2.0
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
-class ToyBoxPolicy:
-    """A `policies.Policy` whose latents are the pixels [3, 32, 32] in [-1, 1]."""
+class ToyBoxPolicy(Policy[Context]):
+    """A policy whose latents are the pixels [3, 32, 32] in [-1, 1].
+
+    Its encoder is small, reads all of every prompt that `check` accepts, and each process has the whole generator: so
+    `precompute`, `prompt_lengths` and `lockstep` do nothing, as in `Policy`.
+    """
 
     size = (SIZE, SIZE)
     device = torch.device("cpu")
@@ -109,7 +114,7 @@ class ToyBoxPolicy:
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
-        """See `Policy.untuned`."""
+        """See `Policy.base_weights`."""
         if isinstance(self._tuned, PeftModel):
             with self._tuned.disable_adapter():
                 yield
@@ -158,6 +163,6 @@ def _settings_of(state: Mapping[str, Tensor], alpha: int | None) -> str:
     """Return the settings of a policy that an adapter of the tensors `state` fits."""
     ranks = {len(tensor) for name, tensor in state.items() if name.endswith(".lora_A.weight")}
     if not ranks:
-        return "policy.adapter=full, and policy.weights to those that it was trained from"
+        return "policy.toybox.adapter=full, and policy.toybox.weights to those that it was trained from"
     told = "" if alpha is None else f", policy.lora_alpha={alpha}"
-    return f"policy.adapter=lora, policy.lora_rank={max(ranks)}{told}"
+    return f"policy.toybox.adapter=lora, policy.lora_rank={max(ranks)}{told}"

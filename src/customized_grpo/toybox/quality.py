@@ -12,6 +12,7 @@ from customized_grpo.toybox.drawing import render
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.language import caption, tokenize
 from customized_grpo.toybox.oracle import HUE_TOLERANCE, Oracle
+from customized_grpo.toybox.oracle_metric import FIGURES
 from customized_grpo.toybox.pairs import Pairs, draw_pairs
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.toybox.recipes import crop_and_jitter
@@ -20,7 +21,7 @@ from customized_grpo.toybox.world import hue_distance, sample_scenes
 
 NUM_STEPS, SHIFT = 10, 2.0
 MEASURED_PAIRS = 1000
-VERDICTS = ("prompt_satisfied", "identity_kept", "joint_success", "copied")
+VERDICTS = FIGURES[:4]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from customized_grpo.data import resize_square
 from customized_grpo.errors import UserError
-from customized_grpo.rewards.reward import Scores
+from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.toybox.drawing import SIZE
 from customized_grpo.toybox.encoders import IdentityEncoder, PromptEncoder
 from customized_grpo.toybox.language import tokenize
@@ -23,7 +23,7 @@ BACKDROP = 0.5
 """Grey level behind a segmented reference."""
 
 
-class PromptReward:
+class PromptReward(Reward):
     """Cosine of the image with its prompt, in [-1, 1]."""
 
     def __init__(self, weights: Path | None = None) -> None:
@@ -37,7 +37,7 @@ class PromptReward:
         )
 
 
-class IdentityReward:
+class IdentityReward(Reward):
     """Cosine of the image with its reference, in [-1, 1], as DINO's is used."""
 
     def __init__(

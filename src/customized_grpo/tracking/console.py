@@ -19,14 +19,17 @@ from rich.progress import (
 )
 from rich.table import Table
 
-NAMES = {
-    "prompt_satisfied": "prompt satisfied",
-    "identity_kept": "identity kept",
-    "joint_success": "joint success",
-    "copied": "copy-pasted",
-    "reward/prompt": "prompt reward",
-    "reward/identity": "identity reward",
-}
+from customized_grpo.tracking.metric_info import (
+    HEADLINE,
+    REWARD_PREFIX,
+    MetricInfo,
+    in_order,
+    metric_info,
+    overview,
+)
+
+NOT_METRICS = ("iteration", "pairs")
+"""Fields of a validation's row that are no metrics."""
 
 
 class TrainingProgress:
@@ -42,10 +45,8 @@ class TrainingProgress:
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Show an iteration's figures: on the bar of a terminal, else as a line."""
         conflict, silent = metrics["conflict_rate"], metrics["silent_groups"]
-        figures = (
-            f"prompt {metrics['reward/prompt/mean']:.3f}  identity {metrics['reward/identity/mean']:.3f}  "
-            f"conflict {'-' if math.isnan(conflict) else f'{conflict:.0%}'}"
-        )
+        figures = "".join(f"{name} {mean:.3f}  " for name, mean in _reward_means(metrics))
+        figures += f"conflict {'-' if math.isnan(conflict) else f'{conflict:.0%}'}"
         if silent > 0:
             figures += f"  silent groups {silent:.0%}"
         self._progress.update(self._task, completed=metrics["iteration"], figures=figures)
@@ -69,7 +70,7 @@ class RunState:
     @property
     def figures(self) -> str:
         """What is known of it, in a line."""
-        joint = "" if self.joint is None else f"  joint success {self.joint:.1%} on the last validation"
+        joint = "" if self.joint is None else f"  {metric_info(HEADLINE).label} {self.joint:.1%} on the last validation"
         return f"{self.status}  {self.iteration}/{self.iterations}{joint}" + (f"  {self.note}" if self.note else "")
 
 
@@ -81,20 +82,20 @@ class Display:
 
     @classmethod
     def silent(cls) -> "Display":
-        """Says nothing."""
+        """Return a display that shows nothing."""
         return cls(Console(quiet=True))
 
     def note(self, text: str) -> None:
-        """A line of information."""
+        """Show a line of information."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """A line that asks for attention."""
+        """Show a line that asks for attention."""
         self.console.print(f"WARNING: {text}", style="bold yellow", highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def training(self, iterations: int, done: int) -> Iterator[TrainingProgress]:
-        """Show a run of `iterations`, of which `done` are behind it."""
+        """Show a run of `iterations`; `done` of them are behind it."""
         progress = self._bar(TextColumn("{task.fields[phase]:<13}"), TextColumn("{task.fields[figures]}"))
         with progress:
             task = progress.add_task("training", total=iterations, completed=done, phase="", figures="")
@@ -128,33 +129,35 @@ class Display:
         yield say_changes
 
     def validation(self, row: Mapping[str, Any]) -> None:
-        """A validation's figures."""
-        figures = "  ".join(f"{label} {_figure(name, row[name])}" for name, label in NAMES.items() if name in row)
+        """Show a validation's figures."""
+        infos = overview(name for name in row if name not in NOT_METRICS)
+        figures = "  ".join(f"{info.label} {_figure(info, row[info.name])}" for info in infos)
         self.note(f"validation at iteration {row['iteration']} ({row['pairs']} pairs): {figures}")
 
     def comparison(self, results: Mapping[str, Mapping[str, Any]]) -> None:
-        """The table of `before_after.write_evaluation`, with chance level and ceiling where there are."""
+        """Show the results of an evaluation before and after as a table, with chance levels and ceilings if known."""
         base, tuned = results["base"], results["tuned"]
         table = Table(title="before and after, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
         for column in ("", "base", "tuned", "chance", "ceiling"):
             table.add_column(column)
-        for name, label in NAMES.items():
-            if name in base["summary"]:
-                intervals = (_interval(name, side["summary"][name]) for side in (base, tuned))
-                levels = (tuned[level].get(name) for level in ("chance", "ceiling"))
-                table.add_row(label, *intervals, *("" if level is None else _figure(name, level) for level in levels))
+        for info in overview(base["summary"]):
+            intervals = (_interval(info, side["summary"][info.name]) for side in (base, tuned))
+            levels = (tuned[level].get(info.name) for level in ("chance", "ceiling"))
+            table.add_row(info.label, *intervals, *("" if level is None else _figure(info, level) for level in levels))
         self.console.print(table)
 
     def intervals(self, title: str, summary: Mapping[str, Mapping[str, float | None]]) -> None:
-        """Means and their intervals, by metric."""
+        """Show means and their intervals, by metric."""
         rows = {}
-        for name, value in summary.items():
-            mean, low, high = ("\u2013" if number is None else f"{number:.3f}" for number in value.values())
-            rows[NAMES.get(name, name)] = f"{mean} ({low} to {high})"
+        for info in in_order(summary):
+            mean, low, high = (
+                "\u2013" if number is None else _figure(info, number) for number in summary[info.name].values()
+            )
+            rows[info.label] = f"{mean} ({low} to {high})"
         self.table(title, rows)
 
     def table(self, title: str, rows: Mapping[str, str]) -> None:
-        """Names and values."""
+        """Show names and values."""
         table = Table(title=title, title_justify="left", show_header=False)
         for name, value in rows.items():
             table.add_row(name, value)
@@ -175,7 +178,7 @@ class StageProgress:
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, stage: str, step: int, steps: int, loss: float | None = None) -> None:
-        """`stage` has done `step` of `steps`."""
+        """Show that `stage` has done `step` of `steps`."""
         figures = "" if loss is None else f"loss {loss:.3f}"
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=steps, figures="")
@@ -185,11 +188,11 @@ class StageProgress:
 
 
 def _grid_table(states: Sequence[RunState]) -> Table:
-    """All runs, those first of which a reader wants to know: a small terminal shows the first ones."""
+    """Return the table of all runs; those to watch come first, since a small terminal shows the first ones."""
     order = ("running", "failed", "done", "waiting")
     title = ", ".join(f"{sum(state.status == status for state in states)} {status}" for status in order)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("run", "status", "iteration", "joint success", ""):
+    for column in ("run", "status", "iteration", metric_info(HEADLINE).label, ""):
         table.add_column(column)
     for state in sorted(states, key=lambda state: order.index(state.status)):
         joint = "" if state.joint is None else f"{state.joint:.1%}"
@@ -197,10 +200,17 @@ def _grid_table(states: Sequence[RunState]) -> Table:
     return table
 
 
-def _figure(name: str, value: float) -> str:
-    return f"{value:.3f}" if name.startswith("reward/") else f"{value:.1%}"
+def _reward_means(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield the name and the mean of each reward of an iteration."""
+    for name, value in metrics.items():
+        if name.startswith(REWARD_PREFIX) and name.endswith("/mean"):
+            yield name.removeprefix(REWARD_PREFIX).removesuffix("/mean"), value
 
 
-def _interval(name: str, value: Mapping[str, float]) -> str:
-    mean, low, high = (_figure(name, value[key]) for key in ("mean", "low", "high"))
+def _figure(info: MetricInfo, value: float) -> str:
+    return f"{value:.1%}" if info.is_share else f"{value:.{3 if info.digits is None else info.digits}f}"
+
+
+def _interval(info: MetricInfo, value: Mapping[str, float]) -> str:
+    mean, low, high = (_figure(info, value[key]) for key in ("mean", "low", "high"))
     return f"{mean} ({low.rstrip('%')}–{high.rstrip('%')})"

@@ -1,1 +1,1 @@
-"""."""
+"""Training: an iteration, the loop around it, checkpoints, and the folder of a run."""

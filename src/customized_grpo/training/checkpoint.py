@@ -30,7 +30,7 @@ TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
 PARAMETER, MOMENT, AVERAGE = "parameter/", "optimizer/", "average/"
 PARTIAL = ".partial"
-FORMAT = 2
+FORMAT = 3
 """Version of what is written here. A checkpoint of another one is no damage, and must not be passed over as such."""
 MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
 """What AdamW keeps of a parameter."""

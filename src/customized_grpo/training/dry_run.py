@@ -19,12 +19,13 @@ from customized_grpo.factory.pipelines import MODELS, PIPELINES, settings_of
 from customized_grpo.factory.policy import load_toybox, policy_device
 from customized_grpo.factory.rewards import reward_device
 from customized_grpo.io.hub import DAMAGED
-from customized_grpo.policies.conditions import ConditionCache, EncodedBatch, EncodedPrompt, bytes_of_rows
+from customized_grpo.policies.conditions import ConditionCache, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
 from customized_grpo.policies.loading import read_index, resolve_model
+from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
-from customized_grpo.policies.policy import RowAsked
+from customized_grpo.policies.policy import PromptRow
 from customized_grpo.runtime.device import resolve_device, resolve_precision
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
@@ -32,7 +33,7 @@ from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
 META = torch.device("meta")
 
 
-def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[RowAsked] | None = None) -> Estimate:
+def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[PromptRow] | None = None) -> Estimate:
     """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square;
     and of disk what `rows`, all that the run reads, take once they are encoded.
 
@@ -40,21 +41,24 @@ def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[RowAsked
     """
     settings = config.policy
     family = PIPELINES[settings.kind]
-    folder = resolve_model(settings.model or MODELS[settings.kind], family, weights=False)
+    folder = resolve_model(settings.pipeline.model or MODELS[settings.kind], family, weights=False)
     bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
     pipe = outline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     return estimate_pipeline(config, family, pipe, processes, rows)
 
 
 def estimate_pipeline(
-    config: Config, family: PipelineSpec, pipe: Any, processes: int = 1, rows: Sequence[RowAsked] | None = None
+    config: Config, family: PipelineSpec, pipe: Any, processes: int = 1, rows: Sequence[PromptRow] | None = None
 ) -> Estimate:
     """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on
     the meta device."""
-    settings, network = config.policy, pipe.transformer
+    settings, network = config.policy.pipeline, pipe.transformer
     # What recomputes or compiles on the way changes what is counted, not what is computed.
     plain = replace(
-        settings_of(settings, META, config.seed), gradient_checkpointing=False, compile=False, attention_backend=None
+        settings_of(config.policy, META, config.seed),
+        gradient_checkpointing=False,
+        compile=False,
+        attention_backend=None,
     )
     policy = DiffusersPolicy(family, pipe, ConditionCache(settings.cache, ""), plain)
     sizes = (family.reference_size(settings.height, settings.width, 1, settings.reference_side),)
@@ -65,7 +69,7 @@ def estimate_pipeline(
     frozen = {
         module: sum(p.nbytes for p in module.parameters() if not p.requires_grad) for module in (network, pipe.vae)
     }
-    if settings.shard:
+    if settings.fsdp:
         frozen[network] /= processes
     blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
     passes = 2 if policy.guided else 1
@@ -101,14 +105,14 @@ def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
                 parts[name] = kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     except DAMAGED as error:
-        raise UserError(f"policy.model: {folder} could not be read: {first_line(error)}") from error
+        raise UserError(f"policy.pipeline.model: {folder} could not be read: {first_line(error)}") from error
     return family.pipeline(**parts)
 
 
 def dry_run(config: Config, processes: int = 1) -> Estimate:
     """What a run of `config` takes of each of its `processes`. Raises `UserError` where the model cannot be had."""
     check_shares(config, processes)
-    if config.policy.kind != "toybox":
+    if config.policy.kind in PIPELINES:
         silence_libraries()
         rows, unknown = _outlined(config)
         estimated = dry_run_pipeline(config, processes, rows)
@@ -138,7 +142,7 @@ def _with_rewards(config: Config, estimated: Estimate) -> Estimate:
         return estimated
     from customized_grpo.factory.footprint import reward_bytes
 
-    counted, unknown = reward_bytes(config.rewards, device, config.policy.weights)
+    counted, unknown = reward_bytes(config.rewards, device, config.policy.toybox.weights)
     unknown = [f"weights of {name}: not on this machine" for name in unknown]
     others = ["activations of the rewards", "what an allocator adds"]
     return replace(

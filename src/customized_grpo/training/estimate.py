@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from customized_grpo.config.run import Config
 from customized_grpo.policies.policy import Policy
+from customized_grpo.training.objectives import build_objective
 from customized_grpo.training.rollout import plan_steps
 
 NUMBER_BYTES = 4
@@ -120,13 +121,14 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
     plan = plan_steps(rollout, policy.sigmas(rollout.num_steps, rollout.shift), config.seed, 0)
     prompts = -(-rollout.prompts_per_iteration // processes)
     images = prompts * rollout.group_size
-    shared = plan.num_prefix_steps if rollout.initial_noise == "shared" else 0
+    shared = plan.num_prefix_steps if rollout.same_initial_noise else 0
     num_forward_evals = prompts * shared + images * (rollout.num_steps - shared)
-    extra_forwards = bool(subject.checkpointed) + (config.objective.kl_weight > 0)
+    objective = build_objective(config)
+    extra_forwards = bool(subject.checkpointed) + objective.reference_forwards
     an_item = both.get_total_flops() + extra_forwards * forward.get_total_flops()
-    items = images * len(plan.trained)
+    items = images * objective.num_passes(plan)
     trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
-    lora = config.policy.adapter == "lora"
+    lora = config.policy.toybox.adapter == "lora"
     trajectories = 2.0 * items * latents.nbytes
     drawn = drawing.peak * min(rollout.micro_batch, images)
     # While the averaged parameters stand in for the trained ones, these are kept.

@@ -10,12 +10,13 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.rewards import PRETRAINED
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.factory.policy import init_adapter
+from customized_grpo.factory.policy import init_adapter, policy_weights
+from customized_grpo.factory.rewards import reward_weights
 from customized_grpo.io.files import file_sha256, read_header
 from customized_grpo.policies.lora_files import PEFT_SETTINGS
-from customized_grpo.toybox.weights import shipped_folder
 
 CONFIGURATIONS = r"(model_index|config|scheduler_config|preprocessor_config)\.json"
 WEIGHTS = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors"
@@ -55,18 +56,12 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     """The fields that name weights, what they name, and which files of it decide."""
     policy, rewards = config.policy, config.rewards
     either = f"{CONFIGURATIONS}|{WEIGHTS}"
-    if policy.kind == "toybox":
-        yield "policy.weights", policy.weights or shipped_folder(), r".*\.safetensors"
-    else:
-        from customized_grpo.factory.pipelines import MODELS
-
-        yield "policy.model", policy.model or MODELS[policy.kind], either
-    for side, kind, model in (
-        ("prompt", rewards.prompt, rewards.prompt_model),
-        ("identity", rewards.identity, rewards.identity_model),
-    ):
-        yield f"rewards.{side}_model", _reward_model(kind, model), either
-    if rewards.prompt == "hpsv2" and (rewards.prompt_model or "").endswith(".safetensors"):
+    field, name, files = policy_weights(policy)
+    yield field, name, files or either
+    for kind in (rewards.prompt, rewards.identity):
+        if kind in PRETRAINED:
+            yield f"rewards.{kind}.model", reward_weights(kind, rewards.model_of(kind)), either
+    if rewards.prompt == "hpsv2" and (rewards.hpsv2.model or "").endswith(".safetensors"):
         yield "rewards.hpsv2.backbone", rewards.hpsv2.backbone, CONFIGURATIONS
     if rewards.prompt == "hpsv3":
         yield "rewards.hpsv3.backbone", rewards.hpsv3.backbone, CONFIGURATIONS
@@ -76,10 +71,11 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
 def _adapters(policy: PolicyConfig) -> dict[str, Path]:
     """The LoRA files that training starts from, by field."""
     found = {"policy.init_from": init_adapter(policy)}
-    if policy.base_adapter is not None:
+    if policy.pipeline.base_adapter is not None:
         from customized_grpo.policies.base_adapter import resolve_adapter
 
-        found["policy.base_adapter"] = resolve_adapter(policy.base_adapter, "policy.base_adapter")
+        field = "policy.pipeline.base_adapter"
+        found[field] = resolve_adapter(policy.pipeline.base_adapter, field)
     return {field: path for field, path in found.items() if path is not None}
 
 
@@ -95,19 +91,6 @@ def _adapter_sha256(path: Path) -> str:
     if (settings := path.with_name(PEFT_SETTINGS)).is_file():
         digest.update(settings.read_bytes())
     return digest.hexdigest()
-
-
-def _reward_model(kind: str, model: str | None) -> str | None:
-    """The weights of a reward of this kind; None if it has none of its own here."""
-    if kind in ("toybox", "vlm_judge", "remote") or kind.startswith("python:"):
-        return None
-    if kind == "hpsv3":
-        from customized_grpo.rewards.hpsv3 import WEIGHTS
-
-        return model or WEIGHTS
-    from customized_grpo.rewards.pretrained import MODELS
-
-    return model or MODELS[kind]
 
 
 def _place(name: str) -> Path:

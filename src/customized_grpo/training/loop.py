@@ -8,18 +8,16 @@ from typing import Any
 import torch
 
 from customized_grpo.config.run import Config
-from customized_grpo.data import SubjectDataset
 from customized_grpo.distributed.launch import saving
 from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import WeightsDivergedError
-from customized_grpo.evaluation.before_after import evaluate_pairs, write_evaluation
-from customized_grpo.evaluation.evaluator import Evaluation
+from customized_grpo.evaluation.before_after import write_evaluation
+from customized_grpo.evaluation.evaluator import Evaluation, Evaluator
 from customized_grpo.io.files import writing
 from customized_grpo.io.jsonl import Metrics, read_rows
 from customized_grpo.policies.policy import Policy
 from customized_grpo.report import write_report
 from customized_grpo.runtime.memory import COPYING, EVALUATING, explain_out_of_memory
-from customized_grpo.toybox.oracle import Oracle
 from customized_grpo.tracking.console import Display, TrainingProgress
 from customized_grpo.tracking.registry import OpenTracker
 from customized_grpo.tracking.trackers import Tracker
@@ -41,15 +39,16 @@ class TrainingLoop:
         self,
         config: Config,
         trainer: Trainer[Any],
-        datasets: dict[str, SubjectDataset],
+        validation: Evaluator,
+        test: Evaluator | None,
         display: Display,
-        judge: Oracle | None,
         open_trackers: Sequence[OpenTracker],
         termination: SignalHandler,
     ) -> None:
-        self.config, self.trainer, self.datasets, self.display = config, trainer, datasets, display
+        """Take the parts of a run; `validation` and `test` evaluate its generator, `test` is None without test data."""
+        self.config, self.trainer, self.display = config, trainer, display
+        self.validation, self.test = validation, test
         self.policy: Policy[Any] = trainer.policy
-        self.judge = judge
         self.termination = termination
         self.ranks = trainer.ranks
         self.run = RunDir(config.output)
@@ -126,7 +125,7 @@ class TrainingLoop:
                 if self._validation_is_due() or iteration == last:
                     self._validate()
                 due = iteration % self.config.checkpoint.every == 0 or iteration == last
-                if due or iteration % self.config.ranks.check_every == 0:
+                if due or iteration % self.config.distributed.check_weights_every == 0:
                     with self.ranks.synchronized():
                         self._check_equal(f"after iteration {iteration}; go on from the last checkpoint with --resume")
                 if due:
@@ -146,7 +145,7 @@ class TrainingLoop:
                 self.average.update(self.trainer.iteration)
             self._log(METRICS, metrics)
             self._take_snapshot()
-        for warning in iteration_warnings(metrics, self.trainer.failures()):
+        for warning in iteration_warnings(metrics, self.trainer.reasons):
             self.display.warn(warning)
         show.iteration(metrics)
 
@@ -164,7 +163,7 @@ class TrainingLoop:
     def _validate(self) -> None:
         self.snapshot.wait()
         with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
-            evaluation = self._evaluate(self.config.evaluation.pairs)
+            evaluation = self.validation.evaluate(self.config.evaluation.num_samples, self._poll)
         iteration = self.trainer.iteration
         row = {"iteration": iteration, "pairs": len(evaluation.samples), **evaluation.means()}
         with self.ranks.synchronized(), self.termination.critical_section():
@@ -173,7 +172,7 @@ class TrainingLoop:
                 self._log_gallery(evaluation)
             self._log(EVALUATIONS, row)
         self.display.validation(row)
-        for warning in validation_warnings(evaluation, iteration, self.trainer.failures()):
+        for warning in validation_warnings(evaluation, iteration):
             self.display.warn(warning)
 
     def finish(self) -> Path | None:
@@ -185,29 +184,23 @@ class TrainingLoop:
             if self.ranks.is_main_process:
                 with saving():
                     self.run.write_adapters(self.policy, self.average)
-        if "test" in self.datasets:
-            self._evaluate_test()
+        if self.test is not None:
+            self._compare_before_after(self.test)
         for tracker in self.trackers:
             tracker.close()
         with self.ranks.synchronized(), writing(self.run.path):
             return write_report(self.run.path) if self.ranks.is_main_process else None
 
-    def _evaluate(self, pairs: int) -> Evaluation:
-        dataset = self.datasets.get("validation", self.datasets["path"])
-        parts = (self.policy, dataset, self.trainer.rewards, self.judge)
-        return evaluate_pairs(self.config, *parts, pairs, self.ranks, self._poll)
-
-    def _evaluate_test(self) -> None:
+    def _compare_before_after(self, test: Evaluator) -> None:
         self.display.note("evaluating before and after on the test data ...")
-        parts = (self.policy, self.datasets["test"], self.trainer.rewards, self.judge)
-        folder, pairs = self.run.evaluation, self.config.evaluation.test_pairs
+        pairs, iterations = self.config.evaluation.num_test_samples, self.config.iterations
         with self._evaluated_weights(), self.ranks.synchronized():
-            results = write_evaluation(self.config, *parts, folder, pairs, self.ranks, self._poll)
+            results = write_evaluation(test, pairs, iterations, self.run.evaluation, self._poll)
         self.display.comparison(results)
 
     def _remember_base(self) -> None:
         with self.policy.base_weights():
-            self._base_images = self._evaluate(self.config.evaluation.gallery).images
+            self._base_images = self.validation.evaluate(self.config.evaluation.gallery, self._poll).images
 
     def _evaluated_weights(self) -> AbstractContextManager[None]:
         """Give the generator the weights to evaluate: averaged ones if they are kept, unless `ema.evaluate` is off."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from customized_grpo.config.rewards import PRETRAINED
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.data import SubjectDataset
 from customized_grpo.distributed.env import local_rank
@@ -28,12 +29,15 @@ from customized_grpo.training.run_dir import RunDir
 from customized_grpo.training.saving import CheckpointSaver
 
 MUTABLE_ON_RESUME = (
-    "output", "iterations", "threads", "policy.model", "policy.base_adapter", "policy.init_from", "policy.weights",
-    "policy.device", "policy.offload", "policy.shard", "policy.gradient_checkpointing", "policy.cache", "data.",
-    "rewards.prompt_model", "rewards.identity_model", "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
-    "rewards.hpsv3.instruction", "rewards.max_invalid_share", "rewards.device", "rewards.micro_batch",
-    "rewards.deadline", "rewards.vlm_judge.url", "rewards.vlm_judge.concurrency", "rollout.micro_batch",
-    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "ranks.", "log.",
+    "output", "iterations", "threads", "policy.pipeline.model", "policy.pipeline.base_adapter", "policy.init_from",
+    "policy.toybox.weights",
+    "policy.device", "policy.pipeline.text_encoders", "policy.pipeline.fsdp",
+    "policy.pipeline.gradient_checkpointing", "policy.pipeline.cache", "data.",
+    *(f"rewards.{kind}.model" for kind in PRETRAINED), "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
+    "rewards.hpsv3.instruction", "rewards.max_invalid_share", "rewards.local.device",
+    "rewards.local.micro_batch", "rewards.remote.", "rewards.vlm_judge.url", "rewards.vlm_judge.timeout",
+    "rewards.vlm_judge.concurrency", "rollout.micro_batch",
+    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "distributed.", "log.",
 )  # fmt: skip
 """Fields in which a resumed run may differ from the one it resumes. The contents of data and weights may not."""
 

@@ -4,15 +4,16 @@ Shape legend: P prompts, G samples of a group, B = P * G samples in prompt-major
 the latent's shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
 import torch
 from torch import Tensor
 
-from customized_grpo.algorithm import ode_step, sde_step
+from customized_grpo.algorithm import ode_step, transition
 from customized_grpo.config.rollout import RolloutConfig
+from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.policies.sampling import decode_checked
 from customized_grpo.randomness import batched_normal, generator
@@ -39,6 +40,7 @@ class Plan:
 class Rollout(Generic[ConditionT]):
     """For the update: `states`, `next_states` [S, B, *], `log_probs` [S, B]. For rewards: `images` [P, G, 3, H, W]."""
 
+    plan: Plan
     condition: ConditionT
     states: Tensor
     next_states: Tensor
@@ -52,19 +54,33 @@ def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int)
     """The steps of `iteration` (0 is the first). The last step is never stochastic: its density has no width at sigma
     0.
 
-    `subset`: every other step is stochastic, a random `subset_share` of them trained (paper). `window`: a window of
-    consecutive steps is stochastic and trained, the rest deterministic (MixGRPO, arXiv 2507.21802).
+    `subset`: every other step is stochastic, a random `timestep_fraction` of them trained (paper). `window`: a window
+    of consecutive steps is stochastic and trained, the rest deterministic (MixGRPO, arXiv 2507.21802).
     """
     trainable = config.num_steps - 1
-    if config.steps == "window":
-        start = config.window_start
+    if config.trained_steps == "window":
+        start = config.window.start
         if start is None:
-            start = iteration // config.window_period % (trainable - config.window_size + 1)
-        window = tuple(range(start, start + config.window_size))
+            start = iteration // config.window.period % (trainable - config.window.size + 1)
+        window = tuple(range(start, start + config.window.size))
         return Plan(sigmas, window, window)
-    count = max(1, round(config.subset_share * trainable))
+    count = max(1, round(config.subset.timestep_fraction * trainable))
     chosen = torch.randperm(trainable, generator=generator(seed, iteration, "steps"))[:count]
     return Plan(sigmas, tuple(range(trainable)), tuple(sorted(chosen.tolist())))
+
+
+def iteration_samples(
+    dataset: SubjectDataset, prompts_per_iteration: int, seed: int, iteration: int, prompts: range | None = None
+) -> list[Sample]:
+    """Return the samples that `iteration` (0 is the first) draws: those of its `prompts`, all if None."""
+    wanted = batch_indices(len(dataset), prompts_per_iteration, seed, iteration)
+    return [dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
+
+
+def encode_samples(policy: Policy[ConditionT], dataset: SubjectDataset, samples: Sequence[Sample]) -> ConditionT:
+    """Return the policy's condition of `samples`, with their references in the size in which it sees them."""
+    prompts = [sample.prompt for sample in samples]
+    return policy.encode(prompts, dataset.references(samples, policy.prepare_reference))
 
 
 @torch.no_grad()
@@ -80,7 +96,7 @@ def sample_groups(
     done. Raises `NotFinite` where a picture is not finite.
     """
     walk = _Sampler(policy, condition, plan, config, seed, iteration, first)
-    prefix = plan.num_prefix_steps if config.initial_noise == "shared" else 0
+    prefix = plan.num_prefix_steps if config.same_initial_noise else 0
     prefix_latents = None
     if prefix:
         rows = torch.arange(num_prompts).split(config.micro_batch)
@@ -95,6 +111,7 @@ def sample_groups(
         on_progress((int(rows[-1]) + 1) / len(batch))
     images, states, next_states, log_probs = (list(column) for column in zip(*parts, strict=True))
     return Rollout(
+        plan,
         condition,
         torch.cat(states, 1),
         torch.cat(next_states, 1),
@@ -125,7 +142,7 @@ class _Sampler(Generic[ConditionT]):
         """
         condition = self.condition.take(prompts)
         if latents is None:
-            first = torch.zeros_like(samples) if self.config.initial_noise == "shared" else samples
+            first = torch.zeros_like(samples) if self.config.same_initial_noise else samples
             latents = self._noise(prompts, first, INITIAL_NOISE)
         kept = []
         for i in steps:
@@ -134,13 +151,11 @@ class _Sampler(Generic[ConditionT]):
             if i not in self.plan.stochastic:
                 latents = ode_step(latents, velocity, sigma, sigma_next)
                 continue
-            noise = self._noise(prompts, samples, f"step {i}")
-            step = sde_step(
-                latents, velocity, sigma, sigma_next, kind=self.config.sde, eta=self.config.eta, noise=noise
-            )
+            step = transition(latents, velocity, sigma, sigma_next, kind=self.config.sde, eta=self.config.eta)
+            next_latents = step.sample(self._noise(prompts, samples, f"step {i}"))
             if i in self.plan.trained:
-                kept.append((latents, step.next_x, step.log_prob))
-            latents = step.next_x
+                kept.append((latents, next_latents, step.log_prob(next_latents)))
+            latents = next_latents
         return latents, kept
 
     def _noise(self, prompts: Tensor, samples: Tensor, purpose: str) -> Tensor:

@@ -17,8 +17,9 @@ from customized_grpo.factory.data import (
     read_samples,
     warn_truncated_prompts,
 )
+from customized_grpo.factory.metrics import build_evaluator, build_metrics
 from customized_grpo.factory.policy import build_policy, build_start
-from customized_grpo.factory.rewards import build_judge, build_rewards
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import LOCK, locked, writing
 from customized_grpo.report import write_report
 from customized_grpo.runtime.device import configure
@@ -59,7 +60,7 @@ def train(
     termination = SignalHandler()
     with termination.listening():
         try:
-            with init_distributed(termination, config.ranks.silence) as ranks, ExitStack() as held:
+            with init_distributed(termination, config.distributed.heartbeat_timeout) as ranks, ExitStack() as held:
                 display = display if ranks.is_main_process else Display.silent()
                 with ranks.synchronized():
                     check_output(config.output, resume=resume or resume_from is not None, overwrite=overwrite)
@@ -105,7 +106,8 @@ def _training_loop(
         for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()
         if path is not None
     }
-    rewards, judge = build_rewards(config), build_judge(config)
+    rewards = build_rewards(config)
+    metrics = build_metrics(config, rewards)
     policy = build_start(config.policy, config.seed)
     for dataset in datasets.values():
         check_prompts(dataset.folder, dataset, policy)
@@ -114,7 +116,9 @@ def _training_loop(
     with display.stages() as stages, ranks.interruptible():
         encode_ahead(policy, used, stages)
     trainer = Trainer(config, policy, rewards, datasets["path"], ranks)
-    return TrainingLoop(config, trainer, datasets, display, judge, trackers, termination)
+    validation = build_evaluator(config, policy, datasets.get("validation", datasets["path"]), metrics, ranks)
+    test = build_evaluator(config, policy, datasets["test"], metrics, ranks) if "test" in datasets else None
+    return TrainingLoop(config, trainer, validation, test, display, trackers, termination)
 
 
 def evaluate_run(
@@ -124,26 +128,26 @@ def evaluate_run(
     data), write `evaluation/` and the report; with `ema`, the averaged weights are the tuned ones. Returns the report's
     path, that of `evaluation/` for an exported adapter, None in processes other than the first."""
     if pairs is not None and pairs < 1:
-        raise UserError(f"--pairs: {pairs} pairs cannot be evaluated; give 1 or more")
+        raise UserError(f"--num_samples: {pairs} samples cannot be evaluated; give 1 or more")
     config = load_run_config(run)
     adapter = adapter_folder(run, ema=ema)
     configure(config.threads)
     path = data or config.data.test or config.data.validation or config.data.path
-    pairs = pairs or config.evaluation.test_pairs
-    with init_distributed(SignalHandler(), config.ranks.silence) as ranks:
+    pairs = pairs or config.evaluation.num_test_samples
+    with init_distributed(SignalHandler(), config.distributed.heartbeat_timeout) as ranks:
         display = display if ranks.is_main_process else Display.silent()
         with ranks.synchronized():
             policy = build_policy(config.policy, config.seed)
             dataset = load_dataset(path, config, policy)
             policy.load_adapter(adapter)
-            rewards, judge = build_rewards(config), build_judge(config)
+            rewards = build_rewards(config)
+            evaluator = build_evaluator(config, policy, dataset, build_metrics(config, rewards), ranks)
             used = {dataset: dataset.samples[:pairs]}
             warn_truncated_prompts(config, policy, rewards, used, display)
             with display.stages() as stages:
                 encode_ahead(policy, used, stages)
-        parts = (config, policy, dataset, rewards, judge, run / "evaluation", pairs, ranks)
         with ranks.synchronized():
-            display.comparison(write_evaluation(*parts))
+            display.comparison(write_evaluation(evaluator, pairs, config.iterations, run / "evaluation"))
             if not ranks.is_main_process:
                 return None
             if not (run / LOGS[0]).is_file():  # of an exported adapter: it has no training to report

@@ -12,9 +12,9 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from customized_grpo.config.messages import format_validation_error
+from customized_grpo.config.messages import format_validation_error, renamed_fields
 from customized_grpo.config.run import Config
-from customized_grpo.errors import UserError
+from customized_grpo.errors import UserError, truncated
 from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
 from customized_grpo.io.jsonl import read_lines
 from customized_grpo.policies.policy import Policy
@@ -145,6 +145,11 @@ def load_run_config(run: Path) -> Config:
     try:
         return Config.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except ValidationError as error:
+        if old := renamed_fields(error):
+            raise UserError(
+                f"{path}: written by an earlier version, before fields were renamed ({truncated(old, '; ', most=3)}); "
+                "go on with the version that wrote it, or start a new --output"
+            ) from error
         raise UserError(
             f"{path}: not the configuration that train wrote ({format_validation_error(error)}); restore it"
         ) from error
@@ -175,8 +180,14 @@ def check_start(config: Config, *, overwrite: bool) -> None:
     if start is not None and (Path(start) / "config.yaml").is_file():
         adapter_folder(Path(start), ema=False)
     output = config.output.resolve()
-    for field in ("init_from", "base_adapter", "model", "weights") if overwrite else ():
-        named = getattr(config.policy, field)
+    policy = config.policy
+    named_by: dict[str, str | Path | None] = {
+        "init_from": policy.init_from,
+        "pipeline.base_adapter": policy.pipeline.base_adapter,
+        "pipeline.model": policy.pipeline.model,
+        "toybox.weights": policy.toybox.weights,
+    }
+    for field, named in named_by.items() if overwrite else ():
         if named is not None and Path(named).exists() and Path(named).resolve().is_relative_to(output):
             raise UserError(
                 f"policy.{field}: {named} lies in {config.output}, which --overwrite deletes; name another --output, "

@@ -1,74 +1,54 @@
-"""Online RL on a subject-driven generator: the paper's algorithm, and the loop around it.
+"""The paper's algorithm, one iteration at a time.
 
-Where we depart from a textbook GRPO: a weight for each reward *and denoising step* (TDW), a bonus for agreeing
+Where it departs from a textbook GRPO: a weight for each reward *and denoising step* (TDW), a bonus for agreeing
 rewards (SARS), the first-pass ratio is watched, and a sample whose reward failed drops out instead of scoring 0.
 
-With several processes each has whole groups, neighbours among the iteration's prompts; rewards, gradients and metrics
-are those of all. What one process would do, they do, up to the order of sums.
+With several processes each has whole groups, neighbors among the iteration's prompts; rewards, gradients and metrics
+are those of all. The processes compute what a single one would, up to the order of sums.
 
-Shape legend: P prompts, G samples of a group, B = P * G samples, R = 2 rewards (prompt, identity), S trained steps;
-p <= P and b = p * G are those of this process.
+Shape legend: P prompts, G samples of a group, B = P * G samples, R rewards, S trained steps; p <= P and b = p * G are
+those of this process.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
-from customized_grpo.algorithm import (
-    ClippedObjective,
-    SdeStep,
-    clipped_objective,
-    combine_advantages,
-    conflict_rate,
-    constant_weights,
-    gaussian_kl,
-    group_advantages,
-    quadrants,
-    sde_step,
-    silent_groups,
-    table_weights,
-    time_weights,
-)
-from customized_grpo.config.advantages import AdvantagesConfig
+from customized_grpo.algorithm import silent_groups
 from customized_grpo.config.run import Config
-from customized_grpo.data import Sample, SubjectDataset, batch_indices
+from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import TrainingError, telling_where
 from customized_grpo.io.jsonl import Metrics
-from customized_grpo.policies.policy import ConditionT, Policy, in_step
+from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.randomness import generator
-from customized_grpo.rewards.reward import Reward, TellsFailure
+from customized_grpo.rewards.reward import Reward
+from customized_grpo.rewards.scoring import GroupRewards, Scorer
 from customized_grpo.runtime.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
-from customized_grpo.tracking.timer import Clock, OnPhase
-from customized_grpo.training.rollout import Plan, Rollout, plan_steps, sample_groups
+from customized_grpo.tracking.timer import OnPhase, Timer
+from customized_grpo.training.advantages import compute_advantages, step_weights
+from customized_grpo.training.objectives import build_objective
+from customized_grpo.training.objectives.objective import MicroBatches, Objective
+from customized_grpo.training.rollout import (
+    Plan,
+    Rollout,
+    encode_samples,
+    iteration_samples,
+    plan_steps,
+    sample_groups,
+)
 from customized_grpo.types import PromptBatch
 
-REWARD_NAMES = ("prompt", "identity")
 RATIO_TOLERANCE = 1e-5
 """The ratio is 1 before the first update, up to rounding. Beyond this, rollout and update compute different things."""
 
-METRIC_COLUMNS = ("update", "size", "ratio/mean", "ratio/min", "ratio/max", "clip_fraction", "kl")
-"""Columns of what is known of a micro-batch."""
-
-
-def step_weights(config: AdvantagesConfig, num_steps: int) -> Tensor:
-    """The weights [T, 2] of (prompt, identity) at every true denoising step."""
-    if config.weights == "constant":
-        return constant_weights(num_steps, config.constant)
-    if config.weights == "table":
-        return table_weights(config.table or ())
-    return time_weights(num_steps, **config.tdw.model_dump())
-
-
-def matters(advantages: Tensor, kl_weight: float) -> Tensor:
-    """Return which samples [b] change the gradient: those with `advantages` [b, S] other than 0 at some step, and all
-    under a KL penalty. A silent group or an invalid sample costs no backward pass."""
-    return (advantages != 0).any(-1) | (kl_weight > 0)
+OnProgress = Callable[[float], None]
+"""Called with the share that is done, in [0, 1]."""
 
 
 @dataclass
@@ -77,14 +57,18 @@ class Trainer(Generic[ConditionT]):
 
     config: Config
     policy: Policy[ConditionT]
-    rewards: Sequence[Reward]
+    rewards: Mapping[str, Reward]
     dataset: SubjectDataset
     ranks: DistributedGroup = field(default_factory=DistributedGroup)
     iteration: int = 0
     optimizer: torch.optim.AdamW = field(init=False)
+    objective: Objective = field(init=False)
+    scorer: Scorer = field(init=False)
+    reasons: tuple[str | None, ...] = field(init=False, default=())
+    """Why scores of this process are missing in the last iteration, by reward."""
 
     def __post_init__(self) -> None:
-        settings = self.config.optimizer
+        settings, rollout = self.config.optimizer, self.config.rollout
         self.optimizer = torch.optim.AdamW(
             [parameter for _, parameter in self.policy.trainable_parameters()],
             lr=settings.learning_rate,
@@ -94,172 +78,120 @@ class Trainer(Generic[ConditionT]):
             fused=True if self.policy.device.type == "cuda" else None,
         )
         self.ranks.reserve([parameter for _, parameter in self.policy.trainable_parameters()])
-        rollout = self.config.rollout
+        self.objective = build_objective(self.config)
+        self.scorer = Scorer(self.rewards, self.config.rewards)
         self.sigmas = self.policy.sigmas(rollout.num_steps, rollout.shift)
-        self.weights = step_weights(self.config.advantages, rollout.num_steps)
+        self.weights = step_weights(self.config.advantages, rollout.num_steps, self.scorer.names)
 
     def train_step(
-        self, on_phase: OnPhase = lambda phase, share: None, before_update: Callable[[], None] = lambda: None
+        self, on_phase: OnPhase = lambda phase, share: None, on_before_step: Callable[[], None] = lambda: None
     ) -> Metrics:
-        """Sample groups, score them, turn rewards into advantages for each step, update. Returns the iteration's
-        metrics.
+        """Sample groups, score them, turn rewards into advantages for each step, and update the weights.
 
-        Before each change of the weights `before_update` is called. Up to the first, they are of the iteration before.
-        Raises `TrainingError` before any change where a picture, too many rewards or the gradient are not finite.
+        Returns the iteration's metrics. `on_before_step` is called before each optimizer step: up to the first, the
+        weights are those of the iteration before. Raises `TrainingError` before any change where a picture, too many
+        rewards or the gradient are not finite.
         """
-        config, iteration = self.config, self.iteration
-        clock = Clock(on_phase, self.policy.device)
-
-        local_prompts = self.ranks.local_range(config.rollout.prompts_per_iteration)
-        plan = plan_steps(config.rollout, self.sigmas, config.seed, iteration)
-        with self.ranks.synchronized():
-            with in_step(self.policy, self.ranks), self._memory("drawing images", DRAWING):
-                clock.start("rollout")
-                samples = self.samples(iteration, local_prompts)
-                condition = self.condition(samples)
-                with telling_where(f"iteration {iteration + 1}"):
-                    rollout = sample_groups(
-                        self.policy, condition, len(samples), plan, config.rollout,
-                        seed=config.seed, iteration=iteration, first=local_prompts.start, on_progress=clock.share,
-                    )  # fmt: skip
-            clock.start("score")
-            with self.ranks.interruptible(), self._memory("scoring images", SCORING):
-                rewards, valid = self.score(rollout.images, self.batch(samples))
-
-        rewards, valid = self.ranks.gather(rewards), self.ranks.gather(valid)
-        with self.ranks.synchronized():
-            self.check_valid(valid)
-            clock.start("update")
-        advantages = self._advantages(rewards, valid, plan)
-        update = self._update(rollout, plan, advantages, local_prompts, clock.share, before_update)
-
+        timer = Timer(on_phase, self.policy.device)
+        plan = plan_steps(self.config.rollout, self.sigmas, self.config.seed, self.iteration)
+        with self.ranks.synchronized():  # an error in one process is an error in all
+            samples = self.samples(self.iteration, self.local_prompts)
+            with timer.phase("rollout"):
+                rollout = self.sample(samples, plan, timer.progress)
+            with timer.phase("score"):
+                rewards = self.score(rollout, samples, timer.progress)
+        rewards = rewards.gathered(self.ranks)
+        with timer.phase("update"):
+            with self.ranks.synchronized():
+                self.scorer.check(rewards, f"after iteration {self.iteration}")
+            advantages = self.advantages(rewards, plan)
+            updates = self.optimize(rollout, advantages, timer.progress, on_before_step)
+        forwards = int(self.ranks.gather(torch.tensor([rollout.num_forward_evals])).sum())
         self.iteration += 1
-        seconds = clock.stop()
-        return {
-            "iteration": self.iteration,
-            "steps": list(plan.trained),
-            **_reward_metrics(rewards, valid),
-            "silent_groups": silent_groups(advantages),
-            **update,
-            **{f"seconds/{phase}": value for phase, value in seconds.items()},
-            "samples_per_second": valid[..., 0].numel() / seconds["total"],
-            "forwards": int(self.ranks.gather(torch.tensor([rollout.num_forward_evals])).sum()),
-        }
+        progress = {"iteration": self.iteration, "steps": list(plan.trained)}
+        signal = rewards.metrics() | {"silent_groups": silent_groups(advantages)}
+        return progress | signal | updates | _cost(timer.seconds(), advantages[..., 0].numel(), forwards)
+
+    @property
+    def local_prompts(self) -> range:
+        """The places of this process's prompts among the iteration's."""
+        return self.ranks.local_range(self.config.rollout.prompts_per_iteration)
 
     def samples(self, iteration: int, prompts: range | None = None) -> list[Sample]:
-        """The samples that `iteration` (0 is the first) is to draw: those of its `prompts`, all if None."""
-        wanted = batch_indices(
-            len(self.dataset), self.config.rollout.prompts_per_iteration, self.config.seed, iteration
-        )
-        return [self.dataset[wanted[place]] for place in (range(len(wanted)) if prompts is None else prompts)]
-
-    def condition(self, samples: Sequence[Sample]) -> ConditionT:
-        """The policy's condition of `samples`, of their references in the size in which it sees them."""
-        prompts = [sample.prompt for sample in samples]
-        return self.policy.encode(prompts, self.dataset.references(samples, self.policy.prepare_reference))
+        """Return the samples that `iteration` (0 is the first) draws: those of its `prompts`, all if None."""
+        prompts_per_iteration = self.config.rollout.prompts_per_iteration
+        return iteration_samples(self.dataset, prompts_per_iteration, self.config.seed, iteration, prompts)
 
     def batch(self, samples: Sequence[Sample]) -> PromptBatch:
-        """What the rewards are told of `samples`, with their references as the files have them."""
-        return PromptBatch.of(self.dataset, samples, masks=self.config.rewards.identity_reference == "segmented")
+        """Return what the rewards read of `samples`."""
+        return self.scorer.batch(self.dataset, samples)
 
-    def score(self, images: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Rewards [P, G, R] and which of them are valid: numbers, and called valid."""
-        scores = [reward.score(images, batch) for reward in self.rewards]
-        rewards = torch.stack([score.values.float().cpu() for score in scores], dim=-1)
-        return rewards, torch.stack([score.valid.cpu() for score in scores], dim=-1) & rewards.isfinite()
+    def sample(self, samples: Sequence[Sample], plan: Plan, on_progress: OnProgress) -> Rollout[ConditionT]:
+        """Draw a group of images for each of the `samples`, which are this process's of the iteration."""
+        config = self.config
+        with self.policy.lockstep(self.ranks), self._memory("drawing images", DRAWING):
+            on_progress(0.0)
+            condition = encode_samples(self.policy, self.dataset, samples)
+            with telling_where(f"iteration {self.iteration + 1}"):
+                return sample_groups(
+                    self.policy, condition, len(samples), plan, config.rollout, seed=config.seed,
+                    iteration=self.iteration, first=self.local_prompts.start, on_progress=on_progress,
+                )  # fmt: skip
 
-    def check_valid(self, valid: Tensor) -> None:
-        """Raise `TrainingError` when too many scores of one of the rewards are missing in `valid` [P, G, R]."""
-        limit = self.config.rewards.max_invalid_share
-        for name, failed in zip(REWARD_NAMES, (1 - valid.float().mean((0, 1))).tolist(), strict=True):
-            if failed > limit:
-                raise TrainingError(
-                    f"after iteration {self.iteration}: {failed:.0%} of the {name} rewards could not be computed, more "
-                    f"than rewards.max_invalid_share={limit:.0%}{self.failures()}. Mend the reward; a run goes on with "
-                    "train --resume"
-                )
+    def score(self, rollout: Rollout[ConditionT], samples: Sequence[Sample], on_progress: OnProgress) -> GroupRewards:
+        """Score the images of a `rollout` of `samples`."""
+        on_progress(0.0)
+        with self.ranks.interruptible(), self._memory("scoring images", SCORING):
+            rewards = self.scorer.score(rollout.images, self.batch(samples))
+        self.reasons = rewards.reasons
+        return rewards
 
-    def failures(self) -> str:
-        """Why rewards of this process could not be computed last, as ' (reason; reason)', where they tell."""
-        told = [reward.last_failure for reward in self.rewards if isinstance(reward, TellsFailure)]
-        reasons = dict.fromkeys(reason for reason in told if reason)
-        return f" ({'; '.join(reasons)})" if reasons else ""
+    def advantages(self, rewards: GroupRewards, plan: Plan) -> Tensor:
+        """Return the advantages [P, G, S] of an iteration's `rewards`."""
+        settings, seed = self.config.advantages, self.config.seed
+        return compute_advantages(settings, rewards, self.weights, plan, seed=seed, iteration=self.iteration)
 
-    def _advantages(self, rewards: Tensor, valid: Tensor, plan: Plan) -> Tensor:
-        """Advantages [P, G, S]: weights are looked up by the true step, whatever the order of training.
-
-        `lookup: counter` reproduces the published code instead: each sample's steps are shuffled, and the k-th of
-        them takes the weights of step k.
-        """
-        rows = torch.tensor(plan.trained)
-        if self.config.advantages.lookup == "counter":
-            order = torch.rand(
-                *rewards.shape[:2], len(rows), generator=generator(self.config.seed, self.iteration, "shuffled steps")
-            )
-            rows = order.argsort(-1)
-        settings = self.config.advantages
-        thresholds = settings.thresholds and [math.inf if t is None else t for t in settings.thresholds]
-        return combine_advantages(
-            rewards,
-            valid,
-            weights=self.weights[rows],
-            normalise=settings.normalise,
-            shape=settings.shape,
-            gamma=settings.gamma,
-            gamma_penalty=settings.gamma_penalty,
-            thresholds=thresholds,
-            clamp=settings.clamp,
-        )
-
-    def _update(
+    def optimize(
         self,
         rollout: Rollout[ConditionT],
-        plan: Plan,
         advantages: Tensor,
-        local_prompts: range,
-        on_progress: Callable[[float], None],
-        before_update: Callable[[], None],
+        on_progress: OnProgress,
+        on_before_step: Callable[[], None],
     ) -> Metrics:
-        """`updates_per_iteration` optimiser steps, each on all trained steps of its share of the samples, of which this
-        process has those of the prompts `mine`."""
-        num_steps = len(plan.trained)
-        low, high = (place * self.config.rollout.group_size for place in (local_prompts.start, local_prompts.stop))
-        matter = matters(advantages.flatten(0, 1)[low:high], self.config.objective.kl_weight)
-        dealt = self._minibatch_order(*advantages.shape[:2])
-        updates = self.config.optimizer.updates_per_iteration
-        flat = advantages.flatten(0, 1)[low:high].T.contiguous().to(self.policy.device)
+        """Take the iteration's optimizer steps, each on all passes of a minibatch of the samples.
+
+        `rollout` holds the samples of this process, `advantages` [P, G, S] are those of all.
+        """
+        low, high = (place * rollout.images.shape[1] for place in (self.local_prompts.start, self.local_prompts.stop))
+        local = advantages.flatten(0, 1)[low:high]
+        matters, passes = self.objective.matters(local), self.objective.num_passes(rollout.plan)
+        with self.ranks.synchronized(), self.policy.lockstep(self.ranks), self._memory("preparing targets", UPDATING):
+            on_progress(0.0)
+            targets = self.objective.targets(self.policy, rollout, local)
+        order = self._minibatch_order(*advantages.shape[:2])
         parts: list[tuple[float, ...]] = []
         norms, losses = [], []
-        done, total = 0, int(matter.sum()) * num_steps
-        for number, share in enumerate(dealt.tensor_split(updates)):
-            # In the rollout's order: a micro-batch then holds one prompt and one step where it can, as there, and the
-            # same kernels round alike. So what does not matter is left out of its micro-batch, and no other moves up.
-            rows = share[(share >= low) & (share < high)].sort().values - low
-            items = torch.cartesian_prod(torch.arange(num_steps), rows)
+        done, total = 0, int(matters.sum()) * passes
+        for update, minibatch in enumerate(order.tensor_split(self.config.optimizer.num_minibatches)):
+            rows = minibatch[(minibatch >= low) & (minibatch < high)] - low
             loss = 0.0
             with (
                 self.ranks.synchronized(),
-                in_step(self.policy, self.ranks),
+                self.policy.lockstep(self.ranks),
                 self._memory("computing gradients", UPDATING),
             ):
-                for micro_batch in items.split(self.config.optimizer.micro_batch) if len(items) else ():
-                    chunk = micro_batch[matter[micro_batch[:, 1]]]
-                    if not len(chunk):
-                        continue
-                    result, kl = self._objective(rollout, plan, flat, chunk)
-                    part = result.loss * (len(chunk) / (len(share) * num_steps))
-                    part.backward()
-                    loss += part.item()
-                    ratios = (result.ratio_mean, result.ratio_min, result.ratio_max, result.clip_fraction)
-                    parts.append((number, len(chunk), *map(float, ratios), kl))
-                    done += len(chunk)
+                for items in self._micro_batches(rows, passes, matters):
+                    part, measured = self._backward(targets, items, len(items) / (len(minibatch) * passes))
+                    loss += part
+                    parts.append((update, len(items), *measured))
+                    done += len(items)
                     on_progress(done / total)
             with self.ranks.synchronized(), self._memory("updating the weights", UPDATING):
-                loss, norm = self._optimizer_step(loss, before_update)
+                loss, norm = self._optimizer_step(loss, on_before_step)
             losses.append(loss)
             norms.append(norm)
-        table = torch.tensor(parts, dtype=torch.float64).view(-1, len(METRIC_COLUMNS))
-        return _update_metrics(self.ranks.gather(table), losses, norms)
+        measures = self.objective.metrics(self._gathered(parts))
+        return measures | {"loss": sum(losses) / len(losses), "grad_norm": max(norms)}
 
     def _memory(self, doing: str, remedy: str) -> AbstractContextManager[None]:
         return explain_out_of_memory(
@@ -267,47 +199,42 @@ class Trainer(Generic[ConditionT]):
         )
 
     def _minibatch_order(self, prompts: int, size: int) -> Tensor:
-        """The places [P * G] of all samples in an order that deals each group evenly over the updates: whatever groups
-        a process has, its updates are of one size, and none waits for another."""
+        """Return the places [P * G] of all samples in an order that deals each group evenly over the updates.
+
+        Whatever groups a process has, its updates are of one size, and none waits for another.
+        """
         draws = torch.rand(prompts, size, generator=generator(self.config.seed, self.iteration, "update order"))
         return (draws.argsort(1) + size * torch.arange(prompts).unsqueeze(1)).T.flatten()
 
-    def _objective(
-        self, rollout: Rollout[ConditionT], plan: Plan, advantages: Tensor, items: Tensor
-    ) -> tuple[ClippedObjective, float]:
-        """The objective of (trained step, sample) pairs `items` [M, 2], and their mean KL to the untuned generator."""
-        steps, rows = items.unbind(1)
-        objective = self.config.objective
-        reference = None
-        if objective.kl_weight > 0:  # first: after a velocity with a gradient comes its backward pass, see `in_step`
-            with torch.no_grad(), self.policy.base_weights():
-                reference = self.transition(rollout, plan, steps, rows)
-        transition = self.transition(rollout, plan, steps, rows)
-        kl = None if reference is None else gaussian_kl(transition.mean, reference.mean, transition.std)
-        result = clipped_objective(
-            transition.log_prob,
-            rollout.log_probs[steps, rows],
-            advantages[steps, rows],
-            objective.clip_range,
-            kl=kl,
-            kl_weight=objective.kl_weight,
-        )
-        return result, 0.0 if kl is None else float(kl.detach().mean())
+    def _micro_batches(self, rows: Tensor, passes: int, matters: Tensor) -> Iterator[Tensor]:
+        """Yield the items [M, 2], (pass, sample), of the samples `rows` that matter, in micro-batches."""
+        # In the rollout's order: a micro-batch then holds one prompt and one step where it can, as there, and the same
+        # kernels round alike. So what does not matter is left out of its micro-batch, and no other moves up.
+        items = torch.cartesian_prod(torch.arange(passes), rows.sort().values)
+        for micro_batch in items.split(self.config.optimizer.micro_batch) if len(items) else ():
+            kept = micro_batch[matters[micro_batch[:, 1]]]
+            if len(kept):
+                yield kept
 
-    def transition(self, rollout: Rollout[ConditionT], plan: Plan, steps: Tensor, rows: Tensor) -> SdeStep:
-        """The stochastic step that led each sample from its state to its next state, under the present weights."""
-        settings = self.config.rollout
-        true_steps = torch.tensor(plan.trained)[steps]
-        sigma, sigma_next = plan.sigmas[true_steps], plan.sigmas[true_steps + 1]
-        states = rollout.states[steps, rows]
-        condition = rollout.condition.take(rows // settings.group_size)
-        velocity = self.policy.velocity(states, sigma, condition)
-        next_states = rollout.next_states[steps, rows]
-        return sde_step(states, velocity, sigma, sigma_next, kind=settings.sde, eta=settings.eta, next_x=next_states)
+    def _backward(self, targets: Any, items: Tensor, share: float) -> tuple[float, tuple[float, ...]]:
+        """Add the gradient of the `items`, which are a `share` of a minibatch's; return their loss and metrics."""
+        loss, measured = self.objective.loss(self.policy, targets, items)
+        part = loss * share
+        part.backward()
+        return part.item(), measured
 
-    def _optimizer_step(self, loss: float, before: Callable[[], None]) -> tuple[float, float]:
-        """Sum the gradient over processes, clip it, check it, step, of which `before` is told. Returns the sum of their
-        losses, and the gradient's norm before clipping."""
+    def _gathered(self, parts: Sequence[tuple[float, ...]]) -> MicroBatches:
+        """Return the measures of the micro-batches of all processes; `parts` are this one's (update, size, ...)."""
+        names = self.objective.metric_names
+        table = self.ranks.gather(torch.tensor(parts, dtype=torch.float64).view(-1, 2 + len(names)))
+        update, size, *columns = table.unbind(1)
+        return MicroBatches(update, size, dict(zip(names, columns, strict=True)))
+
+    def _optimizer_step(self, loss: float, on_before_step: Callable[[], None]) -> tuple[float, float]:
+        """Sum the gradient over processes, clip it, check it, and take the step.
+
+        Returns the sum of the processes' losses, and the gradient's norm before clipping.
+        """
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
         for parameter in parameters:
             if parameter.grad is None:  # no sample of this update is here
@@ -326,48 +253,15 @@ class Trainer(Generic[ConditionT]):
                 "update was not applied. Start a new --output with a lower optimizer.learning_rate or rollout.eta, and "
                 "with train --init_from the last checkpoint's `export` where what was learned is to be kept"
             )
-        before()
+        on_before_step()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss, norm
 
 
-def _reward_metrics(rewards: Tensor, valid: Tensor) -> Metrics:
-    metrics: Metrics = {}
-    known = torch.where(valid, rewards, torch.nan)
-    centred = known - known.nanmean(1, keepdim=True)
-    freedom = valid.sum(1) - 1
-    std = torch.where(freedom > 0, (centred.square().nansum(1) / freedom.clamp(min=1)).sqrt(), torch.nan)
-    for index, name in enumerate(REWARD_NAMES):
-        metrics[f"reward/{name}/mean"] = float(known[..., index].nanmean())
-        metrics[f"reward/{name}/std"] = float(std[:, index].nanmean())
-    scored = valid.all(-1, keepdim=True).expand_as(valid)
-    advantages = group_advantages(rewards, scored)
-    metrics |= {f"quadrant/{name}": share for name, share in quadrants(advantages, valid).items()}
-    metrics["conflict_rate"] = conflict_rate(advantages, valid)
-    metrics["invalid_share"] = 1 - float(valid.float().mean())
-    return metrics
-
-
-def _update_metrics(parts: Tensor, losses: Sequence[float], norms: Sequence[float]) -> Metrics:
-    """`parts` [n, PART], those of all processes; n is 0 where no sample matters, and what it measures NaN."""
-    column = dict(zip(METRIC_COLUMNS, parts.unbind(1), strict=True))
-    first = column["update"] == 0
-
-    def mean(name: str) -> float:
-        return float((column[name] * column["size"]).sum() / column["size"].sum())
-
-    def least(values: Tensor) -> float:
-        return float(values.min()) if len(values) else math.nan
-
+def _cost(seconds: Mapping[str, float], num_samples: int, forwards: int) -> Metrics:
     return {
-        "ratio/mean": mean("ratio/mean"),
-        "ratio/min": least(column["ratio/min"]),
-        "ratio/max": -least(-column["ratio/max"]),
-        "first_ratio/min": least(column["ratio/min"][first]),
-        "first_ratio/max": -least(-column["ratio/max"][first]),
-        "clip_fraction": mean("clip_fraction"),
-        "loss": sum(losses) / len(losses),
-        "kl": mean("kl"),
-        "grad_norm": max(norms),
+        **{f"seconds/{phase}": value for phase, value in seconds.items()},
+        "samples_per_second": num_samples / seconds["total"],
+        "forwards": forwards,
     }

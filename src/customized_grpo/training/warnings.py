@@ -1,16 +1,17 @@
 """What is wrong with the figures of an iteration or a validation, in words."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from customized_grpo.evaluation.evaluator import Evaluation
 from customized_grpo.io.jsonl import Metrics
+from customized_grpo.rewards.reward import in_brackets
 from customized_grpo.training.trainer import RATIO_TOLERANCE
 
 
-def iteration_warnings(metrics: Metrics, failures: str) -> Iterator[str]:
+def iteration_warnings(metrics: Metrics, reasons: Sequence[str | None]) -> Iterator[str]:
     """Yield a warning for each figure of an iteration that shows a fault.
 
-    `failures`: why rewards could not be computed, as `Trainer.failures` words it.
+    `reasons`: why each reward could not be computed, None if it could.
     """
     iteration = metrics["iteration"]
     off = max(abs(metrics["first_ratio/min"] - 1), abs(metrics["first_ratio/max"] - 1))
@@ -22,8 +23,8 @@ def iteration_warnings(metrics: Metrics, failures: str) -> Iterator[str]:
         )
     if (share := metrics["invalid_share"]) > 0:
         yield (
-            f"iteration {iteration}: {share:.1%} of the rewards could not be computed{failures}; they count in no "
-            "group's statistics"
+            f"iteration {iteration}: {share:.1%} of the rewards could not be computed{in_brackets(reasons)}; "
+            "they count in no group's statistics"
         )
     if metrics["silent_groups"] == 1:
         yield (
@@ -32,10 +33,10 @@ def iteration_warnings(metrics: Metrics, failures: str) -> Iterator[str]:
         )
 
 
-def validation_warnings(evaluation: Evaluation, iteration: int, failures: str) -> Iterator[str]:
-    """Yield a warning where rewards of a validation are missing; `failures` as for `iteration_warnings`."""
+def validation_warnings(evaluation: Evaluation, iteration: int) -> Iterator[str]:
+    """Yield a warning if rewards of a validation are missing."""
     if (share := evaluation.missing_share()) > 0:
         yield (
-            f"validation after iteration {iteration}: {share:.1%} of the rewards could not be computed{failures}; its "
-            "means are of the others"
+            f"validation after iteration {iteration}: {share:.1%} of the rewards could not be computed"
+            f"{in_brackets(evaluation.reasons)}; its means are of the others"
         )

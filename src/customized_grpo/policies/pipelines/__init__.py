@@ -1,1 +1,1 @@
-"""."""
+"""The diffusers pipelines that can be tuned, one in each file."""

@@ -12,8 +12,8 @@ from diffusers import FluxKontextPipeline
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import schedule
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import sizes_of, token_count
 from customized_grpo.types import PromptLengths
 
@@ -33,7 +33,8 @@ def check_guidance(pipe: Any, guidance: float | None) -> None:
     """Raise `UserError` for guidance of a transformer that embeds none."""
     if guidance is not None and not pipe.transformer.config.guidance_embeds:
         raise UserError(
-            f"policy.guidance: this model embeds no guidance, found {guidance}; leave it out, or name a model that does"
+            f"policy.pipeline.guidance_scale: this model embeds no guidance, found {guidance}; leave it out, or name "
+            "a model that does"
         )
 
 

@@ -7,8 +7,8 @@ import torch
 from diffusers import FluxKontextPipeline, FluxTransformer2DModel
 from torch import Tensor
 
-from customized_grpo.policies.conditions import EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux1, schedule
+from customized_grpo.policies.pipelines.encoded import EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import to_area, token_count
 from customized_grpo.types import PromptLengths
 

@@ -13,8 +13,8 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu, forma
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux1, schedule
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import sizes_of, to_area, token_count
 from customized_grpo.types import PromptLengths
 

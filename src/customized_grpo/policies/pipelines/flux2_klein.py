@@ -8,8 +8,8 @@ from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from torch import Tensor
 
 from customized_grpo.errors import UserError
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux2
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import sizes_of
 from customized_grpo.types import PromptLengths
 
@@ -33,8 +33,8 @@ class Flux2Klein:
         """Raises `UserError` for guidance of a generator from which it is distilled away."""
         if pipe.config.is_distilled and guidance not in (None, 1.0):
             raise UserError(
-                f"policy.guidance: this model is distilled and takes none, found {guidance}; leave it out, or name a "
-                "base model (FLUX.2-klein-base) in policy.model"
+                f"policy.pipeline.guidance_scale: this model is distilled and takes none, found {guidance}; leave it "
+                "out, or name a base model (FLUX.2-klein-base) in policy.pipeline.model"
             )
 
     def uses_cfg(self, pipe: Any, guidance: float) -> bool:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from customized_grpo.data.images import to_pil
-from customized_grpo.policies.conditions import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import schedule
+from customized_grpo.policies.pipelines.encoded import PROMPT, REFERENCES, EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import sizes_of, to_area, token_count
 from customized_grpo.runtime.qwen_vl import ImageTextProcessor
 

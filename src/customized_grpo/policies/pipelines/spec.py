@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from customized_grpo.policies.conditions import EncodedPrompt, Inputs, Sizes, UniformBatch
+from customized_grpo.policies.pipelines.encoded import EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.types import PromptLengths
 
 

@@ -9,8 +9,8 @@ from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpo
 from diffusers.pipelines.flux.pipeline_flux_kontext import calculate_shift
 from torch import Tensor
 
-from customized_grpo.policies.conditions import EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines import flux1, schedule
+from customized_grpo.policies.pipelines.encoded import EncodedPrompt, Inputs, Sizes, UniformBatch
 from customized_grpo.policies.pipelines.resolution import to_longer_side
 from customized_grpo.types import PromptLengths
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import build_policy
-from customized_grpo.generate import Options, generate
+from customized_grpo.generation import Options, write_pictures
 from customized_grpo.testing.tiny_pipelines import save_tiny
 from customized_grpo.training.ema import EMA
 
@@ -38,7 +38,7 @@ def draw(run: Path, toybox_data: Path, tmp_path: Path) -> Callable[..., Image.Im
     def write(**changes: Any) -> Image.Image:
         references = [toybox_data / "train" / "references" / "train-00000.png"]
         settings = {"run": run, "reference": references, "prompt": PROMPT, "out": tmp_path / "pictures" / "out.png"}
-        return Image.open(generate(Options(**settings | changes))).convert("RGB")
+        return Image.open(write_pictures(Options(**settings | changes))).convert("RGB")
 
     return write
 
@@ -127,9 +127,11 @@ def test_several_references_and_another_size(
 ) -> None:
     settings = make_settings({"rewards.prompt": "clip_t", "rewards.identity": "dino", "evaluation.judge": "none"})
     settings["policy"] = {
-        "kind": "flux2-klein", "model": str(save_tiny("flux2-klein", tmp_path / "klein")), "lora_rank": 4,
-        "height": 64, "width": 64, "reference_side": 64, "device": "cpu", "precision": "fp32",
-        "cache": str(tmp_path / "cache"),
+        "kind": "flux2-klein", "lora_rank": 4, "device": "cpu", "precision": "fp32",
+        "pipeline": {
+            "model": str(save_tiny("flux2-klein", tmp_path / "klein")), "height": 64, "width": 64,
+            "reference_side": 64, "cache": str(tmp_path / "cache"),
+        },
     }  # fmt: skip
     run = tmp_path / "klein-run"
     run.mkdir()
@@ -159,7 +161,7 @@ def test_several_references_and_another_size(
         ({"num_steps": 0}, "--num_steps: .* in 0 steps"),
         ({"reference": [Path("missing.png")]}, "missing.png: no such image"),
         ({"device": "cuda"}, "--device=cuda: ToyBox runs on the CPU"),
-        ({"height": 64, "width": 64}, "--height, width: not for kind='toybox'"),
+        ({"height": 64, "width": 64}, "--height, width: only for kind=flux1-kontext, .*found kind=toybox"),
         ({"checkpoint": Path("nowhere")}, "nowhere/manifest.json: damaged or missing"),
         ({"run": Path("nowhere")}, "nowhere is not the folder of a run"),
     ],
@@ -181,7 +183,7 @@ def test_a_place_that_cannot_be_written_to_is_found_first(
     draw: Callable[..., Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "customized_grpo.generate.build_policy", lambda *arguments: pytest.fail("the generator was loaded")
+        "customized_grpo.generation.build_policy", lambda *arguments: pytest.fail("the generator was loaded")
     )
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file.png").touch()

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from customized_grpo.config.messages import format_validation_error
 from customized_grpo.config.policy import PolicyConfig
@@ -26,16 +28,19 @@ from customized_grpo.training.run_dir import finished_adapter, load_run_config
 
 MIN_SIDE = 256
 """Smaller pictures are written enlarged by a whole factor."""
-POLICY_OPTIONS = ("device", "precision", "height", "width")
-"""Options that take the place of the run's policy.device, ..."""
+POLICY_OPTIONS = ("device", "precision")
+"""Options that replace the run's policy.device, ..."""
+PIPELINE_OPTIONS = ("height", "width")
+"""Options that replace the run's policy.pipeline.height, ..."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is drawn, and by which generator: the tuned one of `run`; its `base`; with `ema` the one of the averaged
-    weights; or what it was, with `ema` its average, at a `checkpoint`. `reference`: pictures of one subject.
+    """What to draw, and with which generator of the folder `run`.
 
-    None is what the run has. `height` and `width` in pixels.
+    The generator is the tuned one, or the untuned `base`, or the tuned one at a `checkpoint`; `ema` takes the averaged
+    weights of the end or of the checkpoint. `reference` are pictures of one subject. `height` and `width` are in
+    pixels. None means the run's own value.
     """
 
     run: Path
@@ -54,10 +59,23 @@ class Options:
     width: int | None = None
 
 
-def generate(options: Options) -> Path:
-    """Write to `options.out` (PNG) `options.count` pictures side by side, and return it.
+def write_pictures(options: Options) -> Path:
+    """Draw pictures, write them side by side to `options.out` (PNG), and return that path.
 
-    Equal seeds give all generators of a run the same noise. Raises `UserError` on bad input; where it can, before the
+    Raises `UserError` on bad input, if possible before the generator is loaded.
+    """
+    _check_out(options.out)
+    images = draw(options)
+    scale = max(1, -(-MIN_SIDE // max(images.shape[-2:])))
+    with writing(options.out.parent):
+        save_image(image_grid(images, columns=options.count, scale=scale), options.out)
+    return options.out
+
+
+def draw(options: Options) -> Tensor:
+    """Return `options.count` pictures [N, 3, H, W], with values of about [0, 1]; `options.out` is not used.
+
+    Equal seeds give all generators of a run the same noise. Raises `UserError` on bad input, if possible before the
     generator is loaded.
     """
     _check(options)
@@ -86,20 +104,20 @@ def generate(options: Options) -> Path:
         condition = policy.encode([options.prompt], [references]).take(torch.zeros(count, dtype=torch.long))
         noise = batched_normal(options.seed, 0, [0] * count, range(count), "generate", policy.latent_shape)
         sigmas = policy.sigmas(options.num_steps or config.rollout.num_steps, config.rollout.shift)
-        images = sample_ode(policy, condition, noise.to(policy.device), sigmas, config.rollout.micro_batch)
-    scale = max(1, -(-MIN_SIDE // max(policy.size)))
-    with writing(options.out.parent):
-        save_image(image_grid(images, columns=count, scale=scale), options.out)
-    return options.out
+        return sample_ode(policy, condition, noise.to(policy.device), sigmas, config.rollout.micro_batch)
+
+
+def _check_out(out: Path) -> None:
+    """Raise `UserError` if pictures cannot be written to `out`."""
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: images are written as PNG; give a name that ends in .png, not {out}")
+    if out.exists() and not (out.is_file() and os.access(out, os.W_OK)):
+        raise UserError(f"--out: {out} is a folder, or cannot be written over; name another file")
+    check_folder(out.parent, "--out")
 
 
 def _check(options: Options) -> None:
-    """Raise `UserError` for what is wrong whatever the run."""
-    if options.out.suffix.lower() != ".png":
-        raise UserError(f"--out: images are written as PNG; give a name that ends in .png, not {options.out}")
-    if options.out.exists() and not (options.out.is_file() and os.access(options.out, os.W_OK)):
-        raise UserError(f"--out: {options.out} is a folder, or cannot be written over; name another file")
-    check_folder(options.out.parent, "--out")
+    """Raise `UserError` for options that are wrong for every run."""
     if options.count < 1:
         raise UserError(f"--count: {options.count} pictures cannot be drawn; give 1 or more")
     if options.num_steps is not None and options.num_steps < 1:
@@ -114,9 +132,16 @@ def _check(options: Options) -> None:
 
 
 def _policy_config(config: Config, options: Options) -> PolicyConfig:
-    """The run's generator, where and as large as it is asked for."""
-    given = {name: getattr(options, name) for name in POLICY_OPTIONS if getattr(options, name) is not None}
+    """Return the run's policy configuration with the device, precision and size of `options`."""
+
+    def given(names: Sequence[str]) -> dict[str, Any]:
+        return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+    settings = config.policy.model_dump()
     try:
-        return PolicyConfig.model_validate(config.policy.model_dump() | given)
+        pipeline = settings["pipeline"] | given(PIPELINE_OPTIONS)
+        return PolicyConfig.model_validate(settings | given(POLICY_OPTIONS) | {"pipeline": pipeline})
     except ValidationError as error:
-        raise UserError(f"--{format_validation_error(error)}") from error
+        raise UserError(
+            f"--{format_validation_error(error).replace('pipeline: ', '').replace('pipeline.', '')}"
+        ) from error

@@ -1,0 +1,31 @@
+"""`customized-grpo export`: write the adapter of a checkpoint."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from customized_grpo.cli.command import Command
+from customized_grpo.cli.options import print_path
+from customized_grpo.cli.parser import Parser
+
+
+def build_parser() -> Parser:
+    """Return the parser of `export`."""
+    export = Parser(
+        description="Write the adapter of a checkpoint as `train` writes a finished run's. Diffusers loads the folder "
+        "with pipe.load_lora_weights(OUT), and generate, evaluate and train --init_from take it as a run's.",
+    )
+    export.add_argument("source", type=Path, help="checkpoint RUN/checkpoints/000020, or the folder of a finished run")
+    export.add_argument("out", type=Path, help="folder to write; new or empty")
+    export.add_argument("--ema", action="store_true", help="write the averaged weights, of a run with ema.decay")
+    return export
+
+
+def run(options: Namespace) -> None:
+    """Write the adapter, and print its folder."""
+    from customized_grpo.training.export import export
+
+    print_path("adapter", export(options.source, options.out, ema=options.ema))
+
+
+EXPORT = Command("export", "write the adapter of a checkpoint", build_parser, run)

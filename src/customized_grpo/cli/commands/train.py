@@ -1,0 +1,66 @@
+"""`customized-grpo train`: tune a generator."""
+
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from customized_grpo.cli.command import Command
+from customized_grpo.cli.options import print_path, validate_settings
+from customized_grpo.cli.parser import Parser
+from customized_grpo.config.run import Config
+from customized_grpo.errors import UserError
+
+FLAGS = ("resume", "resume_from", "overwrite", "init_from", "dry_run", "num_processes")
+"""Options that are no settings of a run."""
+
+
+def build_parser() -> Parser:
+    """Return the parser of `train`: every field of `Config`, and FLAGS."""
+    train = Parser(
+        usage="customized-grpo train --config FILE [--resume | --resume_from DIR | --overwrite] "
+        "[--output DIR] [--any.field VALUE ...]",
+        description="Tune a subject-driven generator with GRPO, SARS and TDW.",
+    )
+    train.add_config(Config)
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    train.add_argument("--resume_from", type=Path | None, help="go on from this checkpoint: RUN/checkpoints/000020")
+    train.add_argument(
+        "--init_from", type=str | None, help="start from the values of an adapter: stands for --policy.init_from"
+    )
+    train.add_argument("--overwrite", action="store_true", help="delete the run in the output folder and start again")
+    train.add_argument(
+        "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
+    )
+    train.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
+    train.add_class_arguments(Config)
+    return train
+
+
+def run(options: Namespace) -> None:
+    """Train, and print the path of the report; with --dry_run print the costs of an iteration."""
+    if options.init_from is not None:
+        if options.policy.init_from not in (None, options.init_from):
+            raise UserError("--init_from stands for --policy.init_from, and they name two adapters; give one of them")
+        options.policy.init_from = options.init_from
+    config = validate_settings(Config, options, *FLAGS)
+    if options.dry_run:
+        _print_costs(config, options.num_processes)
+        return
+    from customized_grpo.tracking.console import Display
+    from customized_grpo.training.run import train
+
+    how = {name: options[name] for name in ("resume", "resume_from", "overwrite")}
+    print_path("report", train(config, Display(), **how))
+
+
+def _print_costs(config: Config, count: int) -> None:
+    from customized_grpo.tracking.console import Display
+    from customized_grpo.training.dry_run import dry_run
+
+    whose = "" if count == 1 else f" of each of {count} processes"
+    Display().table(f"one iteration, and what it needs{whose}", dry_run(config, count).rows())
+
+
+TRAIN = Command(
+    "train", "tune a generator", build_parser, run, "; `train --resume` goes on from the last checkpoint"
+)  # fmt: skip
