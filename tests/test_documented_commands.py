@@ -85,8 +85,8 @@ def test_a_documented_command_is_taken(page: Path, command: str, parser: Parser)
 
 
 def test_the_commands_are_found() -> None:
-    """Several processes among them, in every way that README has."""
-    several = [command for page, command in EVERY if page.name == "README.md" and split(command)[1] > 1]
+    """Commands for several processes are among them, with every launcher."""
+    several = [command for page, command in EVERY if page.name == "guide.md" and split(command)[1] > 1]
     assert {command.split()[0] for command in several} == set(LAUNCHERS)
     assert len(EVERY) > 30 and {page.name for page, _ in EVERY} >= {"README.md", "models.md", "uno.yaml"}
 
