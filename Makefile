@@ -40,11 +40,12 @@ test: $(INSTALLED) ## Run the fast tests; a few minutes
 test-all: $(INSTALLED) ## Run every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
 
-lint: $(INSTALLED) ## Check style, formatting, types and who imports whom
+lint: $(INSTALLED) ## Check style, formatting, types, imports between rooms, and plain English
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/check_language.py
 
 benchmark: $(INSTALLED) ## Measure what a training iteration costs
 	$(BIN)/python benchmarks/toybox_step.py $(ARGS)

@@ -25,25 +25,27 @@ PHRASES = {
     r"\bwholly\b": "completely",
     r"\bwhoever\b": "name the person or the process",
 }
+PROMPTS = ("INSTRUCTIONS",)
+"""Constants that a model reads, not a person: other words are another reward."""
 VERBS = frozenset(
     """
     accept add all-reduce allocate allow answer append apply approximate ask assert assign attach attribute average
-    backpropagate begin bind blend bound bring broadcast build calculate call cast center change check choose clamp
-    clear clip close collect color combine compare compute concatenate connect convert copy correct count create crop
-    cut deal decide decode delete describe deserialize detect determine disable discard display divide do download draw
-    drop embed enable encode end ensure enter estimate evaluate exchange exit expand explain export extract fail fetch
-    fill filter find finish fit flatten flush follow forget format forward free freeze gather generate get give go
-    group guard hand handle hash hear hide hold identify ignore import improve initialize insert inspect interpolate
-    interrupt join keep label launch lay leave let like limit link list listen load locate lock log look make map mark
-    mask match measure merge mix monitor move multiply name narrow noise normalize note number offer open order outline
-    pack pad pair parse pass patch perform pick pin place plan plot poll precompute predict prepare print process
-    produce project propagate prune put quantize query quote raise rank read rebuild receive recognize record redact
-    reduce refuse register reject release remember remove rename render repeat replace report request require reserve
-    resize resolve restore resume retry return reverse round run sample save say scale scan score seed see segment
-    select send separate serialize serve set shape shard share shift show shuffle signal silence simulate skip sort
-    spell split spread stack start state step stop store stream strip subtract sum summarize switch synchronize take
-    tell test tie tile tokenize trace track train transform translate truncate try tune turn unpack update upload use
-    validate verify view wait walk warn weight widen wrap write yield
+    backpropagate begin bind blend bound branch bring broadcast build calculate call cast center change check choose
+    clamp clear clip close collect color combine compare compute concatenate connect convert copy correct count create
+    crop cut deal decide decode delete describe deserialize detect determine disable discard display divide do
+    download draw drop embed enable encode end ensure enter estimate evaluate exchange exit expand explain export
+    extract fail fetch fill filter find finish fit flatten flush follow forget format forward free freeze gather
+    generate get give go group guard hand handle hash hear hide hold identify ignore import improve initialize insert
+    inspect interpolate interrupt join judge keep label launch lay leave let like limit link list listen load locate
+    lock log look make map mark mask match measure merge mix monitor move multiply name narrow noise normalize note
+    number offer open order outline pack pad pair parse pass patch perform pick pin place plan plot poll precompute
+    predict prepare print process produce project propagate prune put quantize query quote raise rank read rebuild
+    receive recognize record redact reduce refuse register reject release remember remove rename render repeat replace
+    report request require reserve resize resolve restore resume retry return reverse round run sample save say scale
+    scan score see seed segment select send separate serialize serve set shape shard share shift show shuffle signal
+    silence simulate skip sort spell split spread stack start state step stop store stream strip subtract sum
+    summarize switch synchronize take tell test tie tile tokenize trace track train transform translate truncate try
+    tune turn unpack update upload use validate verify view wait walk warn weight widen wrap write yield
     """.split()
 )
 """Verbs with which a docstring may begin; add the one that is missing."""
@@ -59,12 +61,18 @@ def sources(paths: list[str]) -> Iterator[Path]:
 def in_code(text: str) -> Iterator[tuple[int, str]]:
     """Yield the line and the fault of each docstring and string in Python code that breaks a rule."""
     tree = ast.parse(text)
+    prompts = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Assign) and is_prompt(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and not is_property(node):
             docstring = ast.get_docstring(node)
             yield from ((node.body[0].lineno, fault) for fault in in_first_sentence(docstring or "Return"))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prompts:
             yield from ((node.lineno + line - 1, fault) for line, fault in in_prose(node.value))
+
+
+def is_prompt(assignment: ast.Assign) -> bool:
+    """Return whether a constant is one of PROMPTS."""
+    return any(isinstance(target, ast.Name) and target.id in PROMPTS for target in assignment.targets)
 
 
 def is_property(function: ast.FunctionDef) -> bool:

@@ -15,9 +15,9 @@ from customized_grpo.diagnosis import GradientConflict, Sensitivity, calibrated_
 from customized_grpo.diagnosis.command import WRITTEN, diagnose, find, make_record, weights_yaml
 from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.factory.policy import build_policy
 from customized_grpo.factory.rewards import build_rewards
-from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.console import Display
 
 MakeConfig = Callable[..., Config]

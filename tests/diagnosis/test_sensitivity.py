@@ -15,9 +15,9 @@ from customized_grpo.diagnosis import Sensitivity, calibrated_weights, measure
 from customized_grpo.diagnosis.gradients import FRESH_NOISE
 from customized_grpo.diagnosis.sensitivity import group_variances
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards.reward import Reward
-from customized_grpo.statistics import t_interval
 from customized_grpo.training.advantages import PAIR
 from customized_grpo.training.rollout import encode_samples
 from customized_grpo.training.trainer import Trainer

@@ -406,8 +406,10 @@ def children(process: "subprocess.Popen[bytes]") -> Sequence[int]:
 def test_the_others_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], ranks: Callable[..., list[Process]], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:
-    config = written("lost", **{"iterations": 500, "distributed.heartbeat_timeout": 2.1})
-    log = tmp_path / "lost" / "metrics.jsonl"
+    config, log = (
+        written("lost", **{"iterations": 500, "distributed.heartbeat_timeout": 2.1}),
+        tmp_path / "lost" / "metrics.jsonl",
+    )
     processes = ranks("-c", QUICK, "train", "--config", config)
     wait_for(lambda: log.is_file() and log.read_bytes().count(b"\n") > 0, processes[0], log)
     os.kill(processes[lost].pid, number)

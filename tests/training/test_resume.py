@@ -391,7 +391,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(
     for folder in (run / "checkpoints").iterdir():
         (folder / "manifest.json").write_text("{}")
     before = listing(run)
-    with pytest.raises(UserError, match=r"none of its \d checkpoints is whole, .* start anew with --overwrite"):
+    with pytest.raises(UserError, match=r"none of its \d checkpoints is whole, .* start again with --overwrite"):
         run_training(make_config(FOUR), resume=True)
     assert listing(run) == before
 

@@ -47,11 +47,11 @@ def hinge_rewards(rewards: Tensor, thresholds: Sequence[float] | Tensor) -> Tens
 
 
 def group_advantages(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Z-score of each reward within its group, `(r - mean_G) / (std_G + 1e-8)`, `[P, G, R]`, unbiased std.
+    """Return the z-score of each reward within its group, `(r - mean_G) / (std_G + 1e-8)`, `[P, G, R]`, unbiased std.
 
-    GRPO's advantage (arXiv 2402.03300, section 4.1.2), each reward on its own. Invalid entries get 0. So do
-    all entries of a group that says nothing: fewer than two valid rewards, or rewards equal up to the
-    round-off of their magnitude (dividing by such a std would blow noise up to full-size advantages).
+    GRPO's advantage (arXiv 2402.03300, section 4.1.2), each reward on its own. Invalid entries get 0. So do all entries
+    of a group without information: fewer than two valid rewards, or rewards equal up to the round-off of their
+    magnitude (dividing by such a std would blow noise up to full-size advantages).
 
     Raises ValueError on wrong shapes and on a NaN or infinite reward that is marked valid.
     """
@@ -74,11 +74,9 @@ def group_then_batch_advantages(rewards: Tensor, valid: Tensor | None = None) ->
 
 
 def rank_advantages(rewards: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Z-score of the ranks within each group: mean 0, unbiased std 1, whatever the distribution of the
-    reward.
+    """Return the z-score of the ranks within each group: mean 0, unbiased std 1, for any distribution of the reward.
 
-    Ties share the mean of their ranks. Invalid entries, groups that say nothing and errors as in
-    `group_advantages`.
+    Ties share the mean of their ranks. Invalid entries, groups without information and errors as in `group_advantages`.
     """
     rewards, valid = _checked(rewards, valid)
     mine, other = rewards.unsqueeze(2), rewards.unsqueeze(1)
@@ -97,12 +95,11 @@ NORMALISERS: dict[str, Normaliser] = {
 
 
 def synergy_shaping(advantages: Tensor, gamma: float, gamma_penalty: float | None = None) -> Tensor:
-    """Synergy-aware reward shaping (SARS), the bonus `S [P, G]` of the paper, within `[-gamma_penalty, gamma]`.
+    """Return the bonus `S [P, G]` of synergy-aware reward shaping (SARS), within `[-gamma_penalty, gamma]`.
 
-    `S = gamma s tanh(A_prompt A_identity)`, `s = +1` if at least one of the two is positive, else -1: a bonus
-    where both are good, a penalty where they conflict and where both are bad. `gamma_penalty` takes the place of
-    `gamma` in penalties; None: `gamma`, as in the paper's equation. For R > 2 rewards, the mean over all pairs.
-    Raises ValueError for R < 2.
+    `S = gamma s tanh(A_prompt A_identity)`, `s = +1` if at least one of the two is positive, else -1: a bonus if both
+    are good, a penalty if they conflict or both are bad. `gamma_penalty` replaces `gamma` in penalties; None: `gamma`,
+    as in the paper's equation. For R > 2 rewards, the mean over all pairs. Raises ValueError for R < 2.
     """
     num_rewards = advantages.shape[-1]
     if num_rewards < 2:
@@ -146,7 +143,7 @@ def _renormalised(signal: Tensor, valid: Tensor) -> Tensor:
 
 
 def _one_signal(signal: Tensor, advantages: Tensor) -> Shaped:
-    """The same signal in every reward channel: weights that sum to 1 at each step pass it on unchanged."""
+    """Return the same signal in every reward channel: weights that sum to 1 at each step pass it on unchanged."""
     return Shaped(signal.unsqueeze(-1).expand_as(advantages), torch.zeros_like(signal))
 
 
@@ -169,7 +166,7 @@ SHAPERS: dict[str, Shaper] = {
 
 
 def constant_weights(num_steps: int, weights: Sequence[float]) -> Tensor:
-    """The same weights, one per reward, at every step: `[num_steps, R]` float32.
+    """Return the same weights, one per reward, at every step: `[num_steps, R]` float32.
 
     Raises ValueError if `num_steps < 1` or a weight is negative or not finite.
     """
@@ -179,7 +176,7 @@ def constant_weights(num_steps: int, weights: Sequence[float]) -> Tensor:
 
 
 def table_weights(table: Sequence[Sequence[float]] | Tensor) -> Tensor:
-    """Weights written out, `[T, R]` float32, row i for true denoising step i (0 is the noisiest).
+    """Return a table of weights as `[T, R]` float32, row i for true denoising step i (0 is the noisiest).
 
     Raises ValueError unless it is a table of finite, non-negative numbers.
     """
@@ -206,11 +203,10 @@ def time_weights(
     midpoint: float = 10.0,
     reference_steps: float = 25,
 ) -> Tensor:
-    """Time-aware dynamic weighting (TDW): `[num_steps, 2]` float32, (prompt, identity), each row summing to
-    1.
+    """Return the weights of time-aware dynamic weighting (TDW): `[num_steps, 2]` float32, (prompt, identity).
 
-    The weight of the prompt at true denoising step i (0 is the noisiest), where `u = reference_steps i /
-    num_steps` measures progress in steps of the paper's 25-step schedule:
+    Each row sums to 1. The weight of the prompt at true denoising step i (0 is the noisiest), where
+    `u = reference_steps i / num_steps` measures progress in steps of the paper's 25-step schedule:
 
     * `early` for `u < start`: layout is decided here;
     * `late + (early - late) (1 - sigmoid(slope (u - midpoint)))` for `start <= u < end`: a slide towards
@@ -240,7 +236,7 @@ def time_weights(
 def weigh_advantages(
     advantages: Tensor, weights: Tensor, bonus: Tensor | None = None, valid: Tensor | None = None
 ) -> Tensor:
-    """`A[p, g, t] = sum_r weights[t, r] advantages[p, g, r] + bonus[p, g]`, `[P, G, T]`.
+    """Return `A[p, g, t] = sum_r weights[t, r] advantages[p, g, r] + bonus[p, g]`, `[P, G, T]`.
 
     `weights [T, R]` holds the rows of the steps that are trained; `[P, G, T, R]` gives every sample its own.
     A sample with any invalid reward gets 0 at every step, bonus included. Raises ValueError where the numbers of
@@ -278,11 +274,11 @@ def combine_advantages(
     thresholds: Sequence[float] | Tensor | None = None,
     clamp: float = 5.0,
 ) -> Tensor:
-    """Advantages `[P, G, T]` of rewards `[P, G, R]`, by the named stages.
+    """Return advantages `[P, G, T]` of rewards `[P, G, R]`, by the named stages.
 
     `normalise` is a key of NORMALISERS, `shape` of SHAPERS; `weights` are as in `weigh_advantages`. `gamma` is the
-    strength of SARS (published: 0.4), read by `shape="sars"` only, and `gamma_penalty` that of its penalties where they
-    have their own. `thresholds` switches the hinge on, before everything else. Raises ValueError on an unknown name,
+    strength of SARS (published: 0.4), read by `shape="sars"` only, and `gamma_penalty` the strength of its penalties
+    if it is set. `thresholds` switches the hinge on, before everything else. Raises ValueError on an unknown name,
     listing the known ones, on a `gamma_penalty` that `shape` does not read, and as the stages do.
     """
     normaliser = _named(NORMALISERS, normalise, "normaliser")
@@ -302,7 +298,7 @@ def step_advantages(
     rewards: Tensor, *, gamma: float, weights: Tensor, valid: Tensor | None = None, clamp: float = 5.0,
     gamma_penalty: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The paper's advantages `[P, G, T]`: group z-score, SARS, per-step weights `[T, R]`, clamp.
+    """Return the paper's advantages `[P, G, T]`: group z-score, SARS, per-step weights `[T, R]`, clamp.
 
     `clamp(sum_k w_k(i) A_k + S, -clamp, clamp)`. Errors as in `combine_advantages`.
     """
@@ -314,7 +310,7 @@ def _dtype(rewards: Tensor) -> torch.dtype:
 
 
 def _checked(rewards: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rewards as floats, 0 in place of invalid entries, and the mask, by default all True."""
+    """Return rewards as floats, 0 in place of invalid entries, and the mask, by default all True."""
     if rewards.ndim != 3:
         raise ValueError(f"rewards must have the shape [prompts, group, rewards], found {list(rewards.shape)}")
     if valid is None:
@@ -342,7 +338,7 @@ def _zscore(values: Tensor, valid: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def _all_equal(rewards: Tensor, valid: Tensor) -> Tensor:
-    """Groups `[P, 1, R]` whose valid rewards differ by a few units in the last place of the largest."""
+    """Return the groups `[P, 1, R]` whose valid rewards differ by a few units in the last place of the largest."""
     high = torch.where(valid, rewards, -torch.inf).amax(dim=1, keepdim=True)
     low = torch.where(valid, rewards, torch.inf).amin(dim=1, keepdim=True)
     magnitude = torch.where(valid, rewards.abs(), 0.0).amax(dim=1, keepdim=True)

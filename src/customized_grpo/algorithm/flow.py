@@ -52,11 +52,10 @@ def shift_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
 
 
 def ode_step(x: Tensor, velocity: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
-    """Deterministic Euler step `x + (sigma_next - sigma) velocity`, `[B, ...]` in float32 or float64.
+    """Take the deterministic Euler step `x + (sigma_next - sigma) velocity`, `[B, ...]` in float32 or float64.
 
-    `sigma`, `sigma_next`: a float, a 0-d tensor or one value per sample `[B]`. Raises ValueError on unequal
-    shapes and unless `0 <= sigma_next < sigma <= 1` (not checked for sigmas on an accelerator: that would
-    wait for it).
+    `sigma`, `sigma_next`: a float, a 0-d tensor or one value per sample `[B]`. Raises ValueError on unequal shapes and
+    unless `0 <= sigma_next < sigma <= 1` (not checked for sigmas on an accelerator: the check would wait for it).
     """
     dtype = _compute_dtype(x, velocity)
     _check_shapes(x, velocity=velocity)
@@ -187,7 +186,7 @@ def _compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def _per_sample(value: float | Tensor, x: Tensor, name: str) -> Tensor:
-    """`value` as `[B, 1, ..., 1]` on the device of `x`, in float64 (float32 on MPS, which has no float64)."""
+    """Return `value` as `[B, 1, ..., 1]` on the device of `x`, in float64 (float32 on MPS, which has no float64)."""
     dtype = torch.float32 if x.device.type == "mps" else torch.float64
     batch, shape = x.shape[0], (x.shape[0],) + (1,) * (x.ndim - 1)
     if not isinstance(value, Tensor):

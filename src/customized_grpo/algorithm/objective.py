@@ -30,7 +30,7 @@ def clipped_objective(
     kl: Tensor | None = None,
     kl_weight: float = 0.0,
 ) -> ClippedObjective:
-    """`mean(max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))) + kl_weight mean(kl)`.
+    """Return `mean(max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range))) + kl_weight mean(kl)`.
 
     `rho = exp(log_prob - old_log_prob)`. The three tensors share one shape, any; `kl` (for instance
     `gaussian_kl` to the frozen base) has it too. Only `log_prob` and `kl` receive gradients. Computed in

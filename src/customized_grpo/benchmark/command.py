@@ -24,6 +24,7 @@ from customized_grpo.errors import UserError, describe_changes
 from customized_grpo.evaluation.copy_paste import layout
 from customized_grpo.evaluation.evaluator import Sampling, draw, json_number
 from customized_grpo.evaluation.metrics import Metric, measure
+from customized_grpo.evaluation.statistics import bootstrap_interval
 from customized_grpo.factory.data import check_prompts, encode_rows, raise_problems
 from customized_grpo.factory.metrics import build_metrics, has_own_metrics, load_metrics
 from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config, with_guidance
@@ -31,7 +32,6 @@ from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
 from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import configure
-from customized_grpo.statistics import bootstrap_interval
 from customized_grpo.tracking.console import Display, StageProgress
 from customized_grpo.training.run_dir import adapter_folder, load_run_config
 from customized_grpo.types import PromptBatch
@@ -92,7 +92,7 @@ class _Work:
 
 
 def _prepared(config: BenchmarkConfig, run: Config | None, ranks: DistributedGroup, stages: StageProgress) -> _Work:
-    """All that can be wrong is found here."""
+    """Return all that can be wrong is found here."""
     assert config.data is not None
     items = read_items(config.benchmark or "dreambench", config.data)
     policy = _policy_config(config, run)
@@ -129,7 +129,7 @@ def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, st
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean of each metric and its 95 % bootstrap interval over subjects."""
+    """Return mean of each metric and its 95 % bootstrap interval over subjects."""
     subjects = [record["subject"] for record in records]
     found = {}
     for name in records[0]["metrics"]:
@@ -146,7 +146,7 @@ class _Pictures:
     """The subjects' pictures, checked and their layouts known; loaded again when they are compared with."""
 
     def __init__(self, folder: Path, items: Sequence[Item], stages: StageProgress) -> None:
-        """Raises `UserError` listing the pictures of the benchmark in `folder` that cannot be read."""
+        """Raise `UserError` listing the pictures of the benchmark in `folder` that cannot be read."""
         subject_of = {path: item.subject for item in items for path in item.pictures}
         layouts: dict[str, list[Tensor]] = {}
         problems = []
@@ -161,13 +161,13 @@ class _Pictures:
         self._last: dict[Path, Tensor] = {}
 
     def load(self, paths: Sequence[Path]) -> list[Tensor]:
-        """The pictures at `paths`; those of the last call are kept."""
+        """Return the pictures at `paths`; those of the last call are kept."""
         self._last = {path: self._last[path] if path in self._last else load_image(path) for path in paths}
         return list(self._last.values())
 
 
 def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
-    """The generator's settings, with the benchmark's guidance."""
+    """Return the generator's settings, with the benchmark's guidance."""
     if run is None and config.policy.init_from is not None:
         raise UserError(
             "policy.init_from: is where training starts; to draw with an adapter, name its run or export with --adapter"
@@ -177,7 +177,7 @@ def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
 
 
 def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Item]) -> dict[str, Any]:
-    """All that the pictures depend on."""
+    """Return all that the pictures depend on."""
     asked = {"data": str((config.data or Path()).resolve()), "items_sha256": _items_hash(items)}
     if config.images is not None:
         return {"images": str(config.images.resolve()), **asked}
@@ -194,7 +194,7 @@ def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Ite
 
 
 def _items_hash(items: Sequence[Item]) -> str:
-    """Of names, prompts and the bytes of what is drawn from."""
+    """Return of names, prompts and the bytes of what is drawn from."""
     references = {path: file_sha256(path) for path in {path for item in items for path in item.references}}
     told = [[item.id, item.prompt, *(references[path] for path in item.references)] for item in items]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -205,7 +205,7 @@ def _adapter(config: BenchmarkConfig) -> Path | None:
 
 
 def _adapter_hash(folder: Path) -> str:
-    """Of the adapter's bytes: a run that was trained on draws other pictures."""
+    """Return of the adapter's bytes: a run that was trained on draws other pictures."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
@@ -267,7 +267,7 @@ def _draw(
 
 
 def _load_policy(config: BenchmarkConfig, work: _Work) -> Policy[Any]:
-    """The generator, checked against all items."""
+    """Return the generator, checked against all items."""
     policy = build_policy(work.policy, 0)
     assert config.data is not None
     check_prompts(config.data, work.items, policy)
@@ -300,7 +300,7 @@ def _draw_each(
 
 @torch.no_grad()
 def _measured(config: BenchmarkConfig, work: _Work, stages: StageProgress) -> list[dict[str, Any]]:
-    """A record of each item, in their order."""
+    """Return a record of each item, in their order."""
     items, pictures = work.items, work.pictures
     assert pictures is not None
     groups: dict[tuple[str, tuple[Path, ...]], list[int]] = {}
@@ -329,7 +329,7 @@ def _measured(config: BenchmarkConfig, work: _Work, stages: StageProgress) -> li
 
 
 def _alike(places: Sequence[int], paths: Sequence[Path], most: int) -> Iterator[list[tuple[int, Tensor]]]:
-    """The pictures of the items at `places` in batches of one size, of at most `most`."""
+    """Yield the pictures of the items at `places` in batches of one size, of at most `most`."""
     begun: dict[torch.Size, list[tuple[int, Tensor]]] = {}
     for place in places:
         image = load_image(paths[place])

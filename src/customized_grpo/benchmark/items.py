@@ -29,7 +29,7 @@ class Item:
 
 
 def read_items(benchmark: str, folder: Path) -> list[Item]:
-    """The items of `benchmark` ("dreambench" or "folder") in `folder`, in its order.
+    """Return the items of `benchmark` ("dreambench" or "folder") in `folder`, in its order.
 
     Raises `UserError` where it is of another layout, or not whole: with all that is missing.
     """
@@ -58,7 +58,7 @@ def read_items(benchmark: str, folder: Path) -> list[Item]:
 
 
 def pictures_made_elsewhere(folder: Path, items: Sequence[Item]) -> list[Path]:
-    """The picture of each item in `folder`: named by the item, or by its number as in 17_0.png.
+    """Return the picture of each item in `folder`: named by the item, or by its number as in 17_0.png.
 
     Raises `UserError` naming those that are not there, and those that are there twice.
     """
@@ -84,7 +84,7 @@ def pictures_made_elsewhere(folder: Path, items: Sequence[Item]) -> list[Path]:
 
 
 def _items(rows: Sequence[tuple[str | None, str, tuple[Path, ...], str | None]], *, one: bool = False) -> list[Item]:
-    """Items of (subject, prompt, pictures, id) rows; only the first picture is drawn from if `one`."""
+    """Return the items of (subject, prompt, pictures, id) rows; with `one`, only the first picture is a reference."""
     named = [(subject or name or "", prompt, pictures, name) for subject, prompt, pictures, name in rows]
     pictures_of: dict[str, dict[Path, None]] = {}
     for subject, _, pictures, _ in named:
@@ -104,6 +104,6 @@ def _items(rows: Sequence[tuple[str | None, str, tuple[Path, ...], str | None]],
 
 
 def _subject(entry: Entry, folder: Path) -> str:
-    """A list's entries are of one subject when their first pictures lie in one folder."""
+    """Return a list's entries are of one subject when their first pictures lie in one folder."""
     parent = entry.references[0].parent
     return entry.subject or (entry.references[0].stem if parent == folder.resolve() else parent.name)

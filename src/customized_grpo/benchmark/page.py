@@ -34,7 +34,7 @@ def write_page(results: Mapping[str, Any], items: Sequence[Item], paths: Sequenc
 
 
 def page_content(results: Mapping[str, Any], items: Sequence[Item], paths: Sequence[Path]) -> dict[str, Any]:
-    """What the template shows, by name."""
+    """Return what the template shows, by name."""
     summary: dict[str, Interval] = {
         name: (_known(each["mean"]), _known(each["low"]), _known(each["high"]))
         for name, each in results["summary"].items()
@@ -108,7 +108,7 @@ def _gallery(
     paths: Sequence[Path],
     metrics: Sequence[MetricInfo],
 ) -> list[dict[str, Any]]:
-    """Each subject's reference and the first pictures drawn of it."""
+    """Return each subject's reference and the first pictures drawn of it."""
     rows: dict[str, dict[str, Any]] = {}
     for record, item, path in zip(records, items, paths, strict=True):
         row = rows.setdefault(item.subject, {"subject": item.subject, "shots": []})
@@ -119,19 +119,19 @@ def _gallery(
             values = record["metrics"]
             told = ", ".join(f"{info.heading} {metric_value(info, _known(values[info.name]))}" for info in metrics)
             uri = _thumbnail(path)
-            row["shots"].append({"uri": uri, "prompt": item.prompt, "told": told})
+            row["shots"].append({"uri": uri, "prompt": item.prompt, "title": told})
     return list(rows.values())
 
 
 def _thumbnail(path: Path) -> str:
-    """The picture as it is seen by the generator and the rewards, upright and in sRGB."""
+    """Return the picture as the generator and the rewards see it: upright and in sRGB."""
     picture = to_pil(load_image(path))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return as_data_uri(picture)
 
 
 def _plane(summary: Mapping[str, Interval], axes: tuple[str, str], others: Mapping[str, tuple[float, float]]) -> Markup:
-    """Prompt over identity: what was measured with its intervals, and the published `others`."""
+    """Draw prompt over identity: the measured values with their intervals, and the published `others`."""
     spots = {THIS: (summary[axes[0]], summary[axes[1]])}
     spots |= {name: ((x, math.nan, math.nan), (y, math.nan, math.nan)) for name, (x, y) in others.items()}
     with mpl.rc_context(style.rc()):

@@ -23,10 +23,10 @@ class GridError(Exception):
 
 
 def compare(config: CompareConfig, display: Display, *, report_only: bool = False) -> Path:
-    """Run the grid as far as it is not done, and write comparison.html, comparison.csv and the figures.
+    """Run the unfinished runs of the grid, and write comparison.html, comparison.csv and the figures.
 
-    `report_only` runs nothing and writes them of whatever is done. Returns the page's path. Raises `UserError` on bad
-    input, before any work, and `GridError` in the end where runs failed.
+    `report_only` runs nothing and writes the page of the finished runs. Returns the page's path. Raises `UserError` on
+    bad input, before any work, and `GridError` at the end if runs failed.
     """
     if report_only and not (config.output / RECORD).is_file():
         raise UserError(f"output: {config.output} holds no grid (no {RECORD}), so there is nothing to report")

@@ -80,7 +80,7 @@ class CompareConfig(Section):
 def run_settings(
     config: CompareConfig, setting: str, preset: str | None, seed: int, table: list[list[float]] | None = None
 ) -> dict[str, Any]:
-    """The settings of one run (of none of the presets, if None), as the tree that `train --config` reads.
+    """Return the settings of one run (of none of the presets, if None), as the tree that `train --config` reads.
 
     `table` holds the calibrated time weights. Raises `UserError` where the parts do not make a valid configuration.
     """

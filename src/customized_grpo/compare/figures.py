@@ -22,10 +22,10 @@ from customized_grpo.compare.results import (
     summarise,
 )
 from customized_grpo.config.presets import BASE, BASELINE, METHOD
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import style
 from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT
-from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.metric_info import metric_info
 
 CURVES = (BASELINE, "naive-1:1.5", METHOD)
@@ -41,9 +41,9 @@ COLOURS = {"identity": IDENTITY, "prompt": PROMPT}
 
 
 def write_figures(results: Sequence[Result], folder: Path, order: Sequence[str] | None = None) -> list[Path]:
-    """Write every figure that `results` allow into `folder`, as NAME.svg and NAME.png; returns the SVGs' paths.
+    """Write every figure that `results` allow into `folder`, as NAME.svg and NAME.png; return the SVGs' paths.
 
-    Names: curves, plane, signals, joint, and settings where there are several. `order`: that of the presets.
+    Names: curves, plane, signals, joint, and settings if there are several. `order`: the order of the presets.
     """
     paths = []
     with mpl.rc_context(style.rc()):
@@ -56,14 +56,14 @@ def write_figures(results: Sequence[Result], folder: Path, order: Sequence[str] 
 
 
 def draw_svgs(results: Sequence[Result], order: Sequence[str] | None = None) -> dict[str, str]:
-    """The same figures as SVG documents, by name."""
+    """Return the same figures as SVG documents, by name."""
     with mpl.rc_context(style.rc()):
         drawn = {name: draw(results, presets_in(results, order)) for name, draw in FIGURES.items()}
         return {name: style.svg_text(figure) for name, figure in drawn.items() if figure}
 
 
 def curves(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Validations against iteration: means over seeds, their 95 % intervals shaded; a column per setting."""
+    """Draw validations against iteration: means over seeds, their 95 % intervals shaded; a column per setting."""
     trained = [name for name in presets if any(r.curve for r in results if r.preset == name)]
     shown = [name for name in CURVES if name in trained] or trained[:3]
     panels = [metric for metric in PANELS if any(metric in r.curve for r in results if r.preset in shown)]
@@ -101,7 +101,7 @@ def curves(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def plane(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Prompt satisfied over identity kept, a point per preset with its 95 % intervals; a panel per setting."""
+    """Draw prompt satisfied over identity kept, a point per preset with its 95 % intervals; a panel per setting."""
     rows = summarise(results, order=presets)
     spots = {
         setting: {
@@ -134,7 +134,7 @@ def plane(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def signals(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Shares of rollouts by the signs of their two advantages, early and late in training, under the paper's."""
+    """Return shares of rollouts by the signs of their two advantages, early and late in training, under the paper's."""
     needed = {f"{period}/{name}" for period in PERIODS[:2] for name in SIGNALS}
     known = [r for r in results if needed <= r.values.keys()]
     if not known:
@@ -169,7 +169,7 @@ def signals(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Joint success per preset, best first: mean, 95 % interval, every seed, and the base as a line."""
+    """Return joint success per preset, best first: mean, 95 % interval, every seed, and the base as a line."""
     rows = [row for row in summarise(results, order=presets) if "joint_success" in row.means]
     shown = {row.preset for row in rows} - {BASE}
     if not shown:
@@ -202,8 +202,8 @@ def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Joint success, copy-paste rate, and the gain of `customized` in joint success over the reference, against the
-    setting."""
+    """Return joint success, copy-paste rate, and the gain of `customized` in joint success over the reference, against
+    the setting."""
     settings, rows = settings_in(results), summarise(results, order=presets)
     if len(settings) < 2:
         return None
@@ -251,7 +251,7 @@ def _settings_axis(axes: Axes, settings: Sequence[str]) -> None:
 
 
 def _course(results: Iterable[Result], metric: str) -> tuple[list[int], list[Interval]]:
-    """Iterations, and mean and bounds over the seeds that were validated there."""
+    """Return iterations, and mean and bounds over the seeds that were validated there."""
     found = [r.curve[metric] for r in results if metric in r.curve]
     steps = sorted({step for curve in found for step in curve})
     return steps, [t_interval([curve[step] for curve in found if step in curve]) for step in steps]

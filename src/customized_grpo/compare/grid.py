@@ -38,7 +38,7 @@ Table = list[list[float]]
 
 
 def cells_of(config: CompareConfig) -> list[Cell]:
-    """All runs of the grid, seed by seed: what is done early is complete for the first seeds."""
+    """Return all runs of the grid, seed by seed: what is done early is complete for the first seeds."""
     return [
         Cell(setting, preset, seed, config.output / "runs" / _slug(setting, preset, seed))
         for seed in range(max(config.trained.values()))
@@ -49,7 +49,7 @@ def cells_of(config: CompareConfig) -> list[Cell]:
 
 
 def label(cell: Cell) -> str:
-    """What a run is called where people read it."""
+    """Return what a run is called where people read it."""
     return f"{cell.setting + ': ' if cell.setting else ''}{cell.preset} seed {cell.seed}"
 
 
@@ -130,7 +130,7 @@ class _Job:
     """Bytes that the log held before this process."""
 
     def reason(self, code: int) -> str:
-        """Why the process ended without a result."""
+        """Return why the process ended without a result."""
         return _reason(Path(self.log.name), self.before, code)
 
 
@@ -210,13 +210,13 @@ def _observed(config: CompareConfig, cell: Cell) -> RunState:
 
 
 def _progress(cell: Cell) -> tuple[int, float | None]:
-    """The last iteration of a run, and joint success on its last validation."""
+    """Return the last iteration of a run, and joint success on its last validation."""
     metrics, checks = (last_row(cell.folder / name) or {} for name in LOGS)
     return metrics.get("iteration", 0), checks.get("joint_success")
 
 
 def _reason(log_path: Path, before: int, code: int) -> str:
-    """The error that the process told, if it did, and how it ended."""
+    """Return the error that the process printed, if any, and its exit status."""
     said = log_path.read_bytes()[before:].decode("utf-8", errors="replace").splitlines()
     errors = [line.partition("error: ")[2] for line in said if line.startswith("customized-grpo: error: ")]
     if errors:
@@ -244,7 +244,7 @@ def _check_output(output: Path) -> None:
 
 
 def _check_record(config: CompareConfig) -> None:
-    """Settings may be added to a grid; what it began with must be as it was."""
+    """Check that the settings with which a grid began are unchanged; settings may be added."""
     path = config.output / RECORD
     if not path.is_file():
         return
@@ -303,7 +303,8 @@ def _stop_on_sigterm() -> Iterator[None]:
 
 
 def _cores(jobs: int, slot: int) -> list[int]:
-    """The cores of one of `jobs` processes: disjoint shares, as two processes on one core slow each other down."""
+    """Return the cores of each of `jobs` processes: disjoint sets, since two processes on one core slow each other
+    down."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
     share = max(1, len(cores) // jobs)
     first = slot * share % len(cores)

@@ -79,7 +79,7 @@ def write_page(
 
 
 def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, Any]:
-    """What the template shows of the results, by name."""
+    """Return what the template shows of the results, by name."""
     order = list(dict.fromkeys(cell.preset for cell in cells))
     rows = summarise(results, order=order)
     columns = headline_first(overview(name for row in rows for name in row.means))
@@ -108,7 +108,7 @@ def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, 
 
 
 def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """What was compared, as label and value."""
+    """Return what was compared, as label and value."""
     trained = [r for r in results if r.preset != BASE]
     counts = [len(select(trained, s, p)) for s in settings_in(trained) for p in presets_in(trained)]
     found = [("Presets", str(len(presets_in(trained))))]
@@ -123,7 +123,8 @@ def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def headlines(results: Sequence[Result], rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """By setting: the paired difference in joint success of `customized` to the reference, where there is one."""
+    """Return for each setting the paired difference in joint success between `customized` and the baseline, if both
+    ran."""
     found = []
     for row in rows:
         if row.preset != METHOD or "joint_success" not in row.differences:
@@ -145,7 +146,7 @@ def headlines(results: Sequence[Result], rows: Sequence[Row]) -> list[dict[str, 
 
 
 def verb(difference: Interval) -> str:
-    """What a 95 % interval says of a difference."""
+    """Return what a 95 % interval says of a difference."""
     _, low, high = difference
     if low > 0:
         return "rose"
@@ -153,7 +154,7 @@ def verb(difference: Interval) -> str:
 
 
 def grouped(rows: Sequence[Row], shown: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """The rows of a table by setting."""
+    """Return the rows of a table by setting."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row, cells in zip(rows, shown, strict=True):
         groups.setdefault(row.setting, []).append(cells)
@@ -161,7 +162,7 @@ def grouped(rows: Sequence[Row], shown: Sequence[dict[str, Any]]) -> list[tuple[
 
 
 def table_row(row: Row, columns: Sequence[MetricInfo]) -> dict[str, Any]:
-    """Means and intervals as text; an unknown one is a dash."""
+    """Return means and intervals as text; an unknown one is a dash."""
     cells = []
     for info in columns:
         mean, low, high = row.means.get(info.name, (math.nan,) * 3)
@@ -171,7 +172,7 @@ def table_row(row: Row, columns: Sequence[MetricInfo]) -> dict[str, Any]:
 
 
 def difference_row(row: Row, columns: Sequence[MetricInfo]) -> dict[str, Any]:
-    """Differences to the reference as text, `apart` where the interval leaves out 0."""
+    """Return differences to the baseline as text, marked `apart` if the interval excludes 0."""
     cells = []
     for info in columns:
         mean, low, high = row.differences.get(info.name, (math.nan,) * 3)
@@ -183,7 +184,7 @@ def difference_row(row: Row, columns: Sequence[MetricInfo]) -> dict[str, Any]:
 
 
 def gallery(cells: Sequence[Cell], setting: str, order: Sequence[str]) -> dict[str, Any] | None:
-    """The first pairs under every preset, for the lowest seed that all presets have, or else most of them."""
+    """Return the first pairs under every preset, for the lowest seed that all presets have, or else most of them."""
     finished = {(cell.seed, cell.preset): cell for cell in cells if cell.setting == setting and cell.finished}
     presets = [name for name in order if any(preset == name for _, preset in finished)]
     if not presets:

@@ -12,10 +12,10 @@ import numpy as np
 
 from customized_grpo.config.presets import BASE, BASELINE
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.io.files import replacing
 from customized_grpo.io.jsonl import read_lines
 from customized_grpo.report.records import Columns, to_columns
-from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.metric_info import in_order, is_metric, overview
 
 Interval = tuple[float, float, float]
@@ -40,7 +40,7 @@ DIGITS = 6
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a grid. `setting` names the overrides crossed with the presets, "" where there is only one."""
+    """One run of a grid. `setting` names the overrides crossed with the presets, "" if there is only one."""
 
     setting: str
     preset: str
@@ -84,11 +84,11 @@ class Row:
 
 
 def read_results(cells: Sequence[Cell]) -> list[Result]:
-    """Results of the finished cells, by setting, preset (both in the order of `cells`) and seed.
+    """Read the results of the finished cells, by setting, preset (both in the order of `cells`) and seed.
 
-    The untrained policy comes first, as the preset "base", once per setting and seed: any run holds
-    its evaluation. Raises UserError where a file is missing or broken, or runs of a setting were evaluated on
-    different pairs: every preset must have met the same ones for differences of means to be paired.
+    The untrained policy comes first, as the preset "base", once per setting and seed: any run holds its evaluation.
+    Raises UserError if a file is missing or broken, or if runs of a setting were evaluated on different samples: every
+    preset must see the same ones for differences of means to be paired.
     """
     settings, presets = (list(dict.fromkeys(getattr(cell, key) for cell in cells)) for key in ("setting", "preset"))
     found: dict[tuple[int, int, int], Result] = {}
@@ -113,7 +113,8 @@ def read_results(cells: Sequence[Cell]) -> list[Result]:
 
 
 def read_records(folder: Path, side: str) -> dict[str, dict[str, Any]]:
-    """Records of a run's final evaluation by id, in order; `side` is "base" or "tuned". UserError if unreadable."""
+    """Read the records of a run's final evaluation by id, in order; `side` is "base" or "tuned". UserError if
+    unreadable."""
     path = folder / "evaluation" / f"{side}.json"
     remedy = f"write it again with `customized-grpo evaluate --run {folder}`"
     try:
@@ -129,7 +130,7 @@ def read_records(folder: Path, side: str) -> dict[str, dict[str, Any]]:
 
 
 def presets_in(results: Sequence[Result], order: Sequence[str] | None = None) -> list[str]:
-    """The presets that have results: base, then as in `order`, then the others as they come."""
+    """Return the presets that have results: base, then as in `order`, then the others as they come."""
     known = dict.fromkeys(result.preset for result in results)
     return [name for name in dict.fromkeys((BASE, *(order or ()), *known)) if name in known]
 
@@ -144,12 +145,12 @@ def measured(results: Iterable[Result]) -> list[str]:
 
 
 def select(results: Sequence[Result], setting: str, preset: str) -> dict[int, Result]:
-    """The results of a preset in a setting, by seed."""
+    """Return the results of a preset in a setting, by seed."""
     return {r.seed: r for r in sorted(results, key=lambda r: r.seed) if (r.setting, r.preset) == (setting, preset)}
 
 
 def summarise(results: Sequence[Result], reference: str = BASELINE, order: Sequence[str] | None = None) -> list[Row]:
-    """A row per setting and preset that has results; presets as in `presets_in`.
+    """Return a row per setting and preset that has results; presets as in `presets_in`.
 
     A seed is one observation: means and 95 % Student's t intervals are over seeds, those of the differences over
     the seeds that preset and reference share.
@@ -174,7 +175,7 @@ def summarise(results: Sequence[Result], reference: str = BASELINE, order: Seque
 
 
 def write_csv(path: Path, results: Sequence[Result]) -> None:
-    """One row per result, floats to six digits: tables and figures can be made again from this file alone.
+    """Write one row per result, floats to six digits: tables and figures can be drawn from this file alone.
 
     Columns: setting, preset, seed, `VALUES`, further metrics, then validations as `curve/METRIC@ITERATION`. Unknown is
     empty.
@@ -193,7 +194,7 @@ def write_csv(path: Path, results: Sequence[Result]) -> None:
 
 
 def read_csv(path: Path) -> list[Result]:
-    """The results that `write_csv` wrote. Raises UserError naming file, line and column of what is not one."""
+    """Return the results that `write_csv` wrote. Raises UserError naming file, line and column of what is not one."""
     remedy = "expected the comparison.csv that `customized-grpo compare` writes"
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

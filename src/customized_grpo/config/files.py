@@ -1,4 +1,4 @@
-"""Configuration files, looked at before they are merged: what is wrong in one is told with its name and line."""
+"""Checks of configuration files before they are merged: an error names the file and the line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +14,11 @@ Problem = tuple[yaml.Mark, str]
 
 
 def check_file(path: Path, model: type[BaseModel]) -> None:
-    """Raise `UserError` where the file at `path` is not YAML, names something twice or that `model` does not have, or
-    holds a value that its field does not take. What fields say together is left to who merges them."""
+    """Raise `UserError` if the file at `path` is not YAML, repeats a name, or does not fit `model`.
+
+    Names that `model` does not have and values that its fields do not take are errors. Rules between fields are checked
+    after merging.
+    """
     if not path.is_file():
         raise UserError(f"--config: {path} is {'a folder' if path.is_dir() else 'not there'}; expected a YAML file")
     try:
@@ -37,7 +40,7 @@ def check_file(path: Path, model: type[BaseModel]) -> None:
 
 
 def _duplicate_keys(node: yaml.Node, prefix: str) -> Iterator[Problem]:
-    """Keys that stand in a mapping twice; YAML would take the last, silently."""
+    """Yield keys that stand in a mapping twice; YAML would take the last, silently."""
     lines: dict[str, int] = {}
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         name = f"{prefix}{key.value}"
@@ -48,7 +51,7 @@ def _duplicate_keys(node: yaml.Node, prefix: str) -> Iterator[Problem]:
 
 
 def _unknown_keys(node: yaml.MappingNode, model: type[BaseModel], prefix: str) -> Iterator[Problem]:
-    """Names that are no field's, and sections that are none."""
+    """Yield names that are no field's, and sections that are none."""
     names = field_names(model)
     for key, value in node.value:
         if key.tag == MERGE:

@@ -20,8 +20,10 @@ WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 def format_parser_error(
     message: str, arguments: Sequence[str], model: type[BaseModel] = Config, options: Sequence[str] = ()
 ) -> str:
-    """An error of the argument parser in one line; `arguments` are what it was given, and it has the fields of `model`
-    as options and the others named."""
+    """Return an error of the argument parser in one line.
+
+    `arguments` are what the parser was given; its options are the fields of `model` and `options`.
+    """
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     text = " ".join(line for line in lines if "validation error" not in line and "errors.pydantic.dev" not in line)
     text = re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
@@ -44,8 +46,10 @@ def format_parser_error(
 
 
 def format_validation_error(error: ValidationError, fields_of: type[BaseModel] | None = None) -> str:
-    """All that pydantic found wrong, in our words: field, what is wrong, what was found. With `fields_of`, the model
-    that was validated: what is wrong with single fields alone."""
+    """Return all that pydantic found wrong, in our words: field, what is wrong, what was found.
+
+    With `fields_of`, the model that was validated: what is wrong with single fields alone.
+    """
     return "; ".join(
         _worded(each) for each in error.errors() if fields_of is None or section_at(fields_of, _place(each)) is None
     )
@@ -73,13 +77,13 @@ def unknown(name: str, names: Sequence[str]) -> str:
 
 
 def values_of(option: str, arguments: Sequence[str]) -> list[str]:
-    """What `arguments` give the option, as `--option VALUE` and as `--option=VALUE`."""
+    """Return the values that `arguments` give the option, as `--option VALUE` and as `--option=VALUE`."""
     values = [value for name, value in pairwise(arguments) if name == f"--{option}"]
     return values + [name.partition("=")[2] for name in arguments if name.startswith(f"--{option}=")]
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted names of all fields of the configuration, sections included."""
+    """Return dotted names of all fields of the configuration, sections included."""
     names = []
     for name in model.model_fields:
         names.append(prefix + name)
@@ -89,7 +93,7 @@ def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def section_at(model: type[BaseModel], place: str) -> type[BaseModel] | None:
-    """The section of `model` with the dotted name `place`, itself for "", None where it is a field or unknown."""
+    """Return the section of `model` named `place` (dotted), `model` for "", None if it is a field or unknown."""
     section: Any = model
     for part in place.split(".") if place else ():
         fields = section.model_fields
@@ -113,7 +117,8 @@ def _place(error: Any) -> str:
 
 
 def _of_field(place: str, arguments: Sequence[str], model: type[BaseModel]) -> str | None:
-    """What is wrong with the value that `arguments` give the field at `place`, None where that is not the field's."""
+    """Return what is wrong with the value that `arguments` give the field at `place`, None where that is not the
+    field's."""
     section = section_at(model, place)
     if section is not None:
         return f"{place}: a section; give its fields, as --{place}.{next(iter(section.model_fields))} VALUE"
@@ -135,7 +140,7 @@ def _of_its_type(found: re.Match[str]) -> str:
 
 
 def _missing(options: Sequence[str], found: re.Match[str]) -> str:
-    """What was left out as it is typed: the parser calls an option of a command COMMAND.OPTION."""
+    """Return the missing option as a user types it: the parser calls an option of a command COMMAND.OPTION."""
     names = [name.split(".")[-1] for name in found[1].split(", ")]
     return f"missing: {', '.join(f'--{name}' if name in options else name.upper() for name in names)}"
 

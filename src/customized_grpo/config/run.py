@@ -57,7 +57,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _one_world(self) -> "Config":
-        """ToyBox's rewards and judge read ToyBox's pictures alone."""
+        """Check that ToyBox's rewards and oracle judge ToyBox images only."""
         read_by = {
             "rewards.prompt": self.rewards.prompt,
             "rewards.identity": self.rewards.identity,
@@ -94,7 +94,7 @@ class Config(Section):
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a tree of settings by dotted name."""
+    """Return the leaves of a tree of settings by dotted name."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

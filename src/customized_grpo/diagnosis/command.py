@@ -19,13 +19,13 @@ from customized_grpo.diagnosis.figure import write_figure
 from customized_grpo.diagnosis.gradients import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.sensitivity import Sensitivity, calibrated_weights, measure
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.factory.config import resolve_config
 from customized_grpo.factory.data import encode_ahead, load_dataset, warn_truncated_prompts
 from customized_grpo.factory.policy import build_policy, build_start
 from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import UNFINISHED, check_folder, write_whole, writing
 from customized_grpo.runtime.device import configure
-from customized_grpo.statistics import t_interval
 from customized_grpo.tracking.console import Display
 from customized_grpo.training.run_dir import load_run_config
 
@@ -46,12 +46,12 @@ def diagnose(
     group_size: int = 12,
     batches: int = 8,
 ) -> Path:
-    """Measure conflicting gradients and temporal dynamics of the generator that `config` starts from, or of the tuned
-    one of `run`, on the training data; write `WRITTEN` into `output` and return the path of the record.
+    """Measure conflicting gradients and temporal dynamics of a generator on the training data.
 
-    `prompts` and `group_size` are of the sensitivity, `batches` of the gradients; all are at least 2. Raises
-    `UserError` on bad input, before any work, and where a reward does not vary at all; `TrainingError` when too many
-    rewards failed.
+    The generator is the one that `config` starts from, or the tuned one of `run`. Writes `WRITTEN` into `output` and
+    returns the path of the record. `prompts` and `group_size` are of the sensitivity, `batches` of the gradients; all
+    are at least 2. Raises `UserError` on bad input, before any work, and if a reward does not vary at all;
+    `TrainingError` if too many rewards failed.
     """
     config = _check(config, run, output, {"prompts": prompts, "group_size": group_size, "batches": batches})
     configure(config.threads)
@@ -98,11 +98,11 @@ def diagnose(
 
 
 def weights_yaml(table: npt.NDArray[np.float64], measured: str) -> str:
-    """A configuration file that makes `train` use the time weights `table` [T, 2]; `measured` says of what."""
+    """Return a configuration file that makes `train` use the time weights `table` [T, 2]; `measured` says of what."""
     rows = "".join(f"    - [{prompt:.6f}, {identity:.6f}]\n" for prompt, identity in table)
     return (
         "# Calibrated time weights: each reward is weighted at a denoising step in proportion to its share of the\n"
-        "# sensitivity measured there; over the trainable steps the mean is that of the constant weights.\n"
+        "# sensitivity measured there; over the trainable steps the mean equals the constant weights.\n"
         f"# Measured on: {' '.join(measured.split())}\n"
         "# Use: customized-grpo train --config YOUR.yaml --config weights.yaml\n"
         f"# One row (prompt, identity) a step, noisiest first: rollout.num_steps must be {len(table)}.\n"
@@ -183,7 +183,10 @@ def _order(sensitivity: Sensitivity, i: int, j: int) -> str:
 
 
 def _check(config: Config | None, run: Path | None, output: Path, counts: Mapping[str, int]) -> Config:
-    """The configuration to measure, its precision resolved. Raises `UserError` for what the command cannot take."""
+    """Return the configuration to measure, its precision resolved.
+
+    Raises `UserError` for what the command cannot take.
+    """
     for name, count in counts.items():
         if count < 2:
             raise UserError(f"--{name}: at least 2 are needed for a variance or an interval, found {count}")
@@ -240,7 +243,7 @@ def _interval(values: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, fl
 
 
 def _clean(value: Any) -> Any:
-    """`value` with None for numbers that JSON has no word for."""
+    """Return `value` with None for numbers that JSON has no word for."""
     if isinstance(value, dict):
         return {key: _clean(each) for key, each in value.items()}
     if isinstance(value, list):

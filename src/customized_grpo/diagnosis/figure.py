@@ -102,7 +102,7 @@ def _frame(axes: Axes, title: str, steps: int) -> None:
 
 
 def _curve(axes: Axes, rows: Sequence[Mapping[str, float | None]], hue: str) -> None:
-    """Means with the band of their intervals; what is not known leaves a gap."""
+    """Draw means with the band of their intervals; an unknown value leaves a gap."""
     mean, low, high = np.array([[row[key] for key in ("mean", "low", "high")] for row in rows], dtype=np.float64).T
     axes.fill_between(range(len(rows)), low, high, color=hue, alpha=0.15, linewidth=0)
     axes.plot(mean, color=hue, linewidth=2.0, marker="o", markersize=3.6)

@@ -31,7 +31,7 @@ OnProgress = Callable[[int, int], None]
 
 
 def silent(done: int, of: int) -> None:
-    """Progress that nobody watches."""
+    """Ignore progress."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ class Ticks:
     done: int = 0
 
     def tick(self) -> None:
-        """One more is done."""
+        """Count one more step as done."""
         self.done += 1
         self.on_progress(self.done, self.of)
 
@@ -164,6 +164,7 @@ def _cosine_and_norms(vectors: Sequence[Sequence[Tensor]]) -> tuple[float, list[
 
 
 def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:
-    """Product of two vectors in pieces: that of a piece where it lies, in its precision, their sum in float64."""
+    """Return the product of two vectors given in pieces: each piece on its device in its precision, the sum in
+    float64."""
     pieces = torch.stack([a.flatten() @ b.flatten() for a, b in zip(first, second, strict=True)])
     return float(pieces.cpu().double().sum())

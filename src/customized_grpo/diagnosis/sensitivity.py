@@ -17,10 +17,10 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.diagnosis.gradients import FRESH_NOISE, OnProgress, Ticks, silent
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import Scorer
-from customized_grpo.statistics import t_interval
 from customized_grpo.training.advantages import PAIR
 from customized_grpo.training.rollout import Plan, encode_samples, iteration_samples, sample_groups
 
@@ -39,11 +39,11 @@ class Sensitivity:
     seed: int = 0
 
     def means(self) -> Array:
-        """Mean variance over prompts [S, R]."""
+        """Return mean variance over prompts [S, R]."""
         return self._resampled_means(np.ones((1, len(self.variances))))[0]
 
     def intervals(self) -> Array:
-        """Mean variance over prompts and its 95 % Student's t interval [S, R, 3]: mean, low, high."""
+        """Return mean variance over prompts and its 95 % Student's t interval [S, R, 3]: mean, low, high."""
         _, steps, rewards = self.variances.shape
         samples = self.variances.reshape(-1, steps * rewards).T
         return np.array([t_interval(row) for row in samples]).reshape(steps, rewards, 3)
@@ -53,16 +53,17 @@ class Sensitivity:
         return _shares(self.means())
 
     def share_intervals(self) -> Array:
-        """Shares with their 95 % percentile bootstrap over prompts [S, R, 3]: share, low, high."""
+        """Return shares with their 95 % percentile bootstrap over prompts [S, R, 3]: share, low, high."""
         low, high = _percentiles(_shares(self._bootstrap_means()))
         return np.stack([self.shares(), low, high], axis=-1)
 
     def centres(self) -> Array:
-        """Centre of mass of each reward's sensitivity [R], in steps from 0, the noisiest."""
+        """Return the center of mass of each reward's sensitivity [R], in steps from 0, the noisiest."""
         return _centres(self.shares())
 
     def centre_difference(self, first: int = 0, second: int = 1) -> tuple[float, float, float]:
-        """Return how many steps the center of reward `second` lies after that of reward `first` (mean, low, high).
+        """Return how many steps the center of reward `second` lies after the center of reward `first` (mean, low,
+        high).
 
         A 95 % percentile bootstrap over prompts, the same prompts for both.
         """
@@ -77,7 +78,7 @@ class Sensitivity:
         return self._resampled_means(draws.astype(np.float64))
 
     def _resampled_means(self, counts: Array) -> Array:
-        """Means [*, S, R] over prompts taken `counts` [*, P] times, NaNs left out."""
+        """Return means [*, S, R] over prompts taken `counts` [*, P] times, NaNs left out."""
         known = np.isfinite(self.variances)
         sums = np.tensordot(counts, np.where(known, self.variances, 0.0), axes=1)
         with np.errstate(invalid="ignore"):
@@ -95,12 +96,12 @@ def measure(
     group_size: int = 12,
     on_progress: OnProgress = silent,
 ) -> Sensitivity:
-    """Branch a group of `group_size` images at each of the T - 1 trainable steps, for the first `prompts` that
-    training would draw.
+    """Branch a group of `group_size` images at each of the T - 1 trainable steps, for the first `prompts` training
+    prompts.
 
-    The sampler (steps, shift, kind of SDE, eta) is that of `config`; the initial noise is shared whatever it says,
-    since only the noise of steps can be weighted by step. Raises `UserError` for counts that give no variance or
-    exceed the data, `TrainingError` when too many rewards failed.
+    The sampler (steps, shift, kind of SDE, eta) is configured by `config`; the initial noise is always shared, since
+    only the noise of steps can be weighted by step. Raises `UserError` for counts that give no variance or exceed the
+    data, `TrainingError` if too many rewards failed.
     """
     if not 2 <= prompts <= len(dataset):
         raise UserError(
@@ -133,10 +134,11 @@ def measure(
 
 
 def group_variances(rewards: Tensor, valid: Tensor) -> Array:
-    """Unbiased variance [P, R] within each group of `rewards` [P, G, R], over its `valid` entries, in float64.
+    """Return the unbiased variance [P, R] within each group of `rewards` [P, G, R], over its `valid` entries, in
+    float64.
 
-    NaN for a group with fewer than two; 0 where they differ by no more than a few units in the last place of the
-    largest, the same rounding that `group_advantages` takes for no difference.
+    NaN for a group with fewer than two valid entries; 0 if they differ by no more than a few units in the last place of
+    the largest, the rounding that `group_advantages` treats as equal.
     """
     values, known = rewards.double().numpy(), valid.numpy()
     count = known.sum(1)
@@ -149,12 +151,12 @@ def group_variances(rewards: Tensor, valid: Tensor) -> Array:
 
 
 def calibrated_weights(shares: npt.ArrayLike, constant: Sequence[float]) -> Array:
-    """Time weights [T, 2] from shares of sensitivity [T - 1, 2] and constant weights (prompt, identity).
+    """Return time weights [T, 2] from shares of sensitivity [T - 1, 2] and constant weights (prompt, identity).
 
-    `w_k(i)` is proportional to `s_k(i) / (s_prompt(i) + s_identity(i))`, and over the T - 1 trainable steps its mean
-    is `constant[k]`: the total pull of each reward stays, its place in time moves. A step where neither reward has a
-    share gets `constant`, and so does the deterministic last one, which is never trained. Raises `UserError` for a
-    reward whose shares are all zero or not known.
+    `w_k(i)` is proportional to `s_k(i) / (s_prompt(i) + s_identity(i))`, and over the T - 1 trainable steps its mean is
+    `constant[k]`: the total pull of each reward stays, its place in time moves. A step where neither reward has a share
+    gets `constant`, and so does the deterministic last one, which is never trained. Raises `UserError` for a reward
+    whose shares are all zero or unknown.
     """
     share, weights = np.asarray(shares, dtype=np.float64), np.asarray(constant, dtype=np.float64)
     for name, column in zip(PAIR, share.T, strict=True):
@@ -183,7 +185,7 @@ def _centres(shares: Array) -> Array:
 
 
 def _percentiles(samples: Array) -> Array:
-    """The 2.5 and 97.5 percentiles [2, ...] over the first axis, NaNs left out where there are others."""
+    """Return the 2.5 and 97.5 percentiles [2, ...] over the first axis, ignoring NaNs unless all values are NaN."""
     unknown = np.isnan(samples).all(0)
     bounds: Array = np.nanpercentile(np.where(unknown, 0.0, samples), (2.5, 97.5), axis=0)
     return np.where(unknown, np.nan, bounds)

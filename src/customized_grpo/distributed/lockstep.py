@@ -26,7 +26,7 @@ class LockstepForward:
     """
 
     def __init__(self, idle: Callable[[], Tensor]) -> None:
-        """`idle` runs the transformer once, on next to nothing."""
+        """Wrap a transformer; `idle` runs it once on a minimal input."""
         self._idle = idle
         self._ranks: DistributedGroup | None = None
         self._aborted = False

@@ -9,11 +9,11 @@ COPIED = 0.5
 
 
 def closeness(images: Tensor, references: Tensor) -> Tensor:
-    """Correlation [B] in [-1, 1] of the layouts of `images` and `references` [B, 3, H, W]."""
+    """Return correlation [B] in [-1, 1] of the layouts of `images` and `references` [B, 3, H, W]."""
     return (layout(images) * layout(references)).sum(-1)
 
 
 def layout(images: Tensor) -> Tensor:
-    """Unit vectors [B, 3 * LAYOUT ** 2] whose products are correlations of the layouts of `images` [B, 3, H, W]."""
+    """Return unit vectors [B, 3 * LAYOUT ** 2] of `images` [B, 3, H, W]: their products correlate the layouts."""
     cells = F.adaptive_avg_pool2d(images, LAYOUT).flatten(1)
     return F.normalize(cells - cells.mean(1, keepdim=True), dim=1)

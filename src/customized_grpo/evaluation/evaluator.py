@@ -11,11 +11,11 @@ from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.errors import telling_where
 from customized_grpo.evaluation.metrics import Metric, measure, metric_names
+from customized_grpo.evaluation.statistics import mean_interval
 from customized_grpo.policies.policy import Policy
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.memory import DRAWING, SCORING, explain_out_of_memory
-from customized_grpo.statistics import mean_interval
 from customized_grpo.tracking.metric_info import REWARD_PREFIX, MetricInfo
 from customized_grpo.types import PromptBatch, References
 

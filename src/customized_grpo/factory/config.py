@@ -7,9 +7,9 @@ from customized_grpo.factory.rewards import reward_device
 
 
 def resolve_config(config: Config) -> Config:
-    """`config` with the precisions written down that this machine runs it in: they decide the result.
+    """Return `config` with the precisions that this machine uses: they decide the result.
 
-    That of the rewards stays "auto" where this stands for two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
+    The rewards' precision stays "auto" if it means two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
     """
     rewards = config.rewards
     if rewards.is_read("local") and rewards.local.precision == "auto":
@@ -24,7 +24,7 @@ def check_shares(config: Config, world: int) -> None:
     prompts = config.rollout.prompts_per_iteration
     if prompts < world:
         raise UserError(
-            f"rollout.prompts_per_iteration: {prompts} groups cannot be shared among {world} processes, each of which "
+            f"rollout.prompts_per_iteration: {prompts} groups cannot be shared among {world} processes: each process "
             "takes whole groups; ask for more, or start fewer processes"
         )
     check_shard(config.policy, world)

@@ -82,14 +82,14 @@ def warn_truncated_prompts(
 
 
 def load_dataset(path: Path, config: Config, policy: Policy[Any]) -> SubjectDataset:
-    """The dataset in the folder `path`, wholly checked."""
+    """Return the dataset in the folder `path`, checked completely."""
     dataset = read_dataset(path, config)
     check_prompts(path, dataset, policy)
     return dataset
 
 
 def raise_problems(source: Path, what: str, problems: Sequence[str]) -> None:
-    """Raise `UserError` where there are problems with the things in `source`: the first ten, and how many more."""
+    """Raise `UserError` if the things in `source` have problems: list the first ten, and the number of the others."""
     if problems:
         raise UserError(f"{source}: {len(problems)} unusable {what}:\n  {truncated(problems, most=10)}")
 
@@ -97,8 +97,10 @@ def raise_problems(source: Path, what: str, problems: Sequence[str]) -> None:
 def read_samples(
     config: Config, datasets: Mapping[str, SubjectDataset], first: int = 0
 ) -> dict[SubjectDataset, Sequence[Sample]]:
-    """The samples that a run of `config` reads from iteration `first` (0 is the very first) on, of each of the
-    `datasets` by their names: path, validation and test."""
+    """Return the samples that a run of `config` reads from iteration `first` (0 is the very first) on.
+
+    They are listed for each of the `datasets` by its name: path, validation and test.
+    """
     training, evaluation = datasets["path"], config.evaluation
     each = config.rollout.prompts_per_iteration
     read = set(batch_indices(len(training), config.iterations * each, config.seed, 0)[first * each :])
@@ -113,8 +115,10 @@ def read_samples(
 
 
 def encode_ahead(policy: Policy[Any], used: Mapping[SubjectDataset, Sequence[Sample]], stages: StageProgress) -> None:
-    """Have a policy with large encoders encode all that it will be asked for: the samples of each dataset that are
-    used. Raises `UserError`, before any is encoded, where there is no room for them."""
+    """Precompute with a policy whose encoders are large: encode the samples of each dataset that are used.
+
+    Raises `UserError`, before any sample is encoded, if the cache has no room.
+    """
     rows = [(dataset, sample) for dataset, samples in used.items() for sample in samples]
     encode_rows(
         policy,
@@ -131,7 +135,7 @@ def encode_rows(
     stages: StageProgress,
     mine: Sequence[int] | None = None,
 ) -> None:
-    """Have the policy precompute `rows`; `references` returns a row's prepared references by its number.
+    """Precompute `rows` with the policy; `references` returns a row's prepared references by its number.
 
     This process encodes the rows with the numbers `mine`; None: its share among the processes of this machine.
     """

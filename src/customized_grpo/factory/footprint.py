@@ -20,8 +20,10 @@ ELSEWHERE = ("vlm_judge", "remote")
 def reward_bytes(
     config: RewardsConfig, device: torch.device, toybox_weights: Path | None
 ) -> tuple[dict[str, float], list[str]]:
-    """The weights that the rewards keep on `device`, in bytes by the reward's field, and which rewards are not counted
-    because what they are made of is not on this machine."""
+    """Return the weights that the rewards keep on `device`, in bytes by the reward's field, and the uncounted rewards.
+
+    A reward is not counted if its files are not on this machine.
+    """
     counted: dict[str, float] = {}
     unknown = []
     for side, kind in (("prompt", config.prompt), ("identity", config.identity)):
@@ -40,7 +42,7 @@ def reward_bytes(
 
 
 def _files(side: str, kind: str, config: RewardsConfig, toybox_weights: Path | None) -> list[Path]:
-    """The safetensors files of a reward that are on this machine; none where one of them is not."""
+    """Return the safetensors files of a reward that are on this machine; none where one of them is not."""
     if kind == "toybox":
         name = "prompt_encoder" if side == "prompt" else f"identity_encoder_{config.toybox.identity_leak}"
         return _there([(toybox_weights or shipped_folder()) / f"{name}.safetensors"])
@@ -63,7 +65,7 @@ def _files(side: str, kind: str, config: RewardsConfig, toybox_weights: Path | N
 
 
 def _single(name: str) -> list[Path]:
-    """A safetensors file, or owner/name/file of the hub."""
+    """Return a safetensors file, or owner/name/file of the hub."""
     path = Path(name)
     if path.is_file() or name.count("/") < 2:
         return _there([path])
@@ -72,7 +74,7 @@ def _single(name: str) -> list[Path]:
 
 
 def _part(model: str, file: str) -> Path | None:
-    """A file of a folder, or of a model of the hub that was downloaded before; None where it is not there."""
+    """Return a file of a folder, or of a model of the hub that was downloaded before; None where it is not there."""
     if Path(model).is_dir():
         path = Path(model) / file
         return path if path.is_file() else None
@@ -88,7 +90,7 @@ def _there(paths: list[Path | None]) -> list[Path]:
 
 
 def _numbers(path: Path) -> int:
-    """How many numbers a safetensors file holds, by its header."""
+    """Return how many numbers a safetensors file holds, by its header."""
     try:
         with path.open("rb") as file:
             header = read_header(file)

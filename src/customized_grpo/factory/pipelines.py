@@ -38,13 +38,13 @@ NEEDS_CUDA = ("flash", "_flash", "_native_cudnn", "_native_flash", "xformers")
 """How the names of diffusers' attention backends begin that run on CUDA only."""
 NO_BACKWARD = ("sage", "_sage")
 """How the names of those begin that have no backward pass. One more is `_flash_3`: diffusers wraps FlashAttention 3 in
-an operator of its own, and gives that none; `_flash_3_hub`, of the same kernels, is called as it is."""
+an operator of its own, and gives that none; `_flash_3_hub`, of the same kernels, is called directly."""
 ROW_FORMAT = 3
 """Of what families leave in the cache; another number where one of them encodes otherwise."""
 
 
 def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: bool) -> DiffusersPolicy:
-    """The policy that `config` describes. Raises `UserError` before the weights are read where it can."""
+    """Return the policy that `config` describes. Raises `UserError` before the weights are read where it can."""
     settings = config.pipeline
     check_backend(settings.attention_backend, device)
     if device.type == "cuda" and device.index is not None:
@@ -85,7 +85,7 @@ def check_backend(name: str | None, device: torch.device) -> None:
 
 
 def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settings:
-    """What of `config` a diffusers policy rests on."""
+    """Return what of `config` a diffusers policy rests on."""
     settings = config.pipeline
     return Settings(
         device=device,

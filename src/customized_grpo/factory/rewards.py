@@ -92,7 +92,7 @@ def reward_weights(kind: str, model: str | None) -> str | None:
 
 
 def load_hpsv3_reward(config: RewardsConfig, device: torch.device) -> Reward:
-    """HPSv3, as `config.hpsv3` says."""
+    """Load HPSv3 as `config.hpsv3` says."""
     silence_libraries()
     from customized_grpo.rewards.hpsv3 import load_hpsv3
 
@@ -117,7 +117,7 @@ def _judge(config: RewardsConfig) -> VlmJudge:
 
 
 def _models(answer: Any) -> Sequence[str]:
-    """The names of models in what a server answers to /models, none where it says nothing of the kind."""
+    """Return the names of models in what a server answers to /models, none where it says nothing of the kind."""
     listed = answer.get("data") if isinstance(answer, dict) else None
     return [entry["id"] for entry in listed or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 

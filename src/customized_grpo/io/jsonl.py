@@ -30,9 +30,9 @@ def read_rows(path: Path) -> list[Metrics]:
 
 
 def last_row(path: Path) -> Metrics | None:
-    """Return the last row of a log that may still be growing, None where there is none yet; read only its end.
+    """Return the last row of a log that may still be growing, None if it has none yet; only its end is read.
 
-    Raises `UserError`, naming the file, where its last whole line is no row.
+    Raises `UserError`, naming the file, if its last complete line is not a row.
     """
     if not path.is_file():
         return None
@@ -76,7 +76,7 @@ def _whole_lines(content: bytes) -> list[bytes]:
 
 
 def _row(line: str | bytes) -> Metrics:
-    """Parse a line of a log. Raises `ValueError`, of which a `JSONDecodeError` is one, where it is no row."""
+    """Parse a line of a log. Raises `ValueError` (perhaps `JSONDecodeError`) if it is not a row."""
     row = json.loads(line)
     if not isinstance(row, dict) or not is_number(row.get("iteration")):
         raise ValueError("expected a JSON object with a numeric field 'iteration'")

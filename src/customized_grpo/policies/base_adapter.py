@@ -21,7 +21,7 @@ def resolve_adapter(name: str, field: str) -> Path:
     """Return the LoRA file `name`: a file, the one in a folder, or `owner/name/file.safetensors` of the hub.
 
     PEFT's settings beside a file on the hub are downloaded, too. Raises `UserError`, naming the configuration `field`,
-    where there is none.
+    if there is no such file.
     """
     try:
         if Path(name).is_dir():

@@ -36,7 +36,7 @@ class CacheFile:
 
 
 def list_files(folder: Path) -> list[CacheFile]:
-    """The files of the cache in `folder`, those of earlier versions too, least recently used first."""
+    """Return the files of the cache in `folder`, those of earlier versions too, least recently used first."""
     found = []
     for path in folder.glob("??/*.safetensors"):
         if _NAME.fullmatch(path.name):
@@ -116,7 +116,8 @@ def clear(folder: Path) -> tuple[int, int]:
 
 
 def surplus(files: Sequence[CacheFile], keep: Collection[Path], most: float) -> list[CacheFile]:
-    """Those of `files`, least recently used first, that have to go for what is not in `keep` to take `most` bytes."""
+    """Return those of `files`, least recently used first, that have to go for what is not in `keep` to take `most`
+    bytes."""
     others = [each for each in files if each.path not in keep]
     left = sum(each.bytes for each in others)
     gone = []
@@ -138,8 +139,10 @@ def mark_used(path: Path) -> None:
 
 
 def _open_lock(path: Path) -> IO[str] | None:
-    """The lock's file, to be read alone where it is another user's; None where there is none and none can be made: who
-    may not write there removes nothing either."""
+    """Return the lock's file, read-only if it is another user's, None if it cannot be made.
+
+    A user who may not write there does not remove files either.
+    """
     if path.is_file() and not os.access(path, os.W_OK):
         return path.open()
     if not path.is_file() and not os.access(path.parent, os.W_OK):
@@ -149,5 +152,5 @@ def _open_lock(path: Path) -> IO[str] | None:
 
 
 def gigabytes(count: float) -> str:
-    """A number of bytes for people, in units of 10^9."""
+    """Return a number of bytes for people, in units of 10^9."""
     return f"{count / GIGABYTE:.3g} GB" if count >= GIGABYTE / 1000 else f"{count / 1e6:.3g} MB"

@@ -44,17 +44,20 @@ class ConditionCache:
         depends_on: Mapping[str, Inputs] | None = None,
         limit: float | None = None,
     ) -> None:
-        """`fingerprint` stands for everything else that a row depends on: model, precision, guidance. `depends_on`: for
-        each tensor of a row what it depends on; None puts all into one file. `limit`: most bytes that the folder may
-        take."""
+        """Open the cache in `folder`.
+
+        `fingerprint` stands for everything else that a row depends on: model, precision, guidance. `depends_on`: for
+        each tensor of a row the inputs that it depends on; None puts all tensors into one file. `limit`: the most bytes
+        that the folder may take.
+        """
         self.folder, self._fingerprint, self._limit = folder, fingerprint, limit
         self._depends_on = depends_on
         self._alive: WeakValueDictionary[tuple[Path, str], Tensor] = WeakValueDictionary()
         self._hold: Hold | None = None
 
     def paths(self, prompt: str, references: Sequence[Tensor]) -> dict[Inputs, Path]:
-        """Where the parts of the row of `prompt` with its prepared `references` [3, h, w] lie, by what they depend
-        on."""
+        """Return where the parts of the row of `prompt` with its prepared `references` [3, h, w] lie, by what they
+        depend on."""
         pictures = hashlib.sha256()
         for reference in references:
             pictures.update(repr(tuple(reference.shape)).encode())
@@ -68,7 +71,7 @@ class ConditionCache:
         return found
 
     def missing(self, prompt: str, references: Sequence[Tensor]) -> set[Inputs]:
-        """The parts of a row that are not there yet; those that are count as used now."""
+        """Return the parts of a row that are not there yet; those that are count as used now."""
         paths = self.paths(prompt, references)
         there = {inputs: path for inputs, path in paths.items() if path.is_file()}
         for path in there.values():
@@ -76,8 +79,10 @@ class ConditionCache:
         return paths.keys() - there.keys()
 
     def read(self, prompt: str, references: Sequence[Tensor]) -> EncodedPrompt | None:
-        """The row, or None where a part is not there yet. Tensors that other rows have, too, are the same objects.
-        Raises `UserError` for a damaged file."""
+        """Return the row, or None where a part is not there yet.
+
+        Tensors that other rows have, too, are the same objects. Raises `UserError` for a damaged file.
+        """
         paths = self.paths(prompt, references)
         if not all(path.is_file() for path in paths.values()):
             return None
@@ -119,11 +124,10 @@ class ConditionCache:
         return there
 
     def reserve(self, needed: int, rows: Callable[[], Iterable[tuple[str, Sequence[Tensor]]]]) -> None:
-        """Hold the folder, and make room in it for `rows` (prompts with their prepared references), which take `needed`
-        bytes with what of them is there already.
+        """Hold the folder, and make room in it for `rows` (prompts with their prepared references).
 
-        Files that were used least recently go first, and never one of `rows`. Raises `UserError` as `check`, and where
-        files would have to go from under another run.
+        The rows take `needed` bytes, including those already stored. The least recently used files are removed first,
+        never one of `rows`. Raises `UserError` as `check` does, and if another run holds files that would have to go.
         """
         there = self.check(needed)
         self._hold = self._hold or Hold(self.folder)
@@ -134,8 +138,10 @@ class ConditionCache:
 
 
 def check_room(folder: Path, needed: int, there: int, free: int, limit: float | None) -> None:
-    """Raise `UserError` where `needed` bytes are more than the `limit` of the cache in `folder`, or than its disk can
-    have with `free` bytes and the `there` bytes of the cache."""
+    """Raise `UserError` if `needed` bytes exceed the `limit` of the cache in `folder`, or the room on its disk.
+
+    The room is the `free` bytes of the disk and the `there` bytes of the cache.
+    """
     if limit is not None and needed > limit:
         raise UserError(
             f"policy.pipeline.cache_limit: the prompts and references that are read take about {gigabytes(needed)} in "
@@ -151,9 +157,9 @@ def check_room(folder: Path, needed: int, there: int, free: int, limit: float | 
 def bytes_of_rows(
     family: PipelineSpec, network: Any, dtype: torch.dtype, rows: Sequence[Planned], *, guided: bool
 ) -> int:
-    """About how many bytes `rows` take, what they share counted once; `network` is the transformer's configuration.
+    """Estimate the bytes that `rows` take, shared parts counted once; `network` is the transformer's configuration.
 
-    Exact but for text of a varying length, which is taken to be of a common one.
+    Exact except for text of varying length, which is taken to have a common length.
     """
     parts: dict[object, int] = {}
     for sizes in {row.sizes for row in rows}:

@@ -28,13 +28,13 @@ from customized_grpo.policies.policy import Policy, PromptRow
 from customized_grpo.types import PromptLengths, References
 
 MOST_GRAPHS = 64
-"""Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled anew
+"""Of compiled blocks. torch's usual 8 do not reach: all blocks count as one function, and each kind is compiled again
 with gradients and without, with the adapter and without, for one sample and for several. Beyond, blocks run
 uncompiled."""
 
 
 def plan_row(family: PipelineSpec, row: PromptRow, side: int | None) -> Planned:
-    """What is encoded of `row`, by the headers of its pictures."""
+    """Return what is encoded of `row`, by the headers of its pictures."""
     pictures = tuple(row.references)
     sizes = tuple(family.reference_size(*image_size(path), len(pictures), side) for path in pictures)
     return Planned(row.prompt, pictures, sizes)
@@ -62,7 +62,8 @@ class DiffusersPolicy(Policy[EncodedBatch]):
     """A diffusers pipeline as a policy; latents are packed tokens [N, C]."""
 
     def __init__(self, family: PipelineSpec, pipe: Any, cache: ConditionCache, settings: Settings) -> None:
-        """`pipe` on the CPU. Raises `UserError` for guidance or an attention backend that it cannot take."""
+        """Wrap `pipe`, which is on the CPU. Raises `UserError` for guidance or an attention backend that it cannot
+        use."""
         family.check_guidance(pipe, settings.guidance)
         self._family, self._pipe, self._cache, self._settings = family, pipe, cache, settings
         self._guidance = family.guidance if settings.guidance is None else settings.guidance

@@ -30,10 +30,10 @@ INDEX = "model_index.json"
 
 
 def resolve_model(model: str, family: PipelineSpec, *, weights: bool = True) -> Path:
-    """The folder of the pipeline `model`: a local one, or that of a hub id, downloaded where need be, with its
-    `weights` or only its configurations.
+    """Return the folder of the pipeline `model`, downloading a hub id if needed, with its `weights` or only its
+    configurations.
 
-    Raises `UserError` where there is none, where it is another pipeline's, or lacks a part.
+    Raises `UserError` if there is none, if it holds another pipeline, or if a part is missing.
     """
     index = check_model(model, family)
     folder = Path(model) if Path(model).is_dir() else _download(model, weights)
@@ -44,15 +44,15 @@ def resolve_model(model: str, family: PipelineSpec, *, weights: bool = True) -> 
     ]
     if missing:
         raise UserError(
-            f"policy.pipeline.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it anew"
+            f"policy.pipeline.model: {folder} lacks {', '.join(missing)}, which its {INDEX} lists; download it again"
         )
     return folder
 
 
 def check_model(model: str, family: PipelineSpec) -> dict[str, Any]:
-    """Read what `model`, a folder or a hub id, is a pipeline of; of a hub id no other file is downloaded.
+    """Read the index of `model`, a folder or a hub id; no other file of a hub id is downloaded.
 
-    Raises `UserError` where there is none, or where it is another family's.
+    Raises `UserError` if there is none, or if it is another pipeline's.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -76,7 +76,7 @@ def check_model(model: str, family: PipelineSpec) -> dict[str, Any]:
 
 
 def load_pipeline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
-    """The pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
+    """Return the pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
     check_shards(folder, "policy.pipeline.model")
     try:
         with forbid_pickles():
@@ -93,8 +93,11 @@ def load_pipeline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any
 
 
 def fingerprint(folder: Path) -> str:
-    """Stands for all that encodes in the pipeline in `folder`: the place, names, sizes and times of its files, the
-    transformer's left out, and the libraries that run them."""
+    """Return a hash of all that encodes in the pipeline in `folder`.
+
+    It covers the place, names, sizes and times of the files except the transformer's, and the versions of the
+    libraries.
+    """
     digest = hashlib.sha256(str(folder.resolve()).encode())
     for library in (diffusers, transformers):
         digest.update(f"{library.__name__} {library.__version__}".encode())
@@ -112,7 +115,7 @@ def _download(model: str, weights: bool) -> Path:
 
 
 def _fetch(model: str, download: Callable[[], Path]) -> Path:
-    """What `download` gets of the hub's `model`. Raises `UserError` where it cannot be had."""
+    """Return what `download` gets of the hub's `model`. Raises `UserError` where it cannot be had."""
     check_hub()
     try:
         with from_hub():
@@ -138,5 +141,5 @@ def read_index(folder: Path) -> dict[str, Any]:
     try:
         index: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"policy.pipeline.model: {path} is damaged ({error}); download it anew") from error
+        raise UserError(f"policy.pipeline.model: {path} is damaged ({error}); download it again") from error
     return index

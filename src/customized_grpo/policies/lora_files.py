@@ -126,7 +126,7 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def parse_lora(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> LoraFile:
-    """`read_lora` for tensors that have been read."""
+    """Return `read_lora` for tensors that have been read."""
     parts = _by_layer(path, tensors)
     settings = _settings(path, header, has_alphas=any(part.alpha is not None for part in parts.values()))
     layers = {}
@@ -144,13 +144,13 @@ def parse_lora(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, s
 
 
 def header_settings(path: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """Return PEFT's settings in the header of the file `path`; empty where there are none."""
+    """Return PEFT's settings in the header of the file `path`; empty if it has none."""
     with _as_settings(path):
         return {without_prefix(name): value for name, value in json.loads(header.get(METADATA, "{}")).items()}
 
 
 def saved_name(parameter: str) -> str:
-    """Return the name that a trained factor has in a file: without that of the adapter, "default"."""
+    """Return the name of a trained factor in a file: without the adapter's name, "default"."""
     name = parameter.removesuffix(f".{NAME}.weight")
     return parameter if name == parameter else f"{name}.weight"
 
@@ -202,7 +202,7 @@ def _refuse_others(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _settings(path: Path, header: Mapping[str, str], *, has_alphas: bool) -> dict[str, Any]:
-    """PEFT's settings of the file, from its header or from the file beside it; empty where there are none."""
+    """Return PEFT's settings of the file, from its header or from the file beside it; empty if there are none."""
     beside = path.with_name(PEFT_SETTINGS)
     if METADATA in header:
         settings = header_settings(path, header)

@@ -121,7 +121,7 @@ def merge_factors(transformer: Any, factors: Mapping[str, Factors], path: Path) 
 
 
 def _places(layers: Mapping[str, nn.Linear]) -> dict[str, tuple[str, ...]]:
-    """The layers that a file may name, with underscores for dots as kohya's files have them, to those they stand
+    """Return the layers that a file may name, with underscores for dots as kohya's files have them, to those they stand
     for."""
     places = dict(_first_names(layers))
     places |= {name.replace(".", "_"): (name,) for name in layers}

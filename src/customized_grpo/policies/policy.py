@@ -27,7 +27,7 @@ class Condition(Protocol):
     """
 
     def take(self, index: Tensor) -> Self:
-        """The rows `index` [N] int64, repeats allowed: a group is its prompt's row G times."""
+        """Return the rows `index` [N] int64, repeats allowed: a group is its prompt's row G times."""
         ...
 
 
@@ -68,12 +68,12 @@ class Policy(Protocol[ConditionT]):
 
     @abstractmethod
     def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
-        """A picture or mask [C, h, w] in the size in which it is seen as one of `count` references."""
+        """Return a picture or mask [C, h, w] in the size in which it is seen as one of `count` references."""
         ...
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], references: References) -> ConditionT:
-        """Prompts and their prepared references to a condition of B rows."""
+        """Return prompts and their prepared references to a condition of B rows."""
         ...
 
     @abstractmethod
@@ -84,12 +84,12 @@ class Policy(Protocol[ConditionT]):
 
     @abstractmethod
     def velocity(self, latents: Tensor, sigma: Tensor, condition: ConditionT) -> Tensor:
-        """Velocity `noise - image` at `latents` [B, ...] and `sigma` [B], guidance included; fp32, as latents."""
+        """Predict the velocity `noise - image` of `latents` [B, ...] at `sigma` [B], guidance included, in fp32."""
         ...
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents at sigma 0 to images [B, 3, H, W] in [0, 1]."""
+        """Return latents at sigma 0 to images [B, 3, H, W] in [0, 1]."""
         ...
 
     @abstractmethod
@@ -99,7 +99,7 @@ class Policy(Protocol[ConditionT]):
 
     @abstractmethod
     def base_weights(self) -> AbstractContextManager[None]:
-        """Within it the generator is the base: without what was trained, and without `policy.init_from`."""
+        """Use the base weights inside this block: without training, and without `policy.init_from`."""
         ...
 
     @abstractmethod

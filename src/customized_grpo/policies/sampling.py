@@ -16,9 +16,9 @@ def sample_ode(
     policy: Policy[ConditionT], condition: ConditionT, noise: Tensor, sigmas: Tensor, micro_batch: int,
     on_progress: Callable[[float], None] = lambda share: None,
 ) -> Tensor:  # fmt: skip
-    """Deterministic images [B, 3, H, W], one for each row of `condition`, from `noise` [B, *] down `sigmas` [T + 1].
+    """Draw deterministic images [B, 3, H, W], one per row of `condition`, from `noise` [B, *] down `sigmas` [T + 1].
 
-    Raises `NotFinite` where a picture is not finite.
+    Raises `NotFinite` if an image is not finite.
     """
     images = []
     for rows in torch.arange(len(noise)).split(micro_batch):

@@ -53,7 +53,7 @@ class Rule:
 
 
 def smooth(values: Array, share: float = 1 / 40) -> Array:
-    """Gaussian moving average, as wide as `share` of the curve but at least one value; NaNs carry no weight.
+    """Return gaussian moving average, as wide as `share` of the curve but at least one value; NaNs carry no weight.
 
     A NaN stays a NaN: a gap in the data is a gap in the curve. Fewer than eight values stay as they are.
     """
@@ -81,9 +81,9 @@ def line_chart(
     small: bool = False,
     height: int = 250,
 ) -> Chart | None:
-    """Curves over iterations, or None where there is not one finite value to draw.
+    """Draw curves over iterations; return None if there is no finite value to draw.
 
-    `include`: values the vertical range must contain; `band`: x, low, high of a range to be shaded.
+    `include`: values that the vertical range must contain; `band`: x, low, high of a shaded range.
     """
     values = np.concatenate([s.y for s in series] + (list(band[1:]) if band else []))
     if not np.isfinite(values).any():
@@ -120,7 +120,7 @@ def plane(
     names: tuple[str, str],
     percent: bool,
 ) -> Chart | None:
-    """The prompt-identity plane.
+    """Return the prompt-identity plane.
 
     `path`: iteration, identity and prompt values of the validations; `tests`: identity and prompt intervals
     of "base" and "tuned"; `names`: what the horizontal (identity) and vertical (prompt) axes show.
@@ -186,7 +186,7 @@ def _test_points(frame: Frame, tests: Mapping[str, tuple[Interval, Interval]]) -
 
 
 def quadrant_chart(x: Array, shares: Mapping[str, Array], conflict: Array) -> Chart | None:
-    """Shares of the four quadrants stacked over iterations, smoothed, with the conflict rate as a line."""
+    """Return shares of the four quadrants stacked over iterations, smoothed, with the conflict rate as a line."""
     known = [np.isfinite(shares[name]) for name in QUADRANTS if name in shares]
     if len(known) < len(QUADRANTS) or not np.logical_and.reduce(known).any():
         return None
@@ -217,7 +217,7 @@ def quadrant_chart(x: Array, shares: Mapping[str, Array], conflict: Array) -> Ch
 
 
 def weight_chart(sigmas: Array, weights: Array, trained: Sequence[int]) -> Chart:
-    """Time weights [T, 2] (prompt, identity) per denoising step; filled dots are steps that were trained."""
+    """Draw the time weights [T, 2] (prompt, identity) per denoising step; filled dots are trained steps."""
     steps = np.arange(len(weights), dtype=np.float64)
     frame = Frame((-0.5, len(weights) - 0.5), (0.0, 1.0), height=300, bottom=52)
     frame.y_axis([0, 0.25, 0.5, 0.75, 1])
@@ -251,7 +251,7 @@ def weight_chart(sigmas: Array, weights: Array, trained: Sequence[int]) -> Chart
 def strip(
     base: Interval | None, tuned: Interval | None, chance: float | None, ceiling: float | None, hue: str
 ) -> Markup:
-    """A row's intervals from 0 to 100 %: ticks at chance and ceiling, base hollow, tuned filled below it."""
+    """Return a row's intervals from 0 to 100 %: ticks at chance and ceiling, base hollow, tuned filled below it."""
     frame = Frame((0.0, 1.0), (0.0, 1.0), width=180, height=34, left=7, right=7, top=0, bottom=0)
     frame.add("path", d=f"M7 17H{frame.width - 7}", class_="axis")
     for value in (chance, ceiling):
@@ -276,7 +276,7 @@ def _x_range(x: Array) -> tuple[float, float]:
 
 
 def _power(ticks: Sequence[float]) -> int:
-    """The power of ten to take out of tick labels that would be long, else 0."""
+    """Return the power of ten to take out of tick labels that would be long, else 0."""
     largest = max(abs(tick) for tick in ticks)
     return 0 if 0.01 <= largest < 1e5 else math.floor(math.log10(largest) + 1e-9)
 

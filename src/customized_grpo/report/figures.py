@@ -26,7 +26,7 @@ JUDGED = ("prompt_satisfied", "identity_kept", "joint_success")
 
 
 def reward_charts(run: Run) -> list[Chart]:
-    """One chart a reward: raw mean of each iteration, the same smoothed, and the validations."""
+    """Return one chart a reward: raw mean of each iteration, the same smoothed, and the validations."""
     charts = []
     for name in ("prompt", "identity"):
         x, y = run.metrics["iteration"], run.metrics[f"reward/{name}/mean"]
@@ -39,7 +39,7 @@ def reward_charts(run: Run) -> list[Chart]:
 
 
 def judge_chart(run: Run) -> Chart | None:
-    """Shares of the validation pairs the judge passes, over training."""
+    """Return shares of the validation pairs the judge passes, over training."""
     checks = run.evaluations
     infos = [metric_info(name) for name in JUDGED if checks.has(name)]
     series = [Series(info.label, checks["iteration"], checks[info.name], info.hue, "dots") for info in infos]
@@ -51,7 +51,7 @@ def judge_chart(run: Run) -> Chart | None:
 
 
 def plane_chart(run: Run) -> Chart | None:
-    """The plane of the judge's two verdicts; of the two rewards where there was no judge."""
+    """Return the plane of the judge's two verdicts; of the two rewards where there was no judge."""
     judged = run.evaluations.has("identity_kept") or any("identity_kept" in e.intervals for e in run.final.values())
     across, up = ("identity_kept", "prompt_satisfied") if judged else ("reward/identity", "reward/prompt")
     names = (metric_info(across).label, metric_info(up).label)
@@ -76,7 +76,8 @@ def weights(run: Run) -> Chart | None:
 
 
 def first_ratio_error(metrics: Columns) -> dict[str, Any] | None:
-    """Largest |ratio - 1| on the first pass, its iteration, how many iterations exceed the alarm; or None."""
+    """Return the largest |ratio - 1| on the first pass, its iteration, and how many iterations exceed the alarm; or
+    None."""
     error = np.fmax(np.abs(metrics["first_ratio/min"] - 1), np.abs(metrics["first_ratio/max"] - 1))
     if np.isnan(error).all():
         return None
@@ -89,7 +90,7 @@ def first_ratio_error(metrics: Columns) -> dict[str, Any] | None:
 
 
 def health_charts(metrics: Columns) -> list[Chart]:
-    """Small charts of what goes wrong first when training goes wrong."""
+    """Return small charts of what goes wrong first when training goes wrong."""
     x = metrics["iteration"]
     spread = [Series(name, x, smooth(metrics[f"reward/{name}/std"]), name) for name in ("prompt", "identity")]
     charts = [
@@ -154,7 +155,7 @@ def _plain(metrics: Columns, name: str) -> list[Series]:
 
 
 def _ratio_chart(title: str, unit: str, metrics: Columns, name: str, alarm: float | None = None) -> Chart | None:
-    """Deviation of the ratio from 1, its extremes shaded; `alarm` draws the bound it must stay within."""
+    """Return deviation of the ratio from 1, its extremes shaded; `alarm` draws the bound it must stay within."""
     x = metrics["iteration"]
     low, high, mean = (metrics[f"{name}/{which}"] - 1 for which in ("min", "max", "mean"))
     series = [Series("mean", x, mean, "plain")]

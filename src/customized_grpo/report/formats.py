@@ -13,7 +13,7 @@ def percent(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """A signed difference of shares in percentage points, without unit."""
+    """Return a signed difference of shares in percentage points, without unit."""
     return "\u2013" if not math.isfinite(value) else f"{100 * value:+.1f}".replace("-", "\u2212")
 
 
@@ -43,7 +43,7 @@ def reward(value: float | None, signed: bool = False, digits: int | None = None)
 
 
 def scientific(value: float) -> str:
-    """Two digits and a power of ten, as 2.4 x 10^-6 is written."""
+    """Return two digits and a power of ten, as 2.4 x 10^-6 is written."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits, power = f"{value:.1e}".split("e")

@@ -13,7 +13,7 @@ COLOURS = {
 
 
 def inline_svg(name: str, svg: str, label: str) -> Markup:
-    """A figure as an element of the page: with its colours, and ids of its own."""
+    """Return a figure as an element of the page: with its colours, and ids of its own."""
     drawing = re.sub(r"\s*<(metadata|style)\b.*?</\1>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     box = re.search(r'viewBox="[\d. ]+"', drawing)
     head = f'<svg class="chart" role="img" aria-label="{label}" {box[0] if box else ""}>'

@@ -11,6 +11,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from customized_grpo.evaluation.statistics import paired_difference
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import figures
 from customized_grpo.report.charts import strip
@@ -33,7 +34,6 @@ from customized_grpo.report.records import (
     read_run,
 )
 from customized_grpo.report.svg import Array
-from customized_grpo.statistics import paired_difference
 from customized_grpo.tracking.metric_info import HEADLINE, MetricInfo
 
 FACTS = (
@@ -85,7 +85,7 @@ def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path
 
 
 def page_content(run: Run) -> dict[str, Any]:
-    """Everything the template shows, by name."""
+    """Return everything the template shows, by name."""
     table = result_rows(run.final)
     evaluation = run.final.get("tuned") or run.final.get("base")
     return {
@@ -118,7 +118,7 @@ def page_content(run: Run) -> dict[str, Any]:
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """What was run, as label and value: from the config where it says so, and from the metrics themselves."""
+    """Return what was run, as label and value: from the config where it says so, and from the metrics themselves."""
     settings = dict(_flatten(run.config))
     shown = [(label, settings[name]) for label, name in FACTS if name in settings]
     done, asked = int(run.metrics["iteration"].max()), settings.get("iterations")
@@ -132,7 +132,7 @@ def facts(run: Run) -> list[tuple[str, str]]:
 
 
 def result_rows(final: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
-    """Rows of the before/after table: the metrics at least one evaluation has, joint success first."""
+    """Return rows of the before/after table: the metrics at least one evaluation has, joint success first."""
     base, tuned = final.get("base"), final.get("tuned")
     rows = []
     for info in metrics_in(name for side in (base, tuned) if side for name in side.intervals):
@@ -176,7 +176,7 @@ def _difference(base: Evaluation | None, tuned: Evaluation | None, info: MetricI
 
 
 def paired_values(base: Evaluation, tuned: Evaluation, metric: str) -> tuple[Array, Array]:
-    """Values [N] of a metric before and after, over the pairs for which both evaluations have one."""
+    """Return values [N] of a metric before and after, over the pairs for which both evaluations have one."""
 
     def value(side: Evaluation, key: str) -> float:
         found = side.records[key].get(metric)
@@ -196,7 +196,7 @@ def _verb(difference: Interval) -> str:
 
 
 def last_validation(evaluations: Columns) -> dict[str, Any] | None:
-    """The last validation's figures by metric name, or None where there was no validation."""
+    """Return the last validation's figures by metric name, or None where there was no validation."""
     if evaluations.length == 0:
         return None
     last = {info: float(evaluations[info.name][-1]) for info in metrics_in(evaluations.values)}
@@ -207,7 +207,7 @@ def last_validation(evaluations: Columns) -> dict[str, Any] | None:
 
 
 def remarks(run: Run) -> list[tuple[str, str]]:
-    """What a reader must know before trusting the figures, as (WARNING or Note, text); often nothing."""
+    """Return what a reader must know before trusting the figures, as (WARNING or Note, text); often nothing."""
     metrics, found = run.metrics, []
     error = figures.first_ratio_error(metrics)
     if error and error["count"]:
@@ -248,7 +248,7 @@ def remarks(run: Run) -> list[tuple[str, str]]:
     if tuned and tuned.iteration is not None and tuned.iteration != done:
         text = (
             f"Before and after are of iteration {tuned.iteration}; training has gone on to {done} since. Once it has "
-            "ended, customized-grpo evaluate makes the comparison anew."
+            "ended, customized-grpo evaluate compares again."
         )
         found.append(("WARNING", text))
     if base and tuned and base.records.keys() != tuned.records.keys():
@@ -262,7 +262,7 @@ def remarks(run: Run) -> list[tuple[str, str]]:
 
 
 def timing(metrics: Columns) -> list[dict[str, Any]]:
-    """Seconds by phase: total, per iteration, share of the whole; `other` is what no phase accounts for."""
+    """Return seconds by phase: total, per iteration, share of the whole; `other` is what no phase accounts for."""
     total = metrics["seconds/total"]
     phases = {name: metrics[f"seconds/{name}"] for name in ("rollout", "score", "update")}
     if not np.isfinite(total).any() or not np.nansum(total) > 0:
@@ -280,7 +280,7 @@ def timing(metrics: Columns) -> list[dict[str, Any]]:
 
 
 def gallery(run: Run) -> list[dict[str, Any]]:
-    """The first pairs of the final evaluation that have pictures, in their order: nothing is selected."""
+    """Return the first pairs of the final evaluation that have pictures, in their order: nothing is selected."""
     folder = run.folder / "evaluation" / "images"
     sides = {name: run.final[name].records for name in ("base", "tuned") if name in run.final}
     ordered = sides.get("tuned") or sides.get("base") or {}

@@ -14,9 +14,9 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.statistics import mean_interval
 from customized_grpo.io.jsonl import is_number, read_lines
 from customized_grpo.report.svg import Array
-from customized_grpo.statistics import mean_interval
 from customized_grpo.tracking.metric_info import MetricInfo, headline_first, overview
 
 Interval = tuple[float, float, float]
@@ -112,7 +112,7 @@ def to_columns(rows: list[dict[str, Any]]) -> Columns:
 
 
 def data_uri(path: Path, inside: Path, limit: int = 256) -> str:
-    """A picture as a PNG data URI, at most `limit` pixels a side; "" if absent, broken or not in `inside`."""
+    """Return a picture as a PNG data URI, at most `limit` pixels a side; "" if absent, broken or not in `inside`."""
     if not path.resolve().is_relative_to(inside.resolve()) or not path.is_file():
         return ""
     content = path.read_bytes()

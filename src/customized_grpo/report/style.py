@@ -28,7 +28,7 @@ ANGLES, DISTANCES = 16, (7, 12, 18, 26, 36, 48, 62)
 
 
 def rc() -> Any:
-    """Settings of matplotlib, by name, that hold while figures are drawn and saved."""
+    """Return settings of matplotlib, by name, that hold while figures are drawn and saved."""
     installed = set(fontManager.get_font_names())
     return {
         "font.family": [name for name in FONTS if name in installed],
@@ -60,7 +60,7 @@ def rc() -> Any:
 
 
 def new_figure(height: float) -> Figure:
-    """An empty figure of the common width, `height` inches high."""
+    """Return an empty figure of the common width, `height` inches high."""
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout=layout)
     FigureCanvasAgg(figure)
@@ -68,7 +68,7 @@ def new_figure(height: float) -> Figure:
 
 
 def svg_text(figure: Figure) -> str:
-    """The figure as an SVG document, with fonts named for machines that lack this one's."""
+    """Return the figure as an SVG document, with fonts named for machines that lack this one's."""
     content = BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     fonts = ", ".join(f"'{name}'" for name in FONTS) + ", sans-serif"
@@ -91,12 +91,12 @@ def points(value: float, _: object = None) -> str:
 
 
 def title(axes: Axes, text: str, setting: str = "", hue: str = INK) -> None:
-    """`text` and, where there are several, the setting that the panel shows."""
+    """Write `text` and, if there are several settings, the setting of the panel."""
     axes.set_title(" \u00b7 ".join(filter(None, (text, setting))), loc="left", color=hue)
 
 
 def grid(axes: Axes, *, share: bool = True, across: bool = False) -> None:
-    """Rules at round values, horizontal ones or those `across`; in per cent for a share."""
+    """Draw rules at round values, horizontal or `across`; in percent for a share."""
     axis = axes.xaxis if across else axes.yaxis
     axis.grid(visible=True)
     axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -105,7 +105,7 @@ def grid(axes: Axes, *, share: bool = True, across: bool = False) -> None:
 
 
 def curve(preset: str, hue: str) -> dict[str, Any]:
-    """Line of a preset: the method in `hue`, the reference solid, others dashed."""
+    """Return line of a preset: the method in `hue`, the reference solid, others dashed."""
     dark, pale = (MUTED, AXIS) if hue == INK else (INK, MUTED)
     if preset == METHOD:
         return {"color": hue, "linewidth": 2.3, "zorder": 4}
@@ -136,8 +136,8 @@ def end_labels(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 def place_labels(axes: Axes, spots: Mapping[str, tuple[Interval, Interval]], strong: str = METHOD) -> None:
     """Write each name near its point (across, up), off names, points, intervals and border if possible.
 
-    Call once the layout is settled. A name that had to move away is tied to its point by a thin line; that of `strong`
-    stands out.
+    Call this once the layout is settled. A name that had to move away is tied to its point by a thin line; the name
+    `strong` stands out.
     """
     places = {name: tuple(axes.transData.transform((x[0], y[0]))) for name, (x, y) in spots.items()}
     taken: list[tuple[Bbox, float]] = []
@@ -177,7 +177,7 @@ def _write_label(axes: Axes, name: str, spot: tuple[float, float], box: Bbox, st
 
 
 def _around(spot: tuple[float, float], width: float, height: float, inside: Bbox) -> Iterator[tuple[float, Bbox]]:
-    """Boxes of a label around its point, nearest first, with their distance in pixels; within `inside`."""
+    """Yield boxes of a label around its point, nearest first, with their distance in pixels; within `inside`."""
     for distance in DISTANCES:
         for step in range(ANGLES):
             angle = 2 * math.pi * step / ANGLES
@@ -191,14 +191,14 @@ def _around(spot: tuple[float, float], width: float, height: float, inside: Bbox
 
 
 def _overlap(one: Bbox, other: Bbox) -> float:
-    """Shared area in square pixels."""
+    """Return the shared area in square pixels."""
     across = min(one.x1, other.x1) - max(one.x0, other.x0)
     up = min(one.y1, other.y1) - max(one.y0, other.y0)
     return across * up if across > 0 and up > 0 else 0.0
 
 
 def _apart(levels: Sequence[float], gap: float) -> list[float]:
-    """Ascending levels moved as little as it takes for neighbours to be `gap` apart; groups keep their middle."""
+    """Move ascending levels as little as needed to be `gap` apart from their neighbors; groups keep their middle."""
     groups: list[tuple[list[float], float]] = []
     for level in levels:
         members, middle = [level], level

@@ -12,7 +12,7 @@ Array = npt.NDArray[np.float64]
 
 
 def element(tag: str, *children: str, **attributes: str | float | None) -> Markup:
-    """One SVG element, attribute values escaped; `class_` is class, other underscores become dashes.
+    """Return one SVG element, attribute values escaped; `class_` is class, other underscores become dashes.
 
     Children must be elements or escaped text.
     """
@@ -25,7 +25,7 @@ def element(tag: str, *children: str, **attributes: str | float | None) -> Marku
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round values (steps 1, 2, 2.5, 5 times a power of ten) that enclose [low, high]."""
+    """Return about `count` round values (steps 1, 2, 2.5, 5 times a power of ten) that enclose [low, high]."""
     if not high > low:
         low, high = low - max(abs(low) * 0.05, 1e-9), high + max(abs(high) * 0.05, 1e-9)
     rough = (high - low) / max(count - 1, 1)
@@ -80,7 +80,7 @@ class Frame:
         self.add("text", escape(content), x=x, y=y, class_=class_ or None, text_anchor=anchor)
 
     def y_axis(self, ticks: Sequence[float], percent: bool = False, scale: float = 1.0) -> None:
-        """Grid lines with their values, which are written in units of `scale`."""
+        """Draw grid lines with their values, in units of `scale`."""
         for tick in ticks:
             self.add("path", d=f"M{self.left} {self.y(tick):.1f}H{self.width - self.right}", class_="grid")
             self.text(tick_text(tick / scale, percent), self.left - 7, self.y(tick) + 3.5, "tick", "end")
@@ -94,7 +94,7 @@ class Frame:
         self.text(label, self.width - self.right, self.height - 4, label_class, "end")
 
     def curve(self, x: Array, y: Array, class_: str) -> None:
-        """A line through the finite points; a point without finite neighbours becomes a dot."""
+        """Draw a line through the finite points; a point without finite neighbors becomes a dot."""
         for xs, ys in runs_of_finite(x, y):
             if len(xs) == 1:
                 self.dot(float(xs[0]), float(ys[0]), class_, radius=2)
@@ -107,7 +107,7 @@ class Frame:
         self.add("circle", *title, cx=self.x(x), cy=self.y(y), r=radius, class_=f"dot {class_}")
 
     def area(self, x: Array, low: Array, high: Array, class_: str) -> None:
-        """The region between two curves, where both are finite."""
+        """Fill the region between two curves, if both are finite."""
         keep = np.isfinite(low) & np.isfinite(high)
         xs, forth, back = x[keep], high[keep], low[keep][::-1]
         corners = zip(np.concatenate([xs, xs[::-1]]), np.concatenate([forth, back]), strict=True)
@@ -115,7 +115,7 @@ class Frame:
         self.add("polygon", points=points, class_=f"area {class_}")
 
     def svg(self, label: str) -> Markup:
-        """The picture; `label` is what a screen reader says of it."""
+        """Return the picture; `label` is what a screen reader says of it."""
         return element(
             "svg",
             *self.elements,

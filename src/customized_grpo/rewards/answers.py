@@ -32,15 +32,21 @@ class Failure(Exception):
     """No answer, or one that is an error."""
 
     def __init__(self, kind: str, words: str = "", status: int = 0, after: float | None = None) -> None:
-        """`kind`: what happened. `words`: what the server said of it. `status`: of HTTP, 0 where there is none.
-        `after`: the seconds that the server asks to wait."""
+        """Describe a failure.
+
+        `kind`: what happened. `words`: the server's message. `status`: of HTTP, 0 without one. `after`: the seconds
+        that the server asks to wait.
+        """
         super().__init__(kind)
         self.kind, self.words, self.status, self.after = kind, words, status, after
 
 
 def content_of(answer: Answer, redact: Callable[[str], str]) -> Any:
-    """The JSON of an answer. Raises `Failure` where it is none, and where status or content say that it is an error,
-    with words that `redact` has gone over."""
+    """Return the JSON of an answer.
+
+    Raises `Failure` where it is none, and where status or content say that it is an error, with words that `redact` has
+    gone over.
+    """
     try:
         content = json.loads(answer.body)
     except (ValueError, RecursionError):
@@ -62,7 +68,7 @@ def content_of(answer: Answer, redact: Callable[[str], str]) -> Any:
 
 
 def _error_in(content: Any) -> Any:
-    """The error that an answer holds, at its top or in the first choice of a chat completion; None where none."""
+    """Return the error in an answer, at its top or in the first choice of a chat completion; None without one."""
     if not isinstance(content, dict):
         return None
     choices = content.get("choices")
@@ -72,7 +78,7 @@ def _error_in(content: Any) -> Any:
 
 
 def _code(error: Any) -> int:
-    """The HTTP status that an error amounts to, 0 where it does not say."""
+    """Return the HTTP status that an error amounts to, 0 where it does not say."""
     told = [error.get(name) for name in ("code", "status", "type")] if isinstance(error, dict) else [error]
     for code in told:
         if isinstance(code, str) and code in CODES:
@@ -83,7 +89,7 @@ def _code(error: Any) -> int:
 
 
 def _words(content: Any) -> str:
-    """What a server says in an error's body."""
+    """Return what a server says in an error's body."""
     while isinstance(content, dict):
         held = next((content[name] for name in ("error", "message", "detail") if content.get(name)), None)
         if held is None:
@@ -93,7 +99,7 @@ def _words(content: Any) -> str:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds to wait by a Retry-After in seconds or as a date (RFC 9110), None where there is none that is known."""
+    """Return the seconds to wait by a Retry-After in seconds or as a date (RFC 9110), None if unknown."""
     text = headers.get("retry-after", "").strip()
     try:
         seconds = float(text)

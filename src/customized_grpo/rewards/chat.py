@@ -42,7 +42,10 @@ class Unreadable(Exception):
     """An answer without two scores."""
 
     def __init__(self, problem: str, words: str, *, cut: bool = False) -> None:
-        """`problem`: what is wrong, as the end of "the answer ...". `words`: what was said. `cut`: it has no end."""
+        """Describe an unreadable answer.
+
+        `problem`: what is wrong, as the end of "the answer ...". `words`: the answer. `cut`: it has no end.
+        """
         super().__init__(problem)
         self.problem, self.words, self.cut = problem, words, cut
 
@@ -50,7 +53,7 @@ class Unreadable(Exception):
 def messages(
     image: str, references: Sequence[str], prompt: str, *, reasoning: bool, last: Unreadable | None
 ) -> list[dict[str, Any]]:
-    """The question about an image, all pictures as the base64 of PNGs. `last`: the answer that it had before."""
+    """Return the question about an image, all pictures as the base64 of PNGs. `last`: the answer that it had before."""
 
     def picture(data: str) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
@@ -68,11 +71,10 @@ def messages(
 
 
 def parse(answer: Any) -> tuple[float, float]:
-    """Read (prompt, subject) from a chat completion: the last JSON object in its text that has both as whole numbers
-    from 0 to 4.
+    """Read (prompt, subject) from a chat completion: the last JSON object with both as whole numbers from 0 to 4.
 
-    What stands in a thought is not part of the answer. Raises `Unreadable` where there is no such object, and where
-    answer or thought have no end: numbers in them were only considered.
+    Text in a thought is not part of the answer. Raises `Unreadable` if there is no such object, or if answer or thought
+    have no end: numbers in them were only considered.
     """
     try:
         choice = answer["choices"][0]
@@ -100,7 +102,7 @@ def parse(answer: Any) -> tuple[float, float]:
 
 
 def _text(content: Any) -> str:
-    """The text of a message, be it one string or a list of parts; empty where there is none."""
+    """Return the text of a message, a string or a list of parts; empty if it has none."""
     if isinstance(content, list):
         return "".join(_text(part.get("text")) for part in content if isinstance(part, dict))
     return content if isinstance(content, str) else ""

@@ -27,7 +27,7 @@ class CustomReward(Reward):
 
     @classmethod
     def load(cls, field: str, name: str) -> "CustomReward":
-        """The function that `name`, `python:module.function`, means. Raises `UserError` where there is none."""
+        """Load the function named `python:module.function`. Raises `UserError` if there is none."""
         module_name, _, function_name = name.removeprefix(PREFIX).rpartition(".")
         if not module_name:
             raise UserError(f"{field}: '{name}' names no function; write python:module.function")

@@ -45,7 +45,7 @@ class HPSv3(nn.Module):
         ).float()
 
     def forward(self, inputs: dict[str, Tensor], reward_token: int, *, sequential: bool) -> Tensor:
-        """The score's mean [B] of `inputs`, each of which has one `reward_token`; the head in fp32."""
+        """Return the mean score [B] of `inputs`, each with one `reward_token`; the head runs in fp32."""
         given = dict(inputs)
         if sequential:
             length = given["input_ids"].shape[1]
@@ -70,8 +70,10 @@ class HPSv3Reward(Reward):
         micro_batch: int,
         device: torch.device,
     ) -> None:
-        """`instruction` has `PLACE` where the prompt belongs, and the reward token once. `sequential`: positions are
-        0, 1, 2, ... as the published scorer feeds them, not Qwen2-VL's own."""
+        """Wrap `model`; `instruction` has `PLACE` for the prompt, and the reward token once.
+
+        `sequential`: positions are 0, 1, 2, ... as the published scorer feeds them, not Qwen2-VL's own.
+        """
         self._model, self._processor, self._instruction = model.eval().to(device), processor, instruction
         self._sequential, self._micro_batch, self._device = sequential, micro_batch, device
         self._token: int = processor.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
@@ -104,8 +106,10 @@ def load_hpsv3(
     weights: str | None, backbone: str, instruction: Path | None, *, sequential: bool, micro_batch: int,
     device: torch.device, bf16: bool,
 ) -> HPSv3Reward:  # fmt: skip
-    """The reward. `weights`: a file, or owner/name/file on the hub; `backbone`: a folder or hub id; `bf16`: compute in
-    it, all but the head.
+    """Return the reward.
+
+    `weights`: a file, or owner/name/file on the hub; `backbone`: a folder or hub id; `bf16`: compute in it, all but the
+    head.
 
     Raises `UserError` where a part cannot be had, or its tensors are not those of HPSv3.
     """
@@ -138,7 +142,7 @@ def load_hpsv3(
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of the published file, of an older transformers, in those of `HPSv3`; the unused `lm_head` goes."""
+    """Return names of the published file, of an older transformers, in those of `HPSv3`; the unused `lm_head` goes."""
     prefixes = {"visual.": "backbone.visual.", "model.": "backbone.language_model.", "rm_head.": "rm_head."}
     found = {}
     for name, tensor in state.items():
@@ -151,7 +155,8 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_instruction(path: Path | None) -> str:
-    """The instruction and the line with the reward token, from a file, or else the installed `hpsv3` distribution."""
+    """Return the instruction and the line with the reward token, from a file, or else the installed `hpsv3`
+    distribution."""
     if path is not None:
         if not path.is_file():
             raise UserError(f"rewards.hpsv3.instruction: {path} is no file")

@@ -85,13 +85,13 @@ class Scoring:
         self._heard = time.monotonic()
 
     def is_over(self) -> bool:
-        """Whether nothing more is to be asked or waited for."""
+        """Return whether nothing more is to be asked or waited for."""
         if self._open and time.monotonic() >= self._heard + self.deadline:
             self.stopped.set()
         return self.stopped.is_set()
 
     def cancel(self) -> None:
-        """Have whoever waits for an answer, in whatever thread, soon get `Unavailable`."""
+        """Make every waiting call, in any thread, soon raise `Unavailable`."""
         self.stopped.set()
 
 
@@ -165,8 +165,10 @@ class Transport:
             return found
 
     def get(self, path: str, *, optional: bool = False) -> Any:
-        """The answer to a GET, tried once; None where it is `optional` and not there. Raises `UserError` where there is
-        none."""
+        """Return the answer to a GET, tried once; None if it is `optional` and missing.
+
+        Raises `UserError` if there is no answer.
+        """
         end = time.monotonic() + min(10.0, self.deadline)
         try:
             return self._once("GET", path, None, end, lambda: False)
@@ -179,7 +181,7 @@ class Transport:
             raise UserError(f"{self.field_name}: {self.url} does not answer ({told}); {remedy}") from error
 
     def _once(self, method: str, path: str, body: bytes | None, end: float, is_over: Callable[[], bool]) -> Any:
-        """Raises `Failure` where there is no answer, or one that holds an error."""
+        """Ask once; raise `Failure` without an answer, or with one that holds an error."""
         return content_of(self._send(method, path, body, end, is_over), self.redact)
 
     def _refusal(self, path: str, error: Failure) -> Refused | UserError:
@@ -191,8 +193,10 @@ class Transport:
         return UserError(told)
 
     def _send(self, method: str, path: str, body: bytes | None, end: float, is_over: Callable[[], bool]) -> Answer:
-        """Raises `Failure` where no whole answer is there at `end`. A thread asks, which is then left alone: a time-out
-        of the client begins again with every byte."""
+        """Raise `Failure` where no whole answer is there at `end`.
+
+        A thread asks, which is then left alone: a time-out of the client begins again with every byte.
+        """
         found: Future[Answer] = Future()
         threading.Thread(target=self._receive, args=(method, path, body, end, found), daemon=True).start()
         while time.monotonic() < end and not is_over():
@@ -218,8 +222,10 @@ class Transport:
             found.set_exception(Failure(self._told(error)) if proxied else error)
 
     def redact(self, text: str) -> str:
-        """`text` as it may be shown: a server may repeat what it was sent, and messages end up in logs. To be shortened
-        afterwards, or a part of the token stays."""
+        """Return `text` as it may be shown: a server may repeat what it was sent, and messages end up in logs.
+
+        To be shortened afterwards, or a part of the token stays.
+        """
         return text.replace(self.token, "(not shown)") if self.token else text
 
     def _told(self, error: Exception) -> str:
@@ -235,19 +241,22 @@ class Transport:
 
 
 def read_token(variable: str) -> str | None:
-    """A token from the environment: nowhere else is one looked for, and none is ever written down. Space around it, in
-    which files of secrets often end, is left out. Raises `UserError` where it cannot stand in a header."""
+    """Return a token from the environment: nowhere else is one looked for, and none is ever written down.
+
+    Space around it, in which files of secrets often end, is left out. Raises `UserError` where it cannot stand in a
+    header.
+    """
     found = os.environ.get(variable, "").strip()
     if not (found.isascii() and found.isprintable()):
         raise UserError(
-            f"{variable}: the environment variable holds characters other than printable ASCII, of which keys and "
-            "tokens consist; set it anew, or unset it"
+            f"{variable}: the environment variable holds characters other than printable ASCII, and keys and tokens "
+            "consist of nothing else; set it again, or unset it"
         )
     return found or None
 
 
 def _passes(error: BaseException) -> bool:
-    """Whether another try may mend it."""
+    """Return whether another try may mend it."""
     return isinstance(error, Failure) and (error.status in PASSING or error.status >= 500 or error.status == 0)
 
 
@@ -256,5 +265,5 @@ def _joined(kind: str, words: str) -> str:
 
 
 def _left(end: float) -> float:
-    """Seconds until `end`; a little where it has passed, since 0 would be no time-out."""
+    """Return seconds until `end`; a little where it has passed, since 0 would be no time-out."""
     return max(MIN_TIMEOUT, end - time.monotonic())

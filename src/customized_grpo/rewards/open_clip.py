@@ -43,7 +43,7 @@ _BLOCK = re.compile(r"(visual\.|)transformer\.resblocks\.(\d+)\.(.+?)(\.|\.in_pr
 
 
 def load_open_clip(path: Path, config: CLIPConfig, field: str) -> CLIPModel:
-    """The CLIP of `config` with the weights in the safetensors file `path`, in open_clip's names, in fp32.
+    """Return the CLIP of `config` with the weights in the safetensors file `path`, in open_clip's names, in fp32.
 
     Raises `UserError`, naming the configuration `field`, where the tensors are others in name or shape.
     """

@@ -33,7 +33,7 @@ class Preprocessing:
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], source: str) -> "Preprocessing":
-        """The steps of a transformers image processor with these `settings`, as its file has them.
+        """Return the steps of a transformers image processor with these `settings`, as its file has them.
 
         `source`: where they are from. Raises `UserError`, naming it, for sizes and ways to resize that are not known.
         """
@@ -60,7 +60,7 @@ class Preprocessing:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, h, w], normalised."""
+        """Return `images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, h, w], normalised."""
         levels = to_levels(images)
         height, width = levels.shape[-2:]
         target = self.exact or (height, width)
@@ -85,7 +85,7 @@ class Letterbox:
     std: tuple[float, ...]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """`images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, side, side], normalised."""
+        """Map `images` [B, 3, H, W] in [0, 1], rounded to 8 bits, to normalized inputs [B, 3, side, side]."""
         pixels = to_levels(images).float() / 255
         scale = self.side / max(pixels.shape[-2:])
         height, width = (round(length * scale) for length in pixels.shape[-2:])
@@ -101,7 +101,7 @@ DINO_PUBLISHED = Preprocessing(256, None, (224, 224), "bicubic", (0.485, 0.456, 
 
 
 def composited(reference: Tensor, mask: Tensor, background: float) -> Tensor:
-    """The subject of `reference` [3, h, w], as `mask` [1, h, w] cuts it out, on a grey `background` in [0, 1]."""
+    """Return the subject of `reference` [3, h, w], cut out by `mask` [1, h, w], on a gray `background` in [0, 1]."""
     return torch.lerp(torch.full_like(reference, background), reference, mask)
 
 

@@ -55,8 +55,11 @@ class PretrainedEncoder:
         micro_batch: int,
         bf16: bool,
     ) -> None:
-        """`field`: the configuration field that `name` is from. `backbone`: whose tokenizer and image processor a model
-        takes that has none of its own. Raises `UserError` where the model cannot be had or is of another type."""
+        """Load the model `name`, the value of the configuration `field`.
+
+        `backbone`: the model whose tokenizer and image processor are used if `name` has none of its own. Raises
+        `UserError` if the model cannot be loaded or has another type.
+        """
         self._field, self._kind, self._device, self._micro_batch = field, kind, device, micro_batch
         self._name = name or MODELS[kind]
         if kind == "hpsv2" and self._name.endswith(PICKLES):
@@ -80,16 +83,16 @@ class PretrainedEncoder:
         self._model: Any = model.requires_grad_(False).eval().to(device, self._dtype)
 
     def reward(self, *, segmented: bool, background: float, several: str) -> Reward:
-        """The reward; what is given is of identity: see `IdentitySimilarity`."""
+        """Return the reward; what is given is of identity: see `IdentitySimilarity`."""
         if self._kind in IDENTITY_ENCODERS:
             return IdentitySimilarity(self.encoder(), segmented=segmented, background=background, several=several)
         return self.to_prompt()
 
     def encoder(self, preprocess: Preprocessing | None = None, half: str = "down") -> PictureEncoder:
-        """Features of pictures; `preprocess` takes the place of the checkpoint's own image processor, `half` that of
-        its rounding of odd crops (see `Preprocessing`).
+        """Return the function from pictures to features.
 
-        Raises `UserError` where the model takes pictures of another size.
+        `preprocess` replaces the model's own image processor, `half` its rounding of odd crops (see `Preprocessing`).
+        Raises `UserError` if the model takes pictures of another size.
         """
         side = getattr(self._model.config, "image_size", None)
         if preprocess is not None and self._model.config.model_type == "vit" and preprocess.crop != (side, side):
@@ -113,7 +116,7 @@ class PretrainedEncoder:
         return replace(Preprocessing.of(settings, f"{self._field}: {self._processor}"), half=half)
 
     def to_prompt(self, half: str = "down") -> PromptSimilarity:
-        """Cosine of pictures with prompts, for the kinds that read prompts; `half`: see `encoder`."""
+        """Return cosine of pictures with prompts, for the kinds that read prompts; `half`: see `encoder`."""
         tokenizer = self._load(AutoTokenizer, self._processor)
         # SigLIP was trained on texts padded to their full length, without a mask.
         padding = "max_length" if self._kind == "siglip" else True
@@ -159,8 +162,10 @@ def _check_way(name: str) -> None:
 
 
 def _has_processor(name: str) -> bool:
-    """Whether the model in a folder, or on the hub, has an image processor of its own; where neither is there, what
-    loads the model tells."""
+    """Return whether the model in a folder, or on the hub, has an image processor of its own.
+
+    If the model is in neither place, loading it raises the error.
+    """
     _check_way(name)
     try:
         with from_hub():

@@ -46,7 +46,7 @@ class RemoteReward(Reward):
     """Asks a server for scores, with as many images at once as it takes."""
 
     def __init__(self, transport: Transport) -> None:
-        """Raises `UserError` where no reward server answers."""
+        """Raise `UserError` where no reward server answers."""
         self._transport = transport
         self._limit = _limits(transport)
 
@@ -71,7 +71,8 @@ class RemoteReward(Reward):
                 )
 
     def _ask_each(self, work: "_Work", parts: Iterable[Part], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Values and their validity, of the `shape` [P, G], of consecutive parts: whole groups, or pieces of one."""
+        """Return values and their validity, of the `shape` [P, G], of consecutive parts: whole groups, or pieces of
+        one."""
         found = [self._ask(work, part) for part in parts]
         values, valid = (
             torch.cat([part.flatten() for part in column]).view(*shape) for column in zip(*found, strict=True)
@@ -79,8 +80,11 @@ class RemoteReward(Reward):
         return values, valid
 
     def _ask(self, work: "_Work", part: Part) -> tuple[Tensor, Tensor]:
-        """Values and their validity of one part. What is refused is asked again in parts, down to single images: one
-        that cannot be scored leaves the others their scores."""
+        """Return values and their validity of one part.
+
+        What is refused is asked again in parts, down to single images: one that cannot be scored leaves the others
+        their scores.
+        """
         rows, columns = part
         shape = (len(rows), len(columns))
         missing = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
@@ -120,7 +124,7 @@ class RemoteReward(Reward):
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture as it is sent."""
+    """A picture as sent."""
 
     text: str
     pixels: int
@@ -160,7 +164,7 @@ class _EncodedBatch:
             return cls(images, batch, [[next(found) for _ in group] for group in images], references, masks)
 
     def payload(self, part: Part) -> dict[str, Any]:
-        """What is posted to /score for `part`."""
+        """Return what is posted to /score for `part`."""
         rows, columns = part
 
         def texts(pictures: _Rows, columns: slice = slice(None)) -> list[list[str]]:
@@ -174,7 +178,7 @@ class _EncodedBatch:
         }
 
     def sizes(self) -> tuple[list[RequestSize], list[list[RequestSize]]]:
-        """Sizes in a request of what each group shares [P], and of its images [P][G]."""
+        """Return the sizes in a request of the parts that a group shares [P], and of its images [P][G]."""
         prompts = self.batch.prompts
         masks = self.mask_rows if self.mask_rows is not None else [[] for _ in prompts]
         shared = []
@@ -220,7 +224,7 @@ class _SharedPictures:
 
 
 def encoded(image: Tensor, side: int | None = None) -> str:
-    """A picture [C, H, W] in [0, 1] as the base64 of a PNG, scaled down to `side` pixels if it is larger."""
+    """Return a picture [C, H, W] in [0, 1] as the base64 of a PNG, scaled down to `side` pixels if it is larger."""
     image = image if side is None else within(image, side)
     buffer = io.BytesIO()
     to_pil(image).save(buffer, format="PNG", compress_level=COMPRESS_LEVEL)
@@ -228,7 +232,7 @@ def encoded(image: Tensor, side: int | None = None) -> str:
 
 
 def parsed(answer: Any, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Values and their validity [P, G] of a server's answer. Raises ValueError where it is not one."""
+    """Return values and their validity [P, G] of a server's answer. Raises ValueError where it is not one."""
     try:
         values = [[_number(value) for value in row] for row in answer["values"]]
         valid = torch.tensor([[_flag(value) for value in row] for row in answer["valid"]])
@@ -256,7 +260,7 @@ def _flag(value: Any) -> bool:
 
 
 def _limits(transport: Transport) -> RequestSize:
-    """The most that the server takes at once. Raises `UserError` where its /health is no reward server's."""
+    """Return the most that the server takes at once. Raises `UserError` where its /health is no reward server's."""
     health = transport.get("/health")
     if isinstance(health, dict) and "max_images" in health:
         # Servers of an earlier version name no pixels and no bytes.

@@ -133,7 +133,7 @@ def _check_pictures(images: _Rows, others: _Rows, limits: Limits) -> tuple[int, 
 
 
 def _size(text: str) -> tuple[int, int]:
-    """Width and height of a PNG, by its header."""
+    """Return the width and height of a PNG, from its header."""
     start = base64.b64decode(text[: 4 * math.ceil(HEADER.size / 3)], validate=True)
     if len(start) < HEADER.size or HEADER.unpack_from(start)[:2] != PNG:
         raise ValueError("pictures are PNGs")
@@ -146,7 +146,7 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _decoded(text: str, mode: str) -> Tensor:
-    """A PNG in Pillow's `mode` as uint8 [C, H, W]."""
+    """Return a PNG in Pillow's `mode` as uint8 [C, H, W]."""
     with Image.open(io.BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) as image:
         if image.size != _size(text):
             raise ValueError("a picture has two headers")
@@ -155,6 +155,6 @@ def _decoded(text: str, mode: str) -> Tensor:
 
 
 def _decoded_rows(rows: _Rows, mode: str, pool: ThreadPoolExecutor) -> list[list[Tensor]]:
-    """Pictures as [C, H, W] in [0, 1]."""
+    """Return pictures as [C, H, W] in [0, 1]."""
     decoded = pool.map(lambda text: _decoded(text, mode).float().div_(255), chain.from_iterable(rows))
     return [[next(decoded) for _ in row] for row in rows]

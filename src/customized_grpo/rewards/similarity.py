@@ -30,7 +30,7 @@ class PictureEncoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features [B, E] of `images` [B, 3, H, W] in [0, 1]."""
+        """Return features [B, E] of `images` [B, 3, H, W] in [0, 1]."""
         parts = [
             F.normalize(self._encode(self._preprocess(part.to(self._device))).float(), dim=-1)
             for part in images.split(self._micro_batch)
@@ -38,7 +38,7 @@ class PictureEncoder:
         return torch.cat(parts)
 
     def reference(self, picture: Tensor) -> Tensor:
-        """Features [E] of a reference [3, h, w], computed once however often it comes."""
+        """Return features [E] of a reference [3, h, w], computed once however often it comes."""
         key = hashlib.blake2b(picture.contiguous().cpu().numpy().tobytes(), digest_size=16).digest()
         if key not in self._kept:
             if len(self._kept) >= KEPT:
@@ -54,8 +54,11 @@ class IdentitySimilarity(Reward):
     """
 
     def __init__(self, encoder: PictureEncoder, *, segmented: bool, background: float, several: str) -> None:
-        """`segmented`: compare with the subject cut out by its mask, on the grey level `background`. `several`: to more
-        than one reference the "mean" of the cosines, or the largest ("max")."""
+        """Compare images with references.
+
+        `segmented`: compare with the subject cut out by its mask, on the gray level `background`. `several`: for more
+        than one reference the "mean" of the cosines, or the largest ("max").
+        """
         self._encoder, self._segmented, self._background, self._several = encoder, segmented, background, several
         self._kept: dict[Hashable, Tensor] = {}
 
@@ -66,7 +69,7 @@ class IdentitySimilarity(Reward):
         return Scores(values, values.isfinite())
 
     def _targets(self, batch: PromptBatch, prompt: int) -> Tensor:
-        """Features [K, E] of the prompt's references; of named ones they are kept, and no picture is read again."""
+        """Return features [K, E] of the prompt's references; features of named ones are kept for later."""
         if batch.names is None:
             return self._encoded(batch, prompt)
         name = batch.names[prompt]
@@ -114,6 +117,6 @@ class PromptSimilarity(Reward):
 
 
 def pooled(features: Any) -> Tensor:
-    """The vectors in what transformers' `get_*_features` answer."""
+    """Return the vectors in what transformers' `get_*_features` answer."""
     vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return vectors

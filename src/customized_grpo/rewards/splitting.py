@@ -24,7 +24,7 @@ class RequestSize:
         return RequestSize(self.images + other.images, self.pixels + other.pixels, self.bytes + other.bytes)
 
     def fits(self, limit: "RequestSize") -> bool:
-        """Whether a request of this size is within `limit`."""
+        """Return whether a request of this size is within `limit`."""
         return self.images <= limit.images and self.pixels <= limit.pixels and self.bytes <= limit.bytes
 
 

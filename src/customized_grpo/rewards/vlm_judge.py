@@ -28,7 +28,7 @@ TOKENS, TOKENS_REASONED = 60, 400
 WARMER = 0.7
 """Temperature at which an image is asked about again: at 0 the same question has the same answer."""
 TOLD = 3
-"""Reasons that are told for the missing scores of one rating."""
+"""Number of reasons that are given for the missing scores of one rating."""
 NOTHING = (float("nan"), float("nan"))
 ADJUST = "servers differ, see max_tokens, max_tokens_field, temperature, omit and extra_body of rewards.vlm_judge"
 TRIAL_SIDE, TRIAL_PROMPT = 224, "a red square on a white table"
@@ -65,7 +65,7 @@ class VlmJudge:
     """Rates images; a `JudgeReward` is one of its two scores."""
 
     def __init__(self, transport: Transport, settings: VlmJudgeConfig) -> None:
-        """Nothing is asked yet; see `check`."""
+        """Wrap a server; no question is asked before `check`."""
         self._transport, self._settings = transport, settings
         self._last: Asked | None = None
 
@@ -107,7 +107,7 @@ class VlmJudge:
         return ratings
 
     def _ask(self, image: Tensor, references: list[str], prompt: str, rating: Rating) -> tuple[float, float]:
-        """(prompt, subject), or NOTHING, and in `rating` the reason."""
+        """Return (prompt, subject), or NOTHING, and in `rating` the reason."""
         if rating.scoring.is_over():
             return NOTHING
         attempts, last = self._settings.attempts, None
@@ -180,7 +180,7 @@ class JudgeReward(Reward):
     """One of a judge's two scores, 0 to 4, higher is better."""
 
     def __init__(self, judge: VlmJudge, question: str) -> None:
-        """`question`: one of QUESTIONS."""
+        """Score with `judge`; `question` is one of QUESTIONS."""
         self._judge, self._column = judge, QUESTIONS.index(question)
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
@@ -191,7 +191,7 @@ class JudgeReward(Reward):
 
 
 def _trial() -> tuple[Tensor, list[str]]:
-    """A picture [3, H, W] of a red square, and its reference."""
+    """Return a picture [3, H, W] of a red square, and its reference."""
     image = torch.ones(3, TRIAL_SIDE, TRIAL_SIDE)
     middle = slice(TRIAL_SIDE // 4, 3 * TRIAL_SIDE // 4)
     image[1:, middle, middle] = 0.0

@@ -152,7 +152,7 @@ def flux2_klein(*, distilled: bool = False) -> Flux2KleinPipeline:
 
 
 def flux2() -> Flux2Pipeline:
-    """FLUX.2 [dev]: its language model has 31 layers, since the pipeline reads the states after the 30th."""
+    """Build FLUX.2 [dev]: its language model has 31 layers, since the pipeline reads the states after the 30th."""
     text = {
         "model_type": "mistral", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32,
         "num_hidden_layers": 31, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
@@ -188,7 +188,7 @@ def qwen_vae() -> AutoencoderKLQwenImage:
 
 
 def qwen_image_edit_plus() -> QwenImageEditPlusPipeline:
-    """Qwen-Image-Edit 2509 and later, without its processor, which `save_tiny` adds."""
+    """Build Qwen-Image-Edit 2509 and later, without its processor, which `save_tiny` adds."""
     tokenizer = qwen_tokenizer()
     text = {
         "model_type": "qwen2_5_vl_text", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32,

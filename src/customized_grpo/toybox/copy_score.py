@@ -19,7 +19,8 @@ CORRECT_PICTURES = 4
 
 
 def copy_scores(images: Tensor, requests: list[Request], references: Tensor, subjects: Subjects) -> Tensor:
-    """How far each of `images` [B, 3, 32, 32] is from correct pictures (0) towards its reference (1); [B], at most 1.
+    """Return how far each of `images` [B, 3, 32, 32] is from correct pictures (0) towards its reference (1); [B], at
+    most 1.
 
     `subjects` are those of `references` [B, 3, 32, 32]; what a request leaves free differs among the correct pictures.
     """
@@ -30,7 +31,7 @@ def copy_scores(images: Tensor, requests: list[Request], references: Tensor, sub
 
 
 def _correct_scenes(requests: list[Request]) -> list[Scenes]:
-    """Settings that satisfy the requests; the same free choices for every request, whatever the batch."""
+    """Return settings that satisfy the requests; the same free choices for every request, whatever the batch."""
     free = sample_scenes(CORRECT_PICTURES, generator(0, "copy meter"))
     chosen = []
     for row in range(CORRECT_PICTURES):

@@ -78,8 +78,8 @@ class Oracle:
     def judge(self, images: Tensor, prompts: Sequence[str], references: Tensor) -> Verdict:
         """Judge `images` [B, 3, 32, 32] made for `prompts` and `references` [B, 3, 32, 32].
 
-        A prompt is satisfied when class, scene, accessory and position are as it says; identity is kept when shape,
-        pattern and both hues are the reference's.
+        A prompt is satisfied if class, scene, accessory and position match it; identity is kept if shape, pattern and
+        both hues match the reference.
         """
         seen, wanted = self.read(images), self.read(references)
         requests = [parse(prompt) for prompt in prompts]

@@ -69,7 +69,7 @@ class ToyBoxPolicy(Policy[Context]):
 
     @classmethod
     def load(cls, weights: Path | None = None, **settings: object) -> "ToyBoxPolicy":
-        """The shipped generator, or the one in the folder `weights`; `settings` as for the constructor."""
+        """Return the shipped generator, or the one in the folder `weights`; `settings` as for the constructor."""
         return cls(load_network(Generator(), "generator", weights), **settings)  # type: ignore[arg-type]
 
     def check(self, prompt: str, num_references: int) -> None:
@@ -109,7 +109,7 @@ class ToyBoxPolicy(Policy[Context]):
 
     @property
     def networks(self) -> tuple[nn.Module, nn.Module]:
-        """The context tower, and the denoiser as it is tuned."""
+        """The context tower, and the denoiser with its tuned weights."""
         return self._context, self._tuned
 
     @contextmanager

@@ -69,7 +69,7 @@ class Manifest(Format):
     sha256: Hashes
 
     def other_libraries(self) -> list[str]:
-        """The libraries whose versions are others now, as 'name found -> now'."""
+        """Return the libraries whose versions are others now, as 'name found -> now'."""
         now = library_versions()
         names = sorted({*self.libraries, *now})
         pairs = [(name, self.libraries.get(name, "none"), now.get(name, "none")) for name in names]
@@ -85,7 +85,7 @@ class State:
     average: EMA | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name."""
+        """Return all of it by name."""
         found: dict[str, Tensor] = {PARAMETER + name: parameter.detach() for name, parameter in self.parameters}
         for index, state in self.optimizer.state_dict()["state"].items():
             name = self.parameters[index][0]
@@ -95,7 +95,7 @@ class State:
         return found
 
     def mismatch(self, tensors: dict[str, Tensor]) -> str:
-        """Why `tensors` are not of this state, empty where they are."""
+        """Return why `tensors` are not of this state, empty where they are."""
         own = dict(self.parameters)
         expected: dict[str, Tensor] = {PARAMETER + name: parameter for name, parameter in own.items()}
         if self.average is not None:
@@ -167,7 +167,7 @@ def prune_checkpoints(folder: Path, newest: int, keep_last: int, keep_every: int
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, damaged ones too, oldest first."""
+    """Return the checkpoints in `folder`, damaged ones too, oldest first."""
     if not folder.is_dir():
         return []
     numbered = (path for path in folder.iterdir() if path.name.isascii() and path.name.isdecimal())
@@ -210,8 +210,8 @@ def load_weights(
 def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[str, Tensor]:
     """Return the trained tensors of the checkpoint `path` by name, or their average.
 
-    Raises `CorruptCheckpointError` when a file is damaged, and `UserError` when it has no average, or is of another
-    generator than that of the run with `config`.
+    Raises `CorruptCheckpointError` if a file is damaged, and `UserError` if the checkpoint has no average, or belongs
+    to another generator than the run with `config`.
     """
     manifest = read_manifest(path)
     # What a field names may lie elsewhere by now; hashes of that are for going on.
@@ -229,7 +229,7 @@ def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[s
 def read_manifest(path: Path) -> Manifest:
     """Read the manifest of the checkpoint in the folder `path`.
 
-    Raises `CorruptCheckpointError` where there is none or a damaged one, `UserError` where a later version wrote it.
+    Raises `CorruptCheckpointError` if it is missing or damaged, `UserError` if a later version wrote it.
     """
     place = path / MANIFEST
     try:
@@ -266,8 +266,7 @@ def _read_tensors(path: Path, sha256: str) -> dict[str, Tensor]:
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Remove the checkpoint `path`, where there is one. A kill leaves no half of it: it first takes a name of no
-    checkpoint."""
+    """Remove `path` if it exists. It is renamed first, so a kill never leaves half a checkpoint."""
     if path.exists():
         rubbish = path.with_name(f".{path.name}.old{PARTIAL}")
         with writing(path.parent):
@@ -285,8 +284,8 @@ def _clear(path: Path) -> None:
 
 
 def _mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Why `tensors` have not the names, shapes and types of those that are `expected`, or are not finite; empty where
-    all is well."""
+    """Return why `tensors` have not the names, shapes and types of those that are `expected`, or are not finite; empty
+    where all is well."""
     if odd := sorted(expected.keys() ^ tensors.keys()):
         return f"it {'lacks' if odd[0] in expected else 'has'} {odd[0]}"
     for name, tensor in tensors.items():

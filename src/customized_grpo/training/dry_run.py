@@ -34,10 +34,10 @@ META = torch.device("meta")
 
 
 def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[PromptRow] | None = None) -> Estimate:
-    """What an iteration of `config` takes of each of its `processes`, with one reference a prompt, taken to be square;
-    and of disk what `rows`, all that the run reads, take once they are encoded.
+    """Estimate an iteration of `config` on each of its `processes`, with one square reference per prompt.
 
-    Raises `UserError` where the model cannot be had, or takes no such settings.
+    Also estimate the disk that `rows`, all that the run reads, take once they are encoded. Raises `UserError` if the
+    model cannot be loaded, or rejects a setting.
     """
     settings = config.policy
     family = PIPELINES[settings.kind]
@@ -50,8 +50,8 @@ def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[PromptRo
 def estimate_pipeline(
     config: Config, family: PipelineSpec, pipe: Any, processes: int = 1, rows: Sequence[PromptRow] | None = None
 ) -> Estimate:
-    """What an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE stand on
-    the meta device."""
+    """Return what an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE
+    stand on the meta device."""
     settings, network = config.policy.pipeline, pipe.transformer
     # What recomputes or compiles on the way changes what is counted, not what is computed.
     plain = replace(
@@ -91,7 +91,7 @@ def estimate_pipeline(
 
 
 def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
-    """The pipeline in `folder` with its transformer and VAE on the meta device and without its text encoders.
+    """Return the pipeline in `folder` with its transformer and VAE on the meta device and without its text encoders.
 
     Raises `UserError` where a configuration is missing or damaged.
     """
@@ -110,7 +110,10 @@ def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
 
 
 def dry_run(config: Config, processes: int = 1) -> Estimate:
-    """What a run of `config` takes of each of its `processes`. Raises `UserError` where the model cannot be had."""
+    """Return what a run of `config` takes of each of its `processes`.
+
+    Raises `UserError` where the model cannot be had.
+    """
     check_shares(config, processes)
     if config.policy.kind in PIPELINES:
         silence_libraries()
@@ -125,8 +128,8 @@ def dry_run(config: Config, processes: int = 1) -> Estimate:
 
 
 def _outlined(config: Config) -> tuple[Sequence[Sample] | None, list[str]]:
-    """All samples that a run of `config` reads, by the lines of its data folders; None, and why, where one is not
-    there."""
+    """Return all samples that a run of `config` reads, by the lines of its data folders; None, and why, where one is
+    not there."""
     paths = config.data.model_dump(include={"path", "validation", "test"}, exclude_none=True)
     absent = [f"data.{name}" for name, path in paths.items() if not path.is_dir()]
     if absent:
@@ -136,7 +139,7 @@ def _outlined(config: Config) -> tuple[Sequence[Sample] | None, list[str]]:
 
 
 def _with_rewards(config: Config, estimated: Estimate) -> Estimate:
-    """`estimated`, with what the rewards keep on the generator's device."""
+    """Return `estimated`, with what the rewards keep on the generator's device."""
     device = reward_device(config)
     if device != policy_device(config.policy):
         return estimated

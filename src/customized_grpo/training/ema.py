@@ -25,7 +25,7 @@ class EMA:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Within it the parameters are the average; afterwards they are again what they were, to the bit."""
+        """Use the averaged weights inside this block; afterwards the parameters are restored bitwise."""
         self._before = [parameter.detach().clone() for _, parameter in self._parameters]
         try:
             self._put([self.tensors[name] for name, _ in self._parameters])

@@ -60,7 +60,7 @@ class Estimate:
         return max(self.peaks, key=self.peaks.__getitem__)
 
     def rows(self) -> dict[str, str]:
-        """Names and values, as a person reads them."""
+        """Return names and values, as a person reads them."""
         return {
             "parameters of the generator": _count(self.parameters),
             "trained": f"{_count(self.trainable)} ({self.trainable / self.parameters:.2%})",
@@ -99,8 +99,8 @@ class ProfileTarget:
 
 
 def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Estimate:
-    """What an iteration of `config` takes of that one of its `processes` which has the most groups, and its checkpoints
-    of disk. Rewards are not counted: see `rewards.footprint`."""
+    """Return what an iteration of `config` takes of that one of its `processes` which has the most groups, and its
+    checkpoints of disk. Rewards are not counted: see `rewards.footprint`."""
     rollout, policy = config.rollout, subject.policy
     latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
     sigma = torch.full((1,), 0.5, device=policy.device)
@@ -180,8 +180,8 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
 
 
 def checkpoint_disk(config: Config, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
-    """Bytes of a checkpoint, which has the trained `parameters`, their moments and their average, and of all that are
-    there at once: the newest of those that are kept is written before the oldest goes."""
+    """Return bytes of a checkpoint, which has the trained `parameters`, their moments and their average, and of all
+    that are there at once: the newest of those that are kept is written before the oldest goes."""
     copies = 3 if config.ema.decay is None else 4
     found = list(parameters)
     # A step count for each parameter; in the header, for each tensor, about 80 bytes beside its name.
@@ -202,7 +202,8 @@ class LivePeak(TorchDispatchMode):
     """
 
     def __init__(self, fused_tokens: int = 0) -> None:
-        """`fused_tokens`: matrices of all pairs of so many tokens do not count; see `ProfileTarget`."""
+        """Count operations. `fused_tokens`: matrices of all pairs of so many tokens do not count; see
+        `ProfileTarget`."""
         super().__init__()
         self.peak = 0
         self._fused_tokens, self._now = fused_tokens, 0
@@ -239,7 +240,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _kept_for_backward(subject: ProfileTarget, latents: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
-    """Bytes that autograd keeps of the forward pass of one sample, weights left out, and its output."""
+    """Return bytes that autograd keeps of the forward pass of one sample, weights left out, and its output."""
     weights = {parameter.untyped_storage()._cdata for parameter in subject.network.parameters()}
     kept: dict[int, int] = {}
 

@@ -17,8 +17,8 @@ from customized_grpo.training.run_dir import CHECKPOINTS, finished_adapter, load
 def export(source: Path, out: Path, *, ema: bool = False) -> Path:
     """Write the adapter of `source`, a checkpoint or a finished run, with the run's settings, into the folder `out`.
 
-    The adapter has the tensors and the settings of the one that `train` writes. `ema`: that of the averaged weights.
-    Returns `out`. The generator is not loaded. Raises `UserError` where `source` is neither, or `out` holds something.
+    The adapter has the tensors and settings that `train` writes; with `ema`, the averaged weights. Returns `out`. The
+    generator is not loaded. Raises `UserError` if `source` is neither, or `out` is not empty.
     """
     check_folder(out, "OUT")
     if out.exists() and any(out.iterdir()):

@@ -53,7 +53,7 @@ def fingerprint(name: str | Path, files: str = f"{CONFIGURATIONS}|{WEIGHTS}") ->
 
 
 def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
-    """The fields that name weights, what they name, and which files of it decide."""
+    """Yield the fields that name weights, what they name, and which files of it decide."""
     policy, rewards = config.policy, config.rewards
     either = f"{CONFIGURATIONS}|{WEIGHTS}"
     field, name, files = policy_weights(policy)
@@ -69,7 +69,7 @@ def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
 
 
 def _adapters(policy: PolicyConfig) -> dict[str, Path]:
-    """The LoRA files that training starts from, by field."""
+    """Return the LoRA files that training starts from, by field."""
     found = {"policy.init_from": init_adapter(policy)}
     if policy.pipeline.base_adapter is not None:
         from customized_grpo.policies.base_adapter import resolve_adapter

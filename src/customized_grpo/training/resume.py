@@ -43,8 +43,10 @@ MUTABLE_ON_RESUME = (
 
 
 def resume_fingerprint(config: Config, hashes: Mapping[str, str]) -> dict[str, Any]:
-    """Map all that decides the result of a run to its value: fields by dotted name, and the `hashes` of what some of
-    them name, which may lie anywhere."""
+    """Map each field that decides a run's result to its value, by dotted name, with the `hashes` of named files.
+
+    The files themselves may be anywhere.
+    """
     flat = flatten(config.model_dump(mode="json"))
     fields = {name: value for name, value in flat.items() if not name.startswith(MUTABLE_ON_RESUME)}
     return fields | {f"{field}.sha256": sha256 for field, sha256 in hashes.items()}
@@ -53,7 +55,7 @@ def resume_fingerprint(config: Config, hashes: Mapping[str, str]) -> dict[str, A
 def pin(config: Config, dataset: SubjectDataset, group: DistributedGroup) -> dict[str, Any]:
     """Return the fingerprint of a run, hashed once on each machine. Nothing is written or deleted.
 
-    Raises `UserError` where a machine has other data or weights than that of the first process.
+    Raises `UserError` if a machine has other data or weights than the machine of the first process.
     """
     own: dict[str, Any] = {}
     with group.synchronized():
@@ -65,7 +67,7 @@ def pin(config: Config, dataset: SubjectDataset, group: DistributedGroup) -> dic
     with group.synchronized():
         if own and (changed := describe_changes(first, own, {*own, *first})):
             raise UserError(
-                f"the machine of process {group.rank} has other data or weights than that of process 0 "
+                f"the machine of process {group.rank} has other data or weights than the machine of process 0 "
                 f"({changed}); copy them there"
             )
     return first
@@ -116,7 +118,7 @@ class Restorer:
                 self.display.warn(f"{error}: passed over")
         raise UserError(
             f"{run.path}: none of its {len(checkpoints)} checkpoints is whole, so there is nothing to go on from; "
-            "restore one, or start anew with --overwrite"
+            "restore one, or start again with --overwrite"
         )
 
 

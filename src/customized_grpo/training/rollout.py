@@ -51,8 +51,9 @@ class Rollout(Generic[ConditionT]):
 
 
 def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int) -> Plan:
-    """The steps of `iteration` (0 is the first). The last step is never stochastic: its density has no width at sigma
-    0.
+    """Return the steps of `iteration` (0 is the first).
+
+    The last step is never stochastic: its density has no width at sigma 0.
 
     `subset`: every other step is stochastic, a random `timestep_fraction` of them trained (paper). `window`: a window
     of consecutive steps is stochastic and trained, the rest deterministic (MixGRPO, arXiv 2507.21802).

@@ -84,7 +84,7 @@ def train(
 
 
 def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) -> int:
-    """The earliest iteration that a run may go on from: newer checkpoints than the oldest may prove damaged."""
+    """Return the earliest iteration that a run may go on from: newer checkpoints than the oldest may prove damaged."""
     if resume_from is not None:
         return read_manifest(resume_from).iteration
     checkpoints = list_checkpoints(output / CHECKPOINTS) if resume else []
@@ -94,8 +94,8 @@ def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) ->
 def _training_loop(
     config: Config, display: Display, termination: SignalHandler, ranks: DistributedGroup, first: int
 ) -> TrainingLoop:
-    """All parts of a run that goes on from iteration `first` or later, built and checked; nothing is written yet but
-    what is encoded."""
+    """Return all parts of a run that goes on from iteration `first` or later, built and checked; nothing is written yet
+    but what is encoded."""
     check_shares(config, ranks.world_size)
     if ranks.world_size > 1:
         display.note(f"{ranks.world_size} processes share {config.rollout.prompts_per_iteration} groups an iteration")
@@ -124,9 +124,12 @@ def _training_loop(
 def evaluate_run(
     run: Path, data: Path | None, pairs: int | None, display: Display, *, ema: bool = False
 ) -> Path | None:
-    """Evaluate a finished run's base and tuned generator on `data` (default: the run's test, validation or training
-    data), write `evaluation/` and the report; with `ema`, the averaged weights are the tuned ones. Returns the report's
-    path, that of `evaluation/` for an exported adapter, None in processes other than the first."""
+    """Evaluate a finished run's base and tuned generator on `data`, and write `evaluation/` and the report.
+
+    `data` None: the run's test, validation or training data. With `ema`, the averaged weights are the tuned ones.
+    Returns the report's path, the path of `evaluation/` for an exported adapter, None in processes other than the
+    first.
+    """
     if pairs is not None and pairs < 1:
         raise UserError(f"--num_samples: {pairs} samples cannot be evaluated; give 1 or more")
     config = load_run_config(run)

@@ -27,7 +27,7 @@ METRICS, EVALUATIONS, GALLERIES = "metrics", "evaluations", "galleries"
 """Names by which a run's trackers record iterations, validations and their images."""
 LOGS = (f"{METRICS}.jsonl", f"{EVALUATIONS}.jsonl")
 EMA_FOLDER = "ema"
-"""Folder, in that of a run, of the averaged weights."""
+"""Folder of the averaged weights in a run's folder."""
 CHECKPOINTS = "checkpoints"
 WRITTEN = (
     *LOGS,
@@ -103,9 +103,9 @@ class RunDir:
 
 
 def adapter_folder(run: Path, *, ema: bool) -> Path:
-    """Return where the run in the folder `run` has its adapter, or that of the averaged weights.
+    """Return the folder of the run's adapter, or of its averaged weights.
 
-    Raises `UserError` where there is none, or only that of an earlier end, from which the run went on.
+    Raises `UserError` if there is none, or only the adapter of an earlier end, from which the run went on.
     """
     rows, last = read_lines(run / LOGS[0]), load_run_config(run).iterations
     if rows and rows[-1]["iteration"] < last:
@@ -124,10 +124,10 @@ def adapter_folder(run: Path, *, ema: bool) -> Path:
 
 
 def finished_adapter(run: Path, option: str, instead: str, *, ema: bool) -> Path:
-    """Return where the finished run in the folder `run` has its adapter, or that of the averaged weights.
+    """Return the folder of a finished run's adapter, or of its averaged weights.
 
-    Raises `UserError` where the run is not finished: names the `option` that named the run, and what to do `instead`
-    with its newest checkpoint.
+    Raises `UserError` if the run is not finished; the message names the `option` that named the run, and what to do
+    `instead` with its newest checkpoint.
     """
     checkpoints = list_checkpoints(run / CHECKPOINTS)
     if checkpoints and not any(run.glob("*.safetensors")):
@@ -136,7 +136,10 @@ def finished_adapter(run: Path, option: str, instead: str, *, ema: bool) -> Path
 
 
 def load_run_config(run: Path) -> Config:
-    """The configuration of the run in the folder `run`. Raises `UserError` where there is none, or a damaged one."""
+    """Return the configuration of the run in the folder `run`.
+
+    Raises `UserError` if it is missing or damaged.
+    """
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(
@@ -167,7 +170,7 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     if not (resume or overwrite):
         raise UserError(
             f"output: the folder {output} is not empty. Pass --resume to go on with the run in it, --overwrite to "
-            "delete it and start anew, or another --output"
+            "delete it and start again, or another --output"
         )
     if not (output / "config.yaml").is_file():
         raise UserError(f"output: {output} holds other files than a run's (no config.yaml); name another folder")
@@ -197,7 +200,7 @@ def check_start(config: Config, *, overwrite: bool) -> None:
 
 @contextmanager
 def own(output: Path, display: Display) -> Iterator[None]:
-    """Within it no other run writes into `output`, which is made if need be."""
+    """Hold the lock of `output`, which is made if needed, so that no other run writes into it."""
     with ExitStack() as stack:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)

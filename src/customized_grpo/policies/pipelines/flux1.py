@@ -39,27 +39,27 @@ def check_guidance(pipe: Any, guidance: float | None) -> None:
 
 
 def prompt_lengths(pipe: Any, prompts: Sequence[str]) -> PromptLengths:
-    """In tokens of T5. CLIP, which reads 77 of its own, gives but a summary beside them."""
+    """Return lengths in tokens of T5. CLIP, which reads 77 of its own tokens, only adds a summary."""
     tokens = pipe.tokenizer_2(list(prompts), verbose=False)["input_ids"]
     return PromptLengths([len(each) for each in tokens], TEXT_TOKENS)
 
 
 def encode(pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device) -> EncodedPrompt:
-    """`text` [L, D] of T5, `pooled` [D'] of CLIP, and the `reference` tokens [S, C]."""
+    """Return `text` [L, D] of T5, `pooled` [D'] of CLIP, and the `reference` tokens [S, C]."""
     text, pooled, _ = pipe.encode_prompt(prompt=[prompt], device=device, max_sequence_length=TEXT_TOKENS)
     tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
     return EncodedPrompt({"text": text[0], "pooled": pooled[0], "reference": tokens}, sizes_of(references))
 
 
 def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
-    """A picture [3, h, w] in [0, 1] as tokens [h/16 * w/16, C]: the mode of the VAE's latent, scaled and packed."""
+    """Encode a picture [3, h, w] in [0, 1] as tokens [h/16 * w/16, C]: the VAE's latent mode, scaled and packed."""
     pixels = (2 * reference[None] - 1).to(pipe.vae.device, pipe.vae.dtype)
     latents = pipe._encode_vae_image(pixels, generator=None)
     return pipe._pack_latents(latents, 1, *latents.shape[1:])[0]
 
 
 def dummy_inputs(config: Any, sizes: Sizes) -> dict[str, Tensor]:
-    """As `encode` makes them, on the meta device."""
+    """Return tensors like those of `encode`, on the meta device."""
     tokens = token_count(sizes)
     with torch.device("meta"):
         return {
@@ -70,7 +70,7 @@ def dummy_inputs(config: Any, sizes: Sizes) -> dict[str, Tensor]:
 
 
 def grid_ids(height: int, width: int, *, first: int = 0, row: int = 0, column: int = 0) -> Tensor:
-    """Position ids [h * w, 3] float32 of a grid of tokens of `height` x `width` pixels, whose corner is at
+    """Return position ids [h * w, 3] float32 of a grid of tokens of `height` x `width` pixels, whose corner is at
     (`first`, `row`, `column`)."""
     ids = FluxKontextPipeline._prepare_latent_image_ids(1, height // 16, width // 16, "cpu", torch.float32)
     return ids + torch.tensor([float(first), float(row), float(column)])
@@ -79,8 +79,10 @@ def grid_ids(height: int, width: int, *, first: int = 0, row: int = 0, column: i
 def velocity(
     transformer: Any, latents: Tensor, sigma: Tensor, batch: UniformBatch, ids: Tensor, guidance: float
 ) -> Tensor:
-    """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b]; `ids` [N + S, 3] of the image's tokens and the
-    references', which follow them."""
+    """Predict the velocity [b, N, C] of `latents` [b, N, C] at `sigma` [b].
+
+    `ids` [N + S, 3] are the positions of the image's tokens and of the references' tokens, which follow them.
+    """
     text = batch["text"]
     embedded = schedule.embedded_guidance(guidance, latents) if transformer.config.guidance_embeds else None
     predicted: Tensor = transformer(
@@ -97,7 +99,7 @@ def velocity(
 
 
 def decode(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+    """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
     config = pipe.vae.config
     unpacked = pipe._unpack_latents(latents.to(pipe.vae.dtype), *size, pipe.vae_scale_factor)
     images: Tensor = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor, return_dict=False)[0]

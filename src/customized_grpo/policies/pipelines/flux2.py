@@ -1,4 +1,5 @@
-"""FLUX.2 [dev] and what it shares with [klein]: several references, told apart by the first of four position axes.
+"""FLUX.2 [dev], and the parts that it shares with [klein]: several references, separated by the first of four position
+axes.
 
 Shape legend: b samples, H x W image in pixels, N = H/16 * W/16 image tokens, S reference tokens, L text tokens, C
 channels of a packed latent.
@@ -88,12 +89,12 @@ class Flux2:
 
 
 def reference_size(height: int, width: int, side: int | None) -> tuple[int, int]:
-    """About as the pipelines do: a picture keeps its size, up to the largest area."""
+    """Return about the size that the pipelines use: a picture keeps its size, up to the largest area."""
     return to_area(height, width, side**2 if side else min(height * width, LARGEST_REFERENCE**2))
 
 
 def reference_tokens(pipe: Any, references: Sequence[Tensor]) -> Tensor:
-    """Pictures [3, h, w] in [0, 1] as tokens [S, C], normalised as the VAE's batch norm says."""
+    """Return pictures [3, h, w] in [0, 1] as tokens [S, C], normalised as the VAE's batch norm says."""
     tokens = []
     for reference in references:
         latents = pipe._encode_vae_image((2 * reference[None] - 1).to(pipe.vae.device, pipe.vae.dtype), generator=None)
@@ -102,25 +103,25 @@ def reference_tokens(pipe: Any, references: Sequence[Tensor]) -> Tensor:
 
 
 def text_lengths(pipe: Any, texts: Sequence[str]) -> PromptLengths:
-    """Of prompts in their template."""
+    """Return of prompts in their template."""
     tokens = pipe.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return PromptLengths([len(each) for each in tokens], TEXT_TOKENS)
 
 
 def dummy_inputs(config: Any, sizes: Sizes, texts: Sequence[str]) -> dict[str, Tensor]:
-    """As `encode` makes them, on the meta device."""
+    """Return tensors like those of `encode`, on the meta device."""
     with torch.device("meta"):
         words = {name: torch.empty(TEXT_TOKENS, config.joint_attention_dim) for name in texts}
         return words | {"reference": torch.empty(token_count(sizes), config.in_channels)}
 
 
 def pipeline_sigmas(pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-    """The pipelines' schedule [num_steps + 1], shifted by a fit over image tokens and steps."""
+    """Return the pipelines' schedule [num_steps + 1], shifted by a fit over image tokens and steps."""
     return schedule.scheduler_sigmas(pipe.scheduler, num_steps, compute_empirical_mu(token_count([size]), num_steps))
 
 
 def token_ids(size: tuple[int, int], references: Sizes) -> Tensor:
-    """Position ids [N + S, 4]: (time, row, column, text). The image's time is 0, the references' 10, 20, ..."""
+    """Return position ids [N + S, 4]: (time, row, column, text). The image's time is 0, the references' 10, 20, ..."""
     times = range(0, 10 * len(references) + 1, 10)
     grids = [
         torch.cartesian_prod(
@@ -140,7 +141,7 @@ def predict(
     text: str,
     guidance: Tensor | None,
 ) -> Tensor:
-    """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], under the text named `text` of the batch."""
+    """Return velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], under the text named `text` of the batch."""
     words = batch[text]
     hidden = torch.cat([latents.to(words.dtype), batch["reference"]], dim=1)
     text_ids = torch.nn.functional.pad(torch.arange(words.shape[1])[:, None], (3, 0))
@@ -157,7 +158,7 @@ def predict(
 
 
 def decode(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+    """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
     norm = pipe.vae.bn
     spread = torch.sqrt(norm.running_var + pipe.vae.config.batch_norm_eps)
     packed = latents.to(pipe.vae.dtype) * spread + norm.running_mean

@@ -49,7 +49,7 @@ class QwenImageEditPlus:
         return {"tokenizer": tokenizer, "processor": ImageTextProcessor(pictures, tokenizer)}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
-        """Guidance is classifier-free: 1 switches it off."""
+        """Accept any guidance: it is classifier-free, and 1 switches it off."""
 
     def uses_cfg(self, pipe: Any, guidance: float) -> bool:
         return guidance > 1
@@ -58,7 +58,7 @@ class QwenImageEditPlus:
         return to_area(height, width, (side or self.reference_side) ** 2, multiple=32)
 
     def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> None:
-        """The pipeline cuts nothing off."""
+        """Return None: the pipeline truncates nothing."""
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
@@ -100,7 +100,7 @@ class QwenImageEditPlus:
         return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+        """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
         grid = pipe._unpack_latents(latents.to(pipe.vae.dtype), *size, pipe.vae_scale_factor)
         mean, std = (
             torch.tensor(values, dtype=grid.dtype, device=grid.device).view(1, -1, 1, 1, 1)
@@ -111,13 +111,13 @@ class QwenImageEditPlus:
 
 
 def _seen_by_text_encoder(pipe: Any, reference: Tensor) -> Any:
-    """A picture in the size in which the pipeline shows it to the text encoder."""
+    """Return a picture in the size in which the pipeline shows it to the text encoder."""
     width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, reference.shape[-1] / reference.shape[-2])
     return pipe.image_processor.resize(to_pil(reference), height, width)
 
 
 def _embed(pipe: Any, prompt: str, pictures: Sequence[Any], device: torch.device) -> Tensor:
-    """A prompt after its pictures as the text encoder's last states [L, D], without those of the instruction.
+    """Return a prompt after its pictures as the text encoder's last states [L, D], without those of the instruction.
 
     The pipeline's `encode_prompt` does the same but for the tokens' types, which it does not hand on: without them the
     encoder takes a picture's tokens for words in a row, where the weights were trained with rows and columns
@@ -131,7 +131,7 @@ def _embed(pipe: Any, prompt: str, pictures: Sequence[Any], device: torch.device
 
 
 def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
-    """A picture [3, h, w] in [0, 1] as tokens [h/16 * w/16, C]."""
+    """Return a picture [3, h, w] in [0, 1] as tokens [h/16 * w/16, C]."""
     pixels = (2 * reference[None, :, None] - 1).to(pipe.vae.device, pipe.vae.dtype)
     latents = pipe._encode_vae_image(pixels, generator=None)
     return pipe._pack_latents(latents, 1, latents.shape[1], *latents.shape[3:])[0]
@@ -140,7 +140,7 @@ def _reference_tokens(pipe: Any, reference: Tensor) -> Tensor:
 def _predict(
     transformer: Any, latents: Tensor, sigma: Tensor, batch: UniformBatch, size: tuple[int, int], text: str
 ) -> Tensor:
-    """Velocity [b, N, C] under the text named `text` of the batch."""
+    """Return velocity [b, N, C] under the text named `text` of the batch."""
     words = batch[text]
     grids = [(1, height // 16, width // 16) for height, width in (size, *batch.sizes)]
     predicted: Tensor = transformer(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def pipeline_sigmas(pipe: Any, num_steps: int, image_tokens: int) -> Tensor:
-    """The pipeline's schedule [num_steps + 1]: linear, shifted the more the more tokens the image has."""
+    """Return the pipeline's schedule [num_steps + 1]: linear, shifted the more the more tokens the image has."""
     scheduler = pipe.scheduler
     settings = [
         scheduler.config.get(name, default)
@@ -21,17 +21,17 @@ def pipeline_sigmas(pipe: Any, num_steps: int, image_tokens: int) -> Tensor:
 
 
 def scheduler_sigmas(scheduler: Any, num_steps: int, mu: float) -> Tensor:
-    """Sigmas [num_steps + 1] of a flow-matching scheduler shifted by `mu`."""
+    """Return the sigmas [num_steps + 1] of a flow-matching scheduler shifted by `mu`."""
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device="cpu")
     sigmas: Tensor = scheduler.sigmas.float().cpu()
     return sigmas
 
 
 def timestep(sigma: Tensor, like: Tensor) -> Tensor:
-    """`sigma` [b] as pipelines hand it to their transformers: through units of 1000, in the precision of `like`."""
+    """Return `sigma` [b] as pipelines pass it to transformers: through units of 1000, in the precision of `like`."""
     return (sigma.to(like.device) * 1000).to(like.dtype) / 1000
 
 
 def embedded_guidance(guidance: float, latents: Tensor) -> Tensor:
-    """`guidance` for each of the `latents` [b, ...], as it is embedded: [b] float32."""
+    """Return `guidance` for each of the `latents` [b, ...], as the transformer embeds it: [b] float32."""
     return torch.full([len(latents)], guidance, device=latents.device, dtype=torch.float32)

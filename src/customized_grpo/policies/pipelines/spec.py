@@ -34,7 +34,7 @@ class PipelineSpec(Protocol):
     """Used where the configuration gives none."""
 
     def load_components(self, folder: str) -> dict[str, Any]:
-        """Parts of the pipeline that are not loaded the way its class would."""
+        """Load the parts of the pipeline that its class would not load as needed here."""
         ...
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
@@ -42,32 +42,34 @@ class PipelineSpec(Protocol):
         ...
 
     def uses_cfg(self, pipe: Any, guidance: float) -> bool:
-        """Whether `guidance` takes a second pass, with a negative prompt, at every step."""
+        """Return whether `guidance` takes a second pass, with a negative prompt, at every step."""
         ...
 
     def reference_size(self, height: int, width: int, count: int, side: int | None) -> tuple[int, int]:
-        """The size in which a picture of `height` x `width` is seen as one of `count` references; `side`: what the
-        configuration asks for."""
+        """Return the size in which a picture of `height` x `width` is seen as one of `count` references; `side`: what
+        the configuration asks for."""
         ...
 
     def prompt_lengths(self, pipe: Any, prompts: Sequence[str]) -> PromptLengths | None:
-        """The lengths of `prompts` as the encoder of the transformer's text tokens gets them; None where it reads the
-        whole."""
+        """Return the lengths of `prompts` as the encoder of the transformer's text tokens gets them; None where it
+        reads the whole."""
         ...
 
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> EncodedPrompt:
-        """One prompt and its references [3, h, w] in [0, 1]; `guided`: with "negative", of a negative prompt."""
+        """Return one prompt and its references [3, h, w] in [0, 1]; `guided`: with "negative", of a negative prompt."""
         ...
 
     def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
-        """Tensors of a row of a common length, on the meta device: what `encode` makes for references of `sizes`, for
-        a transformer of `config`."""
+        """Return tensors of a row of a common length, on the meta device.
+
+        They look like the result of `encode` for references of `sizes` and a transformer of `config`.
+        """
         ...
 
     def sigmas(self, pipe: Any, num_steps: int, size: tuple[int, int]) -> Tensor:
-        """The pipeline's own schedule [num_steps + 1] for images of (height, width) `size`."""
+        """Return the pipeline's own schedule [num_steps + 1] for images of (height, width) `size`."""
         ...
 
     def velocity(
@@ -79,9 +81,9 @@ class PipelineSpec(Protocol):
         size: tuple[int, int],
         guidance: float,
     ) -> Tensor:
-        """Velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], guidance included."""
+        """Return velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], guidance included."""
         ...
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+        """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
         ...

@@ -74,7 +74,7 @@ class Uno:
 
 
 def diagonal_ids(size: tuple[int, int], references: Sizes) -> Tensor:
-    """Position ids [N + S, 3]: each reference begins, on both axes, where what stands before it ended (`pe=d`)."""
+    """Return position ids [N + S, 3]: each reference begins, on both axes, at the end of the one before (`pe=d`)."""
     ids, row, column = [], 0, 0
     for height, width in (size, *references):
         ids.append(flux1.grid_ids(height, width, row=row, column=column))
@@ -83,11 +83,11 @@ def diagonal_ids(size: tuple[int, int], references: Sizes) -> Tensor:
 
 
 def is_fused(state: dict[str, Tensor]) -> bool:
-    """Whether `state` is a whole FLUX.1 transformer in the names of its first release, as UNO merged into it is."""
+    """Return whether `state` is a whole FLUX.1 transformer in the names of its first release, such as a merged UNO."""
     return "double_blocks.0.img_attn.qkv.weight" in state
 
 
 def fused_to_diffusers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole transformer, UNO merged in, in diffusers' names."""
+    """Return a whole transformer, UNO merged in, in diffusers' names."""
     converted: dict[str, Tensor] = convert_flux_transformer_checkpoint_to_diffusers(dict(state))
     return converted

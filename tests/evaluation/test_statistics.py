@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customized_grpo.statistics import (
+from customized_grpo.evaluation.statistics import (
     bootstrap_interval,
     mean_interval,
     paired_difference,
