@@ -13,11 +13,12 @@ from customized_grpo.benchmark.items import Item
 from customized_grpo.benchmark.published import METHOD, PROMPTS, PUBLISHED, REAL_IMAGES, SUBJECTS
 from customized_grpo.data import load_image
 from customized_grpo.data.images import to_pil
+from customized_grpo.evaluation.statistics import Interval
 from customized_grpo.report import style
 from customized_grpo.report.formats import metric_value
 from customized_grpo.report.inline import inline_svg
 from customized_grpo.report.page import render_page
-from customized_grpo.report.records import Interval, as_data_uri
+from customized_grpo.report.records import as_data_uri
 from customized_grpo.tracking.metric_info import MetricInfo, headline_first, in_order, metric_info
 
 PLANES = (("dino", "hpsv3"), ("dinov2", "hpsv3"), ("dino", "clip_t"), ("identity_kept", "prompt_satisfied"))

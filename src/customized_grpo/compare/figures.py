@@ -11,18 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from customized_grpo.compare.results import (
-    PERIODS,
-    SIGNALS,
-    Interval,
-    Result,
-    presets_in,
-    select,
-    settings_in,
-    summarise,
-)
+from customized_grpo.compare.results import PERIODS, SIGNALS, Result, presets_in, select, settings_in, summarise
 from customized_grpo.config.presets import BASE, BASELINE, METHOD
-from customized_grpo.evaluation.statistics import t_interval
+from customized_grpo.evaluation.statistics import Interval, t_interval
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import style
 from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT

@@ -8,18 +8,9 @@ from typing import Any
 import numpy as np
 
 from customized_grpo.compare.figures import draw_svgs
-from customized_grpo.compare.results import (
-    Cell,
-    Interval,
-    Result,
-    Row,
-    presets_in,
-    read_records,
-    select,
-    settings_in,
-    summarise,
-)
+from customized_grpo.compare.results import Cell, Result, Row, presets_in, read_records, select, settings_in, summarise
 from customized_grpo.config.presets import BASE, BASELINE, METHOD
+from customized_grpo.evaluation.statistics import Interval
 from customized_grpo.report.formats import duration, metric_change, metric_value
 from customized_grpo.report.inline import inline_svg
 from customized_grpo.report.page import SECRET, render_page

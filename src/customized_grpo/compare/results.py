@@ -12,13 +12,12 @@ import numpy as np
 
 from customized_grpo.config.presets import BASE, BASELINE
 from customized_grpo.errors import UserError
-from customized_grpo.evaluation.statistics import t_interval
+from customized_grpo.evaluation.statistics import Interval, t_interval
 from customized_grpo.io.files import replacing
 from customized_grpo.io.jsonl import read_lines
 from customized_grpo.report.records import Columns, to_columns
 from customized_grpo.tracking.metric_info import in_order, is_metric, overview
 
-Interval = tuple[float, float, float]
 METRICS = (
     "prompt_satisfied", "identity_kept", "joint_success", "copied", "reward/prompt", "reward/identity", "conflict_rate",
     "seconds",

@@ -9,13 +9,13 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from customized_grpo.algorithm import NORMALISERS
 from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
+from customized_grpo.evaluation.statistics import Array
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import Scorer
@@ -25,7 +25,6 @@ from customized_grpo.training.rollout import Plan, Rollout, encode_samples, iter
 FRESH_NOISE = 1_000_000
 """Diagnosis draws the noise of the iterations from this one on, which no training reaches."""
 
-Array = npt.NDArray[np.float64]
 OnProgress = Callable[[int, int], None]
 """Called as (done, of how many)."""
 

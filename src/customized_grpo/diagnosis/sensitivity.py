@@ -17,7 +17,7 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.diagnosis.gradients import FRESH_NOISE, OnProgress, Ticks, silent
 from customized_grpo.errors import UserError
-from customized_grpo.evaluation.statistics import t_interval
+from customized_grpo.evaluation.statistics import Array, t_interval
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import Scorer
@@ -25,8 +25,6 @@ from customized_grpo.training.advantages import PAIR
 from customized_grpo.training.rollout import Plan, encode_samples, iteration_samples, sample_groups
 
 RESAMPLES = 2000
-
-Array = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,8 +6,9 @@ from typing import Any
 
 from customized_grpo.data import save_image
 from customized_grpo.data.images import within
-from customized_grpo.evaluation.evaluator import Evaluation, Evaluator, OnProgress, ignore_progress
+from customized_grpo.evaluation.evaluator import Evaluation, Evaluator, ignore_progress
 from customized_grpo.io.files import write_whole, writing
+from customized_grpo.tracking.timer import OnProgress
 
 REPORTED_IMAGES = 24
 

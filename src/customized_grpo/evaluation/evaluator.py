@@ -1,6 +1,6 @@
 """Evaluation: deterministic images of fixed samples, measured by any metrics."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
 from customized_grpo.runtime.memory import DRAWING, SCORING, explain_out_of_memory
 from customized_grpo.tracking.metric_info import REWARD_PREFIX, MetricInfo
+from customized_grpo.tracking.timer import OnProgress
 from customized_grpo.types import PromptBatch, References
 
 PURPOSE = "evaluation"
-OnProgress = Callable[[float], None]
 
 
 def ignore_progress(share: float) -> None:

@@ -7,6 +7,10 @@ from functools import cache
 import numpy as np
 import numpy.typing as npt
 
+Array = npt.NDArray[np.float64]
+Interval = tuple[float, float, float]
+"""A mean with its lower and upper bound."""
+
 NORMAL_975 = 1.959963984540054
 
 Values = Sequence[float] | Sequence[bool] | npt.NDArray[np.floating] | npt.NDArray[np.bool_]

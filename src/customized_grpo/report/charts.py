@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from customized_grpo.report.svg import Array, Frame, nice_ticks, power_of_ten, tick_text
+from customized_grpo.evaluation.statistics import Array, Interval
+from customized_grpo.report.svg import Frame, nice_ticks, power_of_ten, tick_text
 
 QUADRANTS = ("both_good", "only_prompt", "only_identity", "both_bad")
-Interval = tuple[float, float, float]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from customized_grpo.evaluation.statistics import Array
 from customized_grpo.report.charts import (
     QUADRANTS,
     Chart,
@@ -17,7 +18,6 @@ from customized_grpo.report.charts import (
     weight_chart,
 )
 from customized_grpo.report.records import Columns, Run
-from customized_grpo.report.svg import Array
 from customized_grpo.tracking.metric_info import metric_info
 
 FIRST_RATIO_ALARM = 1e-5

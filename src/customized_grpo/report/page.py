@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from customized_grpo.evaluation.statistics import paired_difference
+from customized_grpo.evaluation.statistics import Array, Interval, paired_difference
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import figures
 from customized_grpo.report.charts import strip
@@ -24,16 +24,7 @@ from customized_grpo.report.formats import (
     reward,
     scientific,
 )
-from customized_grpo.report.records import (
-    Columns,
-    Evaluation,
-    Interval,
-    Run,
-    data_uri,
-    metrics_in,
-    read_run,
-)
-from customized_grpo.report.svg import Array
+from customized_grpo.report.records import Columns, Evaluation, Run, data_uri, metrics_in, read_run
 from customized_grpo.tracking.metric_info import HEADLINE, MetricInfo
 
 FACTS = (

@@ -15,12 +15,10 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 
 from customized_grpo.errors import UserError
-from customized_grpo.evaluation.statistics import mean_interval
+from customized_grpo.evaluation.statistics import Array, Interval, mean_interval
 from customized_grpo.io.jsonl import is_number, read_lines
-from customized_grpo.report.svg import Array
 from customized_grpo.tracking.metric_info import MetricInfo, headline_first, overview
 
-Interval = tuple[float, float, float]
 NOT_METRICS = ("id", "prompt", "subject", "iteration", "pairs")
 """Fields of the records of an evaluation and of the rows of evaluations.jsonl that are no metrics."""
 

@@ -16,8 +16,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from matplotlib.transforms import Bbox
 
 from customized_grpo.config.presets import BASE, BASELINE, METHOD
+from customized_grpo.evaluation.statistics import Interval
 from customized_grpo.io.files import replacing
-from customized_grpo.report.records import Interval
 
 PAPER, INK, MUTED, RULE, AXIS = "#fcfbf8", "#1d1e22", "#63656d", "#e3e0d8", "#a9a79f"
 PROMPT, IDENTITY, CONFLICT, BAD = "#1a6cb0", "#bb4d12", "#8a62b0", "#c9c7c0"

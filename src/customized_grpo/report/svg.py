@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup, escape
 
-Array = npt.NDArray[np.float64]
+from customized_grpo.evaluation.statistics import Array
 
 
 def element(tag: str, *children: str, **attributes: str | float | None) -> Markup:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 
 OnPhase = Callable[[str, float], None]
+OnProgress = Callable[[float], None]
+"""Called with the share that is done, in [0, 1]."""
 """Called as (phase, share of it done)."""
 
 

@@ -30,7 +30,7 @@ from customized_grpo.randomness import generator
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import GroupRewards, Scorer
 from customized_grpo.runtime.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
-from customized_grpo.tracking.timer import OnPhase, Timer
+from customized_grpo.tracking.timer import OnPhase, OnProgress, Timer
 from customized_grpo.training.advantages import compute_advantages, step_weights
 from customized_grpo.training.objectives import build_objective
 from customized_grpo.training.objectives.objective import MicroBatches, Objective
@@ -46,9 +46,6 @@ from customized_grpo.types import PromptBatch
 
 RATIO_TOLERANCE = 1e-5
 """The ratio is 1 before the first update, up to rounding. Beyond this, rollout and update compute different things."""
-
-OnProgress = Callable[[float], None]
-"""Called with the share that is done, in [0, 1]."""
 
 
 @dataclass
