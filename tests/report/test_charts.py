@@ -1,13 +1,13 @@
 import math
+import re
 from xml.etree import ElementTree
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from customized_grpo.report.charts import Series, line_chart, plane, quadrant_chart, smooth, weight_chart
-from customized_grpo.report.svg import nice_ticks, runs_of_finite, tick_text
+from customized_grpo.report.charts import Rule, Series, line_chart, plane, quadrant_chart, smooth, weight_chart
+from customized_grpo.report.frame import lone_points, nice_ticks, tick_text
 
 
 def parse(svg: str) -> ElementTree.Element:
@@ -47,19 +47,45 @@ def test_smoothing_lowers_noise_and_keeps_a_slope() -> None:
     np.testing.assert_allclose(smooth(np.arange(400.0))[60:-60], np.arange(60.0, 340.0), atol=1e-6)
 
 
-def test_gaps_split_a_curve() -> None:
-    y = np.array([math.nan, 1.0, 2.0, math.nan, 4.0])
-    parts = [list(ys) for _, ys in runs_of_finite(np.arange(5.0), y)]
-    assert parts == [[1.0, 2.0], [4.0]]
+def test_a_point_without_finite_neighbors_is_lone() -> None:
+    assert lone_points(np.array([math.nan, 1.0, 2.0, math.nan, 4.0])) == [4]
+    assert lone_points(np.array([3.0])) == [0] and lone_points(np.array([math.nan])) == []
 
 
-def test_line_chart_draws_one_line_per_run_and_a_dot_for_a_lone_point() -> None:
+def colors(svg: str, shape: str) -> list[str]:
+    """The colors with which shapes of a kind are drawn: lines ("stroke") or filled areas ("fill")."""
+    return re.findall(rf'<(?:path|use) [^>]*style="(?:[^"]*; )?{shape}: (var\(--\w+\))', svg)
+
+
+def test_a_line_chart_says_what_it_shows() -> None:
     y = np.array([1.0, 2.0, math.nan, 4.0])
     chart = line_chart("T", "u", [Series("a", np.arange(1.0, 5.0), y, "prompt")])
+    assert chart is not None and parse(chart.svg).get("aria-label") == "T. a: 1 to 4"
+    assert {"var(--prompt)", "var(--rule)"} <= set(colors(chart.svg, "stroke"))
+
+
+def test_all_colors_are_the_pages_variables() -> None:
+    x = np.arange(1.0, 21.0)
+    series = [Series("a", x, x, "prompt"), Series("b", x, x * 2, "identity", "dots")]
+    chart = line_chart("T", "u", series, band=(x, x - 1, x + 1), rules=[Rule(3.0, "alarm", "alarm")])
+    assert chart is not None and not re.search("#[0-9a-f]{6}", chart.svg)
+    assert "var(--identity)" in chart.svg and "var(--alarm)" in chart.svg
+
+
+def test_drawings_are_a_function_of_their_data() -> None:
+    def drawn() -> str:
+        chart = line_chart("T", "u", [Series("a", np.arange(9.0), np.arange(9.0), "prompt", "dots")])
+        assert chart is not None
+        return chart.svg
+
+    assert drawn() == drawn()
+
+
+def test_a_dot_tells_its_value_under_the_mouse() -> None:
+    chart = line_chart("T", "u", [Series("a<", np.arange(3.0), np.array([0.5, 0.25, 0.125]), "prompt", "dots")])
     assert chart is not None
-    svg = parse(chart.svg)
-    assert len(svg.findall("polyline")) == 1 and len(svg.findall("circle")) == 1
-    assert svg.get("aria-label") == "T. a: 1 to 4"
+    tips = [title.text for title in parse(chart.svg).iter("title")]
+    assert tips == ["a<, iteration 0: 0.5", "a<, iteration 1: 0.25", "a<, iteration 2: 0.125"]
 
 
 def test_line_chart_without_a_finite_value_is_none() -> None:
@@ -84,10 +110,10 @@ def test_plane_puts_better_up_and_right() -> None:
     tests = {"base": ((0.4, 0.35, 0.45), (0.5, 0.45, 0.55)), "tuned": ((0.5, 0.45, 0.55), (0.7, 0.65, 0.75))}
     chart = plane(nothing, tests, ("identity kept", "prompt satisfied"), percent=True)
     assert chart is not None
-    base, tuned = parse(chart.svg).findall("circle")
-    assert float(tuned.get("cx", "")) > float(base.get("cx", "")) and float(tuned.get("cy", "")) < float(
-        base.get("cy", "")
+    assert (parse(chart.svg).get("aria-label") or "").endswith(
+        "base: identity 40\u202f%, prompt 50\u202f%; tuned: identity 50\u202f%, prompt 70\u202f%"
     )
+    assert all(f">{name}</text>" in chart.svg for name in ("base", "tuned", "identity kept \u2192"))
     assert plane(nothing, {}, ("a", "b"), percent=True) is None
 
 
@@ -96,22 +122,16 @@ def test_quadrants_fill_the_whole_height() -> None:
     x = np.arange(1.0, 21.0)
     chart = quadrant_chart(x, {k: np.full(20, v) for k, v in shares.items()}, np.full(20, 0.5))
     assert chart is not None
-    heights = []
-    for area in parse(chart.svg).findall("polygon"):
-        ys = [float(corner.split(",")[1]) for corner in area.get("points", "").split()]
-        heights.append(max(ys) - min(ys))
-    assert np.array(heights) / sum(heights) == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=2e-3)
+    filled = [color for color in colors(chart.svg, "fill") if color not in ("var(--paper)", "var(--axis)")]
+    assert filled == ["var(--ink)", "var(--prompt)", "var(--identity)", "var(--bad)"]
+    assert (parse(chart.svg).get("aria-label") or "").endswith("both bad 40% to 40%")
 
 
 def test_untrained_steps_are_hollow() -> None:
     weights = np.array([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5]])
     chart = weight_chart(np.linspace(1, 0, 4), weights, [0, 1])
-    classes = [dot.get("class") for dot in parse(chart.svg).findall("circle")]
-    assert classes == [
-        "dot prompt",
-        "dot prompt",
-        "dot prompt hollow",
-        "dot identity",
-        "dot identity",
-        "dot identity hollow",
-    ]
+    dots = re.findall(r"<title>step (\d).*?: (\w+) .*?</title>.*?fill: (var\(--\w+\))", chart.svg, re.DOTALL)
+    assert dots == [
+        ("0", "prompt", "var(--prompt)"), ("1", "prompt", "var(--prompt)"), ("2", "prompt", "var(--paper)"),
+        ("0", "identity", "var(--identity)"), ("1", "identity", "var(--identity)"), ("2", "identity", "var(--paper)"),
+    ]  # fmt: skip

@@ -8,7 +8,8 @@ import numpy as np
 from markupsafe import Markup
 
 from customized_grpo.evaluation.statistics import Array, Interval
-from customized_grpo.report.svg import Frame, nice_ticks, power_of_ten, tick_text
+from customized_grpo.report.formats import power_of_ten
+from customized_grpo.report.frame import Frame, nice_ticks, tick_text
 
 QUADRANTS = ("both_good", "only_prompt", "only_identity", "both_bad")
 
@@ -96,19 +97,16 @@ def line_chart(
     frame.y_axis(y_ticks, percent, 10.0**power)
     frame.x_axis(_inner_ticks(x_range, 5 if small else 6), "iteration")
     if band:
-        frame.area(*band, f"{series[0].hue} faint")
+        frame.area(*band, series[0].hue, 0.16)
     for rule in rules:
-        level = frame.y(rule.value)
-        frame.add("path", d=f"M{frame.left} {level:.1f}H{frame.width - frame.right}", class_=f"line dash {rule.hue}")
-        if rule.label:
-            frame.text(rule.label, frame.width - frame.right, level - 4, f"tick {rule.hue}", "end")
+        frame.rule(rule.value, rule.label, rule.hue)
     for one in series:
-        frame.curve(one.x, one.y, f"{one.hue} {one.style}")
+        frame.curve(one.x, one.y, one.hue, one.style)
         if one.style == "dots":
             for a, b in zip(one.x, one.y, strict=True):
                 if math.isfinite(b):
                     tip = f"{one.label}, iteration {a:g}: {tick_text(round(float(b), 4), percent)}"
-                    frame.dot(a, b, one.hue, tip=tip)
+                    frame.dot(float(a), float(b), one.hue, tip=tip)
     keys = tuple(Key(s.label, s.hue, s.style) for s in series if s.label)
     unit += f", in units of {power_of_ten(power)}" if power else ""
     return Chart(title, unit, frame.svg(f"{title}. {_describe(series, percent)}"), keys)
@@ -133,16 +131,15 @@ def plane(
         return None
     x_ticks, y_ticks = (nice_ticks(*_padded(values, percent), 6) for values in (xs, ys))
     frame = Frame((x_ticks[0], x_ticks[-1]), (y_ticks[0], y_ticks[-1]), height=400, top=26, right=20, bottom=42)
-    for tick in x_ticks:
-        frame.add("path", d=f"M{frame.x(tick):.1f} {frame.top}V{frame.height - frame.bottom}", class_="grid")
+    frame.vertical_grid(x_ticks)
     frame.y_axis(y_ticks, percent)
-    frame.x_axis(x_ticks, f"{names[0]} \u2192", percent, "name identity")
-    frame.text(f"\u2191 {names[1]}", 4, 13, "name prompt")
-    frame.curve(across, up, "muted")
+    frame.x_axis(x_ticks, f"{names[0]} \u2192", percent, "identity")
+    frame.text(f"\u2191 {names[1]}", 0, 1, "prompt", (-33, 7), coords="axes fraction", bold=True)
+    frame.curve(across, up, "muted", "dots")
     for number, (i, a, b) in enumerate(zip(iterations, across, up, strict=True)):
         told = f"identity {tick_text(round(a, 3), percent)}, prompt {tick_text(round(b, 3), percent)}"
         tip = f"validation, iteration {i:g}: {told}"
-        frame.dot(a, b, "muted hollow" if number == 0 else "muted", radius=2.8, tip=tip)
+        frame.dot(float(a), float(b), "muted", radius=2.8, hollow=number == 0, tip=tip)
     _test_points(frame, tests)
     keys = [Key("validation, base to tuned", "muted", "dots")] if len(across) else []
     keys += [Key("test with 95\u202f% interval", "joint", "dots")] if tests else []
@@ -160,29 +157,15 @@ def plane(
 
 def _test_points(frame: Frame, tests: Mapping[str, tuple[Interval, Interval]]) -> None:
     if "base" in tests and "tuned" in tests:
-        (bx, by), (tx, ty) = ((frame.x(x[0]), frame.y(y[0])) for x, y in (tests["base"], tests["tuned"]))
-        length = math.hypot(tx - bx, ty - by)
-        if length > 24:
-            ux, uy = (tx - bx) / length, (ty - by) / length
-            ex, ey = tx - 9 * ux, ty - 9 * uy
-            frame.add("path", d=f"M{bx + 6 * ux:.1f} {by + 6 * uy:.1f}L{ex:.1f} {ey:.1f}", class_="line joint")
-            head = f"M{ex - 7 * ux - 4 * uy:.1f} {ey - 7 * uy + 4 * ux:.1f}L{ex:.1f} {ey:.1f}"
-            head += f"L{ex - 7 * ux + 4 * uy:.1f} {ey - 7 * uy - 4 * ux:.1f}"
-            frame.add("path", d=head, class_="line joint")
+        (before, before_up), (after, after_up) = tests["base"], tests["tuned"]
+        frame.arrow((before[0], before_up[0]), (after[0], after_up[0]), "joint")
     for name, ((x, x_low, x_high), (y, y_low, y_high)) in tests.items():
         if all(map(math.isfinite, (x_low, x_high, y_low, y_high))):
-            bars = f"M{frame.x(x_low):.1f} {frame.y(y):.1f}H{frame.x(x_high):.1f}"
-            bars += f"M{frame.x(x):.1f} {frame.y(y_low):.1f}V{frame.y(y_high):.1f}"
-            frame.add("path", d=bars, class_="line joint thin")
-        frame.dot(x, y, "joint hollow" if name == "base" else "joint", radius=5.5)
-        upward = name == "tuned"
-        frame.text(
-            name,
-            frame.x(x) + (9 if upward else -9),
-            frame.y(y) + (-9 if upward else 17),
-            "name joint",
-            "start" if upward else "end",
-        )
+            frame.bar((x_low, x_high), (y, y), "joint", width=1.0)
+            frame.bar((x, x), (y_low, y_high), "joint", width=1.0)
+        frame.dot(x, y, "joint", radius=5.5, hollow=name == "base")
+        offset, anchor = ((7, 7), "left") if name == "tuned" else ((-7, -13), "right")
+        frame.text(name, x, y, "joint", offset, anchor, bold=True)
 
 
 def quadrant_chart(x: Array, shares: Mapping[str, Array], conflict: Array) -> Chart | None:
@@ -200,12 +183,11 @@ def quadrant_chart(x: Array, shares: Mapping[str, Array], conflict: Array) -> Ch
     # Best at the bottom: the height of the lowest band is then read straight off the axis.
     floor = np.zeros_like(x_kept)
     for name, column in zip(QUADRANTS, columns, strict=True):
-        frame.area(x_kept, floor, floor + column, name)
+        frame.area(x_kept, floor, floor + column, name, 1.0 if name == "both_bad" else 0.8)
         floor = floor + column
     frame.y_axis([0, 0.25, 0.5, 0.75, 1], percent=True)
     frame.x_axis(_inner_ticks(frame.x_range, 6), "iteration")
-    frame.curve(x[keep], smooth(conflict[keep]), "halo")
-    frame.curve(x[keep], smooth(conflict[keep]), "conflict dash")
+    frame.curve(x[keep], smooth(conflict[keep]), "conflict", "dash", halo=True)
     keys = [Key(name.replace("_", " "), name, "area") for name in QUADRANTS]
     ends = ", ".join(f"{k.label} {c[0]:.0%} to {c[-1]:.0%}" for k, c in zip(keys, columns, strict=True))
     return Chart(
@@ -223,19 +205,12 @@ def weight_chart(sigmas: Array, weights: Array, trained: Sequence[int]) -> Chart
     frame.y_axis([0, 0.25, 0.5, 0.75, 1])
     ticks = [t for t in nice_ticks(0, max(len(weights) - 1, 1), 6) if t == int(t) and t <= len(weights) - 1]
     frame.x_axis(ticks, "denoising step and its \u03c3, noisiest first")
-    for tick in ticks:
-        frame.text(
-            f"\u03c3 {sigmas[int(tick)]:.2f}",
-            frame.x(tick),
-            frame.height - frame.bottom + 30,
-            "tick faded",
-            "middle",
-        )
+    frame.under_ticks(ticks, [f"\u03c3 {sigmas[int(tick)]:.2f}" for tick in ticks])
     for column, hue in enumerate(("prompt", "identity")):
         frame.curve(steps, weights[:, column], hue)
         for step, weight in enumerate(weights[:, column]):
             tip = f"step {step}, \u03c3 {sigmas[step]:.3f}: {hue} {weight:.4f}"
-            frame.dot(step, weight, hue if step in trained else f"{hue} hollow", 3.4, tip)
+            frame.dot(step, float(weight), hue, radius=3.4, hollow=step not in trained, tip=tip)
     keys = (
         Key("prompt", "prompt", "dots"),
         Key("identity", "identity", "dots"),
@@ -253,20 +228,16 @@ def strip(
 ) -> Markup:
     """Return a row's intervals from 0 to 100 %: ticks at chance and ceiling, base hollow, tuned filled below it."""
     frame = Frame((0.0, 1.0), (0.0, 1.0), width=180, height=34, left=7, right=7, top=0, bottom=0)
-    frame.add("path", d=f"M7 17H{frame.width - 7}", class_="axis")
+    frame.bar((0, 1), (0.5, 0.5), "muted", width=0.6)
     for value in (chance, ceiling):
         if value is not None and math.isfinite(value):
-            frame.add("path", d=f"M{frame.x(value):.1f} 8V26", class_="axis strong")
-    for interval, height, class_ in ((base, 0.7, f"{hue} hollow"), (tuned, 0.3, hue)):
+            frame.bar((value, value), (0.24, 0.76), "muted", width=1.2)
+    for interval, height, hollow in ((base, 0.7, True), (tuned, 0.3, False)):
         if interval and math.isfinite(interval[0]):
             mean, low, high = interval
             if math.isfinite(low):
-                frame.add(
-                    "path",
-                    d=f"M{frame.x(low):.1f} {frame.y(height):.1f}H{frame.x(high):.1f}",
-                    class_=f"line {hue}",
-                )
-            frame.dot(mean, height, class_, radius=4)
+                frame.bar((low, high), (height, height), hue)
+            frame.dot(mean, height, hue, radius=4, hollow=hollow)
     return frame.svg("interval plot of the numbers in this row")
 
 

@@ -2,8 +2,14 @@
 
 import math
 
-from customized_grpo.report.svg import power_of_ten
 from customized_grpo.tracking.metric_info import MetricInfo
+
+
+def power_of_ten(power: int) -> str:
+    """Return 10 with `power` as superscript."""
+    return "10" + str(power).translate(
+        str.maketrans("-0123456789", "\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079")
+    )
 
 
 def percent(value: float) -> str:

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from customized_grpo.errors import UserError
 from customized_grpo.evaluation.statistics import Array, Interval, mean_interval
 from customized_grpo.io.jsonl import is_number, read_lines
-from customized_grpo.tracking.metric_info import MetricInfo, headline_first, overview
+from customized_grpo.tracking.metric_info import MetricInfo, headline_first, in_order, overview
 
 NOT_METRICS = ("id", "prompt", "subject", "iteration", "pairs")
 """Fields of the records of an evaluation and of the rows of evaluations.jsonl that are no metrics."""
@@ -37,9 +37,10 @@ class Columns:
         return bool(np.isfinite(self[name]).any())
 
     def reward_names(self) -> list[str]:
-        """Return the names of the rewards with a column `reward/NAME/mean`, in the order of the columns."""
-        found = (re.fullmatch("reward/(.+)/mean", name) for name in self.values)
-        return [match[1] for match in found if match]
+        """Return the names of the rewards with a column `reward/NAME/mean`, in the order of METRIC_INFOS."""
+        found = (re.fullmatch("(reward/.+)/mean", name) for name in self.values)
+        infos = in_order(match[1] for match in found if match)
+        return [info.name.removeprefix("reward/") for info in infos]
 
 
 @dataclass(frozen=True)
