@@ -14,7 +14,7 @@ a tensor [B, K, 3, h, w] is one too."""
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Prompts in tokens, what is put around them included, and how many of a prompt's are read."""
+    """Token counts of prompts, template included, and the encoder's limit."""
 
     num_tokens: Sequence[int]
     max_tokens: int

@@ -97,7 +97,7 @@ def run_settings(
             # Before the calibration is measured, any table of the right length stands for it.
             table = table or [list(shared.advantages.constant)] * shared.rollout.num_steps
             tree = _merged(tree, {"advantages": {"table": table}})
-        # What all presets share counts not in each of them, as gamma in those without SARS.
+        # Drop shared settings that a preset does not use, such as gamma without SARS.
         unread = AdvantagesConfig.unread(tree["advantages"])
         advantages = {name: value for name, value in tree["advantages"].items() if name not in unread}
         return Config.model_validate(tree | {"seed": seed, "advantages": advantages}).model_dump(mode="json")

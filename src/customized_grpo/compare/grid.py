@@ -49,7 +49,7 @@ def cells_of(config: CompareConfig) -> list[Cell]:
 
 
 def label(cell: Cell) -> str:
-    """Return what a run is called where people read it."""
+    """Return the name of a run for people."""
     return f"{cell.setting + ': ' if cell.setting else ''}{cell.preset} seed {cell.seed}"
 
 

@@ -62,9 +62,10 @@ def renamed_fields(error: ValidationError) -> list[str]:
 
 
 def unknown(name: str, names: Sequence[str]) -> str:
-    """Return that there is no field or option `name`, and its new name, or else the most similar of the `names`.
+    """Return the error for an unknown field or option `name`: its new name, or the most similar of `names`.
 
-    The same last part in another section counts as similar."""
+    The same last part in another section counts as similar.
+    """
     plain = name.replace("-", "_")
     if new_name(plain) in names:
         return f"{describe_rename(plain)}; use the new name"

@@ -25,7 +25,7 @@ def local_world() -> int:
 
 
 def local_rank() -> int:
-    """Return which of them this process is."""
+    """Return the rank of this process on its machine."""
     return int(_told(_LOCAL_RANK) or 0)
 
 

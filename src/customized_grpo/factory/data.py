@@ -60,8 +60,7 @@ def warn_truncated_prompts(
     used: Mapping[SubjectDataset, Sequence[Sample]],
     display: Display,
 ) -> None:
-    """Warn of prompts that the generator or the prompt reward does not read to their end, among the samples of each
-    dataset that are used."""
+    """Warn about used prompts longer than the generator's or the prompt reward's token limit."""
     readers = {
         "policy.kind": (config.policy.kind, policy.prompt_lengths),
         "rewards.prompt": (config.rewards.prompt, rewards["prompt"].prompt_lengths),

@@ -85,7 +85,7 @@ def check_backend(name: str | None, device: torch.device) -> None:
 
 
 def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settings:
-    """Return what of `config` a diffusers policy rests on."""
+    """Return the settings of a diffusers policy from `config`."""
     settings = config.pipeline
     return Settings(
         device=device,

@@ -131,8 +131,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def follow_umask(path: Path) -> None:
-    """Let those read the file `path` who may read any other that is written: safetensors leaves its files to their
-    owner alone."""
+    """Apply the umask to `path`; safetensors makes files readable by their owner only."""
     mask = os.umask(0o077)  # it cannot be read without being set
     os.umask(mask)
     with suppress(PermissionError):  # of a disk that keeps no modes

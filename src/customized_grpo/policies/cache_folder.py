@@ -116,7 +116,7 @@ def clear(folder: Path) -> tuple[int, int]:
 
 
 def surplus(files: Sequence[CacheFile], keep: Collection[Path], most: float) -> list[CacheFile]:
-    """Return those of `files`, least recently used first, that have to go for what is not in `keep` to take `most`
+    """Return the `files`, least recently used first, that must go so that those outside `keep` take at most `most`
     bytes."""
     others = [each for each in files if each.path not in keep]
     left = sum(each.bytes for each in others)

@@ -115,7 +115,7 @@ def _download(model: str, weights: bool) -> Path:
 
 
 def _fetch(model: str, download: Callable[[], Path]) -> Path:
-    """Return what `download` gets of the hub's `model`. Raises `UserError` where it cannot be had."""
+    """Return the result of `download` for the hub's `model`. Raises `UserError` if it fails."""
     check_hub()
     try:
         with from_hub():

@@ -89,7 +89,7 @@ def _code(error: Any) -> int:
 
 
 def _words(content: Any) -> str:
-    """Return what a server says in an error's body."""
+    """Return the server's message in an error's body."""
     while isinstance(content, dict):
         held = next((content[name] for name in ("error", "message", "detail") if content.get(name)), None)
         if held is None:

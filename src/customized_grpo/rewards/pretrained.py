@@ -83,7 +83,7 @@ class PretrainedEncoder:
         self._model: Any = model.requires_grad_(False).eval().to(device, self._dtype)
 
     def reward(self, *, segmented: bool, background: float, several: str) -> Reward:
-        """Return the reward; what is given is of identity: see `IdentitySimilarity`."""
+        """Build the reward. The arguments apply to identity rewards only; see `IdentitySimilarity`."""
         if self._kind in IDENTITY_ENCODERS:
             return IdentitySimilarity(self.encoder(), segmented=segmented, background=background, several=several)
         return self.to_prompt()

@@ -114,7 +114,7 @@ def tokenize(prompts: Sequence[str]) -> Tensor:
 
 
 def parse(prompt: str) -> Request:
-    """Return what `prompt` asks for. An accessory left unsaid means none is worn; the rest left unsaid is free."""
+    """Parse `prompt`. An accessory that is not named means none is worn; anything else not named is free."""
     words = words_of(prompt)
 
     def first(kind: str) -> int | None:

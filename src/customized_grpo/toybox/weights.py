@@ -61,7 +61,7 @@ def first_misfit(error: Exception) -> str:
 
 @cache
 def read_quality(folder: Path | None = None) -> dict[str, Any]:
-    """Return what was measured of the weights when they were made: see `quality.measure_quality`."""
+    """Return the measurements of the weights when they were made: see `quality.measure_quality`."""
     path = (folder or shipped_folder()) / QUALITY
     if not path.is_file():
         raise UserError(

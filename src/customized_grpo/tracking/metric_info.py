@@ -73,7 +73,7 @@ def is_metric(name: str) -> bool:
 
 
 def metric_info(name: str) -> MetricInfo:
-    """Return what is shown of the metric `name`; of a metric without a row, its own name."""
+    """Return the row of the metric `name`; a metric without a row is shown by its own name."""
     if name in METRIC_INFOS:
         return METRIC_INFOS[name]
     reward = name.removeprefix(REWARD_PREFIX)

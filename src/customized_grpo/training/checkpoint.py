@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from customized_grpo.errors import UserError, describe_changes, first_line
 from customized_grpo.io.files import file_sha256, save_tensors, writing
+from customized_grpo.io.tensors import mismatch
 from customized_grpo.runtime.environment import library_versions
 from customized_grpo.training.ema import EMA
 
@@ -276,7 +277,7 @@ def remove_checkpoint(path: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Remove a folder, or a link to one, as far as that can be done: what is left is in nobody's way."""
+    """Remove a folder or a symlink to one, ignoring errors."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -286,8 +287,8 @@ def _clear(path: Path) -> None:
 def _mismatch(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
     """Return why `tensors` have not the names, shapes and types of those that are `expected`, or are not finite; empty
     where all is well."""
-    if odd := sorted(expected.keys() ^ tensors.keys()):
-        return f"it {'lacks' if odd[0] in expected else 'has'} {odd[0]}"
+    if expected.keys() != tensors.keys():
+        return mismatch(tensors, expected)
     for name, tensor in tensors.items():
         like = expected[name]
         if (tensor.shape, tensor.dtype) != (like.shape, like.dtype):

@@ -50,8 +50,8 @@ def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[PromptRo
 def estimate_pipeline(
     config: Config, family: PipelineSpec, pipe: Any, processes: int = 1, rows: Sequence[PromptRow] | None = None
 ) -> Estimate:
-    """Return what an iteration of `config` takes of each of its `processes` with `pipe`, whose transformer and VAE
-    stand on the meta device."""
+    """Estimate an iteration of `config` on each process with `pipe`, whose transformer and VAE are on the meta
+    device."""
     settings, network = config.policy.pipeline, pipe.transformer
     # What recomputes or compiles on the way changes what is counted, not what is computed.
     plain = replace(
@@ -110,9 +110,9 @@ def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
 
 
 def dry_run(config: Config, processes: int = 1) -> Estimate:
-    """Return what a run of `config` takes of each of its `processes`.
+    """Estimate a run of `config` on each of its `processes`.
 
-    Raises `UserError` where the model cannot be had.
+    Raises `UserError` if the model cannot be loaded.
     """
     check_shares(config, processes)
     if config.policy.kind in PIPELINES:

@@ -99,8 +99,10 @@ class ProfileTarget:
 
 
 def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Estimate:
-    """Return what an iteration of `config` takes of that one of its `processes` which has the most groups, and its
-    checkpoints of disk. Rewards are not counted: see `rewards.footprint`."""
+    """Estimate one iteration on the process with the most groups, and the disk that checkpoints take.
+
+    Rewards are not counted: see `factory.footprint`.
+    """
     rollout, policy = config.rollout, subject.policy
     latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
     sigma = torch.full((1,), 0.5, device=policy.device)

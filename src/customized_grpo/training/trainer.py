@@ -120,7 +120,7 @@ class Trainer(Generic[ConditionT]):
         return iteration_samples(self.dataset, prompts_per_iteration, self.config.seed, iteration, prompts)
 
     def batch(self, samples: Sequence[Sample]) -> PromptBatch:
-        """Return what the rewards read of `samples`."""
+        """Return the prompts, references and masks that the rewards read."""
         return self.scorer.batch(self.dataset, samples)
 
     def sample(self, samples: Sequence[Sample], plan: Plan, on_progress: OnProgress) -> Rollout[ConditionT]:
@@ -196,9 +196,9 @@ class Trainer(Generic[ConditionT]):
         )
 
     def _minibatch_order(self, prompts: int, size: int) -> Tensor:
-        """Return the places [P * G] of all samples in an order that deals each group evenly over the updates.
+        """Return a permutation [P * G] that spreads every group evenly over the minibatches.
 
-        Whatever groups a process has, its updates are of one size, and none waits for another.
+        All processes then have equal work in each update, whatever groups they hold.
         """
         draws = torch.rand(prompts, size, generator=generator(self.config.seed, self.iteration, "update order"))
         return (draws.argsort(1) + size * torch.arange(prompts).unsqueeze(1)).T.flatten()

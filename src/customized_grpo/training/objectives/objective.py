@@ -72,7 +72,8 @@ class Objective(Protocol):
         ...
 
     def targets(self, policy: Policy[Any], rollout: Rollout[Any], advantages: Tensor) -> Any:
-        """Return what stays fixed for the iteration, of `advantages` [b, S] and the weights that drew `rollout`."""
+        """Return the targets that stay fixed for the iteration, from `advantages` [b, S] and the weights that drew
+        `rollout`."""
         ...
 
     def loss(self, policy: Policy[Any], targets: Any, items: Tensor) -> Loss:
