@@ -1,6 +1,7 @@
 """Subject datasets on disk -> typed samples and tensors."""
 
-from customized_grpo.data.dataset import Sample, SubjectDataset, batch_indices, write_metadata
+from customized_grpo.data.batches import batch_indices
+from customized_grpo.data.dataset import Sample, SubjectDataset, write_metadata
 from customized_grpo.data.images import (
     MAX_PIXELS,
     fit,

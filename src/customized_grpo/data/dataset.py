@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, overload
 
-import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
@@ -32,7 +31,6 @@ from customized_grpo.data.images import (
 from customized_grpo.data.masks import misfit
 from customized_grpo.errors import UserError, truncated
 from customized_grpo.io.files import file_sha256, write_whole
-from customized_grpo.randomness import generator
 
 METADATA = "metadata.jsonl"
 
@@ -172,27 +170,6 @@ def write_metadata(folder: str | Path, samples: Iterable[Sample]) -> Path:
     _parse_lines(target, [(number, line.encode()) for number, line in enumerate(lines, 1)])
     write_whole(target, "".join(line + "\n" for line in lines))
     return target
-
-
-def batch_indices(num_samples: int, per_iteration: int, seed: int, iteration: int) -> list[int]:
-    """Return indices of the `per_iteration` samples that iteration `iteration` (counted from 0) uses.
-
-    All samples once in a shuffled order, then all again in another: epoch e's order depends on (seed, e)
-    alone, and iteration k takes the places from k x per_iteration on, across the ends of epochs. Raises
-    ValueError for numbers below 1 (iteration: below 0).
-    """
-    if num_samples < 1 or per_iteration < 1 or iteration < 0:
-        raise ValueError(
-            f"expected num_samples >= 1, per_iteration >= 1, iteration >= 0; "
-            f"got {num_samples}, {per_iteration}, {iteration}"
-        )
-    places = range(iteration * per_iteration, (iteration + 1) * per_iteration)
-    first_epoch, last_epoch = places[0] // num_samples, places[-1] // num_samples
-    order: list[int] = []
-    for epoch in range(first_epoch, last_epoch + 1):
-        order += torch.randperm(num_samples, generator=generator(seed, epoch, "sample order")).tolist()
-    start = places[0] - first_epoch * num_samples
-    return order[start : start + per_iteration]
 
 
 def _not_blank(value: str) -> str:

@@ -103,23 +103,7 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
 
     Rewards are not counted: see `factory.footprint`.
     """
-    rollout, policy = config.rollout, subject.policy
-    latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    sigma = torch.full((1,), 0.5, device=policy.device)
-    drawing = LivePeak(subject.fused_tokens)
-    with FlopCounterMode(display=False) as forward, torch.no_grad(), drawing:
-        policy.velocity(latents, sigma, subject.condition)
-    with FlopCounterMode(display=False) as both:
-        kept, output = _kept_for_backward(subject, latents, sigma)
-        output.square().mean().backward()
-    painting = LivePeak()
-    with FlopCounterMode(display=False) as decoding, torch.no_grad(), painting:
-        picture_bytes = policy.decode(latents).nbytes
-    subject.network.zero_grad()
-    if subject.checkpointed:
-        # The input of every block, and all that the one keeps which is being computed again.
-        kept = kept / subject.checkpointed + subject.checkpointed * subject.block_input_bytes
-
+    rollout, policy, measured = config.rollout, subject.policy, _measure(subject)
     plan = plan_steps(rollout, policy.sigmas(rollout.num_steps, rollout.shift), config.seed, 0)
     prompts = -(-rollout.prompts_per_iteration // processes)
     images = prompts * rollout.group_size
@@ -127,24 +111,28 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
     num_forward_evals = prompts * shared + images * (rollout.num_steps - shared)
     objective = build_objective(config)
     extra_forwards = bool(subject.checkpointed) + objective.reference_forwards
-    an_item = both.get_total_flops() + extra_forwards * forward.get_total_flops()
+    an_item = measured.update_flops + extra_forwards * measured.forward_flops
     items = images * objective.num_passes(plan)
     trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
     lora = config.policy.toybox.adapter == "lora"
-    trajectories = 2.0 * items * latents.nbytes
-    drawn = drawing.peak * min(rollout.micro_batch, images)
+    trajectories = 2.0 * items * measured.latent_bytes
+    drawn = measured.drawing_peak * min(rollout.micro_batch, images)
     # While the averaged parameters stand in for the trained ones, these are kept.
     swapped = config.ema.decay is not None and config.ema.evaluate
+    evaluation = {
+        "copy of the trained parameters": float(NUMBER_BYTES * trained),
+        "activations of a micro-batch": drawn,
+    }
     disk = checkpoint_disk(config, policy.trainable_parameters())
     return Estimate(
         parameters=sum(p.numel() for p in subject.network.parameters()) - (trained if lora else 0),
         trainable=trained,
         flops={
-            "rollout": float(num_forward_evals * forward.get_total_flops()),
-            "decoding": float(images * decoding.get_total_flops()),
+            "rollout": float(num_forward_evals * measured.forward_flops),
+            "decoding": float(images * measured.decoding_flops),
             "update": float(items * an_item),
         },
-        recomputed=float(items * bool(subject.checkpointed) * forward.get_total_flops()),
+        recomputed=float(items * bool(subject.checkpointed) * measured.forward_flops),
         memory={
             "frozen weights": subject.weight_bytes,
             "trained parameters and moments": 3.0 * NUMBER_BYTES * trained,
@@ -157,28 +145,58 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
             },
             "decoding": {
                 "trajectories": trajectories,
-                "pictures": float(images * picture_bytes),
-                "activations of a micro-batch": painting.peak * min(rollout.micro_batch, images),
+                "pictures": float(images * measured.image_bytes),
+                "activations of a micro-batch": measured.decoding_peak * min(rollout.micro_batch, images),
             },
             "update": {
                 "trajectories": trajectories,
                 "gradients": float(NUMBER_BYTES * trained),
-                "activations of a micro-batch": kept * min(config.optimizer.micro_batch, items),
+                "activations of a micro-batch": measured.kept * min(config.optimizer.micro_batch, items),
             },
-            **(
-                {}
-                if not swapped
-                else {
-                    "evaluation": {
-                        "copy of the trained parameters": float(NUMBER_BYTES * trained),
-                        "activations of a micro-batch": drawn,
-                    }
-                }
-            ),
+            **({"evaluation": evaluation} if swapped else {}),
         },
         host={"copy of the last whole iteration": disk["a checkpoint"]},
         disk=disk,
     )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Operations and bytes of one sample: one forward pass, one backward pass, and one decoding."""
+
+    forward_flops: int
+    update_flops: int
+    decoding_flops: int
+    drawing_peak: float
+    decoding_peak: float
+    kept: float
+    """Bytes that are kept for the backward pass."""
+    latent_bytes: int
+    image_bytes: int
+
+
+def _measure(subject: ProfileTarget) -> _Measured:
+    """Run one sample forwards, backwards and through the decoder, and count."""
+    policy = subject.policy
+    latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
+    sigma = torch.full((1,), 0.5, device=policy.device)
+    drawing = LivePeak(subject.fused_tokens)
+    with FlopCounterMode(display=False) as forward, torch.no_grad(), drawing:
+        policy.velocity(latents, sigma, subject.condition)
+    with FlopCounterMode(display=False) as update:
+        kept, output = _kept_for_backward(subject, latents, sigma)
+        output.square().mean().backward()
+    painting = LivePeak()
+    with FlopCounterMode(display=False) as decoding, torch.no_grad(), painting:
+        image_bytes = policy.decode(latents).nbytes
+    subject.network.zero_grad()
+    if subject.checkpointed:
+        # The input of every block, and all that the one keeps which is being computed again.
+        kept = kept / subject.checkpointed + subject.checkpointed * subject.block_input_bytes
+    return _Measured(
+        forward.get_total_flops(), update.get_total_flops(), decoding.get_total_flops(), drawing.peak, painting.peak,
+        kept, latents.nbytes, image_bytes,
+    )  # fmt: skip
 
 
 def checkpoint_disk(config: Config, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
