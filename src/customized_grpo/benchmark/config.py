@@ -38,7 +38,7 @@ class BenchmarkConfig(Section):
     num_steps: int = Field(25, ge=1)
     """Denoising steps (paper: 25)."""
     guidance_scale: float | None = Field(None, ge=1)
-    """Guidance scale; unset: 4 (paper), and for flux2-klein the pipeline's own. Not for toybox."""
+    """Guidance scale; unset: 4 (paper), and for flux2-klein the pipeline's own. ToyBox has none."""
     shift: float | None = Field(None, gt=0)
     """Shift of the sigma schedule; unset: the generator's own schedule."""
     seed: int = Field(3407, ge=0, lt=2**64)
