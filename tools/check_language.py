@@ -43,7 +43,7 @@ VERBS = frozenset(
     receive recognize record redact reduce refuse register reject release remember remove rename render repeat replace
     report request require reserve resize resolve restore resume retry return reverse round run sample save say scale
     scan score see seed segment select send separate serialize serve set shape shard share shift show shuffle signal
-    silence simulate skip sort spell split spread stack start state step stop store stream strip subtract sum
+    silence simulate skip smooth sort spell split spread stack start state step stop store stream strip subtract sum
     summarize switch synchronize take tell test tie tile tokenize trace track train transform translate truncate try
     tune turn unpack update upload use validate verify view wait walk warn weight widen wrap write yield
     """.split()

@@ -40,7 +40,7 @@ class PromptBatch:
 
     @classmethod
     def of(cls, dataset: SubjectDataset, samples: Sequence[Sample], *, masks: bool) -> "PromptBatch":
-        """Return the task that `samples` of `dataset` are, with their masks if the rewards want `masks`."""
+        """Return the batch of `samples` of `dataset`, with their masks if the rewards want `masks`."""
         return cls(
             [sample.prompt for sample in samples],
             dataset.originals(samples),

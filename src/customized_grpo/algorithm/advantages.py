@@ -143,7 +143,7 @@ def _renormalised(signal: Tensor, valid: Tensor) -> Tensor:
 
 
 def _one_signal(signal: Tensor, advantages: Tensor) -> Shaped:
-    """Return the same signal in every reward channel: weights that sum to 1 at each step pass it on unchanged."""
+    """Repeat one signal in every reward channel: weights that sum to 1 at each step pass it on unchanged."""
     return Shaped(signal.unsqueeze(-1).expand_as(advantages), torch.zeros_like(signal))
 
 

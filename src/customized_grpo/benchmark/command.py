@@ -92,7 +92,7 @@ class _Work:
 
 
 def _prepared(config: BenchmarkConfig, run: Config | None, ranks: DistributedGroup, stages: StageProgress) -> _Work:
-    """Return all that can be wrong is found here."""
+    """Prepare a benchmark; everything that can be wrong is found here, before any image is drawn."""
     assert config.data is not None
     items = read_items(config.benchmark or "dreambench", config.data)
     policy = _policy_config(config, run)
@@ -129,7 +129,7 @@ def _measure_and_tell(config: BenchmarkConfig, work: _Work, display: Display, st
 
 
 def summary(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Return mean of each metric and its 95 % bootstrap interval over subjects."""
+    """Return the mean of each metric and its 95 % bootstrap interval over subjects."""
     subjects = [record["subject"] for record in records]
     found = {}
     for name in records[0]["metrics"]:
@@ -161,7 +161,7 @@ class _Pictures:
         self._last: dict[Path, Tensor] = {}
 
     def load(self, paths: Sequence[Path]) -> list[Tensor]:
-        """Return the pictures at `paths`; those of the last call are kept."""
+        """Load the pictures at `paths`; the pictures of the last call are kept."""
         self._last = {path: self._last[path] if path in self._last else load_image(path) for path in paths}
         return list(self._last.values())
 
@@ -177,7 +177,7 @@ def _policy_config(config: BenchmarkConfig, run: Config | None) -> PolicyConfig:
 
 
 def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Item]) -> dict[str, Any]:
-    """Return all that the pictures depend on."""
+    """Return every setting that the pictures depend on."""
     asked = {"data": str((config.data or Path()).resolve()), "items_sha256": _items_hash(items)}
     if config.images is not None:
         return {"images": str(config.images.resolve()), **asked}
@@ -194,7 +194,7 @@ def _settings(config: BenchmarkConfig, policy: PolicyConfig, items: Sequence[Ite
 
 
 def _items_hash(items: Sequence[Item]) -> str:
-    """Return of names, prompts and the bytes of what is drawn from."""
+    """Return a hash of names, prompts and the bytes of the references."""
     references = {path: file_sha256(path) for path in {path for item in items for path in item.references}}
     told = [[item.id, item.prompt, *(references[path] for path in item.references)] for item in items]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -205,7 +205,7 @@ def _adapter(config: BenchmarkConfig) -> Path | None:
 
 
 def _adapter_hash(folder: Path) -> str:
-    """Return of the adapter's bytes: a run that was trained on draws other pictures."""
+    """Return a hash of the adapter's bytes: a run that was trained further draws other images."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
@@ -267,7 +267,7 @@ def _draw(
 
 
 def _load_policy(config: BenchmarkConfig, work: _Work) -> Policy[Any]:
-    """Return the generator, checked against all items."""
+    """Build the generator, and check it against all items."""
     policy = build_policy(work.policy, 0)
     assert config.data is not None
     check_prompts(config.data, work.items, policy)

@@ -104,6 +104,6 @@ def _items(rows: Sequence[tuple[str | None, str, tuple[Path, ...], str | None]],
 
 
 def _subject(entry: Entry, folder: Path) -> str:
-    """Return a list's entries are of one subject when their first pictures lie in one folder."""
+    """Return the subject of an entry: entries whose first pictures lie in one folder share it."""
     parent = entry.references[0].parent
     return entry.subject or (entry.references[0].stem if parent == folder.resolve() else parent.name)

@@ -35,7 +35,7 @@ def write_page(results: Mapping[str, Any], items: Sequence[Item], paths: Sequenc
 
 
 def page_content(results: Mapping[str, Any], items: Sequence[Item], paths: Sequence[Path]) -> dict[str, Any]:
-    """Return what the template shows, by name."""
+    """Return the variables of the template, by name."""
     summary: dict[str, Interval] = {
         name: (_known(each["mean"]), _known(each["low"]), _known(each["high"]))
         for name, each in results["summary"].items()

@@ -47,7 +47,7 @@ def write_figures(results: Sequence[Result], folder: Path, order: Sequence[str] 
 
 
 def draw_svgs(results: Sequence[Result], order: Sequence[str] | None = None) -> dict[str, str]:
-    """Return the same figures as SVG documents, by name."""
+    """Draw the same figures as SVG documents, by name."""
     with mpl.rc_context(style.rc()):
         drawn = {name: draw(results, presets_in(results, order)) for name, draw in FIGURES.items()}
         return {name: style.svg_text(figure) for name, figure in drawn.items() if figure}
@@ -125,7 +125,7 @@ def plane(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def signals(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Return shares of rollouts by the signs of their two advantages, early and late in training, under the paper's."""
+    """Draw the shares of rollouts by the signs of their two advantages, early and late, under the paper's method."""
     needed = {f"{period}/{name}" for period in PERIODS[:2] for name in SIGNALS}
     known = [r for r in results if needed <= r.values.keys()]
     if not known:
@@ -160,7 +160,7 @@ def signals(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Return joint success per preset, best first: mean, 95 % interval, every seed, and the base as a line."""
+    """Draw joint success per preset, best first: mean, 95 % interval, every seed, and the base as a line."""
     rows = [row for row in summarise(results, order=presets) if "joint_success" in row.means]
     shown = {row.preset for row in rows} - {BASE}
     if not shown:
@@ -193,7 +193,7 @@ def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Return joint success, copy-paste rate, and the gain of `customized` in joint success over the reference, against
+    """Draw joint success, copy-paste rate, and the gain of `customized` in joint success over the reference, against
     the setting."""
     settings, rows = settings_in(results), summarise(results, order=presets)
     if len(settings) < 2:

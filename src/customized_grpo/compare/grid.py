@@ -38,7 +38,7 @@ Table = list[list[float]]
 
 
 def cells_of(config: CompareConfig) -> list[Cell]:
-    """Return all runs of the grid, seed by seed: what is done early is complete for the first seeds."""
+    """Return all runs of the grid, seed by seed, so that the first seeds are complete early."""
     return [
         Cell(setting, preset, seed, config.output / "runs" / _slug(setting, preset, seed))
         for seed in range(max(config.trained.values()))

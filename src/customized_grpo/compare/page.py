@@ -70,7 +70,7 @@ def write_page(
 
 
 def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return what the template shows of the results, by name."""
+    """Return the variables of the template, by name."""
     order = list(dict.fromkeys(cell.preset for cell in cells))
     rows = summarise(results, order=order)
     columns = headline_first(overview(name for row in rows for name in row.means))
@@ -99,7 +99,7 @@ def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, 
 
 
 def facts(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """Return what was compared, as label and value."""
+    """Return the facts of the comparison, as label and value."""
     trained = [r for r in results if r.preset != BASE]
     counts = [len(select(trained, s, p)) for s in settings_in(trained) for p in presets_in(trained)]
     found = [("Presets", str(len(presets_in(trained))))]
@@ -137,7 +137,7 @@ def headlines(results: Sequence[Result], rows: Sequence[Row]) -> list[dict[str, 
 
 
 def verb(difference: Interval) -> str:
-    """Return what a 95 % interval says of a difference."""
+    """Return the verb for a difference with this 95 % interval."""
     _, low, high = difference
     if low > 0:
         return "rose"

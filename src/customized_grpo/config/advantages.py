@@ -89,7 +89,7 @@ class AdvantagesConfig(Section):
 
     @model_validator(mode="after")
     def _some_weight(self) -> "AdvantagesConfig":
-        """Return nothing would be learned from rewards that weigh nothing."""
+        """Check that some reward has weight: nothing would be learned without."""
         rows = {"constant": [self.constant], "table": self.table or ()}.get(self.weights, ())
         if rows and not any(prompt or identity for prompt, identity in rows):
             raise ValueError(

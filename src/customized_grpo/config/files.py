@@ -40,7 +40,7 @@ def check_file(path: Path, model: type[BaseModel]) -> None:
 
 
 def _duplicate_keys(node: yaml.Node, prefix: str) -> Iterator[Problem]:
-    """Yield keys that stand in a mapping twice; YAML would take the last, silently."""
+    """Yield keys that a mapping repeats; YAML would silently take the last."""
     lines: dict[str, int] = {}
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         name = f"{prefix}{key.value}"
@@ -51,7 +51,7 @@ def _duplicate_keys(node: yaml.Node, prefix: str) -> Iterator[Problem]:
 
 
 def _unknown_keys(node: yaml.MappingNode, model: type[BaseModel], prefix: str) -> Iterator[Problem]:
-    """Yield names that are no field's, and sections that are none."""
+    """Yield names that are not fields, and fields that are not sections."""
     names = field_names(model)
     for key, value in node.value:
         if key.tag == MERGE:

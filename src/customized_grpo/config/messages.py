@@ -46,7 +46,7 @@ def format_parser_error(
 
 
 def format_validation_error(error: ValidationError, fields_of: type[BaseModel] | None = None) -> str:
-    """Return all that pydantic found wrong, in our words: field, what is wrong, what was found.
+    """Return every fault that pydantic found, in our words: field, fault, found value.
 
     With `fields_of`, the model that was validated: what is wrong with single fields alone.
     """
@@ -84,7 +84,7 @@ def values_of(option: str, arguments: Sequence[str]) -> list[str]:
 
 
 def field_names(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return dotted names of all fields of the configuration, sections included."""
+    """Return the dotted names of all fields of the configuration, sections included."""
     names = []
     for name in model.model_fields:
         names.append(prefix + name)

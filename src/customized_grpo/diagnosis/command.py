@@ -243,7 +243,7 @@ def _interval(values: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, fl
 
 
 def _clean(value: Any) -> Any:
-    """Return `value` with None for numbers that JSON has no word for."""
+    """Return `value` with None in place of numbers that JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _clean(each) for key, each in value.items()}
     if isinstance(value, list):

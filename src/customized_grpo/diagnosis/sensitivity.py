@@ -37,11 +37,11 @@ class Sensitivity:
     seed: int = 0
 
     def means(self) -> Array:
-        """Return mean variance over prompts [S, R]."""
+        """Return the mean variance over prompts [S, R]."""
         return self._resampled_means(np.ones((1, len(self.variances))))[0]
 
     def intervals(self) -> Array:
-        """Return mean variance over prompts and its 95 % Student's t interval [S, R, 3]: mean, low, high."""
+        """Return the mean variance over prompts and its 95 % Student's t interval [S, R, 3]: mean, low, high."""
         _, steps, rewards = self.variances.shape
         samples = self.variances.reshape(-1, steps * rewards).T
         return np.array([t_interval(row) for row in samples]).reshape(steps, rewards, 3)

@@ -19,12 +19,12 @@ from customized_grpo.toybox.weights import shipped_folder
 
 
 def resolve_policy_config(config: PolicyConfig) -> PolicyConfig:
-    """Return the same of a generator alone."""
+    """Return `config` with the precision that this machine uses."""
     return config.model_copy(update={"precision": resolve_precision(config.precision, policy_device(config))})
 
 
 def build_policy(config: PolicyConfig, seed: int) -> Policy[Any]:
-    """Return the generator, ready to be tuned; `seed` draws the LoRA factors."""
+    """Build the generator to be tuned; `seed` draws the LoRA factors."""
     device = policy_device(config)
     precision = resolve_precision(config.precision, device)
     if config.kind != "toybox":

@@ -117,7 +117,7 @@ def _judge(config: RewardsConfig) -> VlmJudge:
 
 
 def _models(answer: Any) -> Sequence[str]:
-    """Return the names of models in what a server answers to /models, none where it says nothing of the kind."""
+    """Return the names of models in a server's answer to /models; none if it lists none."""
     listed = answer.get("data") if isinstance(answer, dict) else None
     return [entry["id"] for entry in listed or () if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
 

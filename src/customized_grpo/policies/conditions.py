@@ -71,7 +71,7 @@ class ConditionCache:
         return found
 
     def missing(self, prompt: str, references: Sequence[Tensor]) -> set[Inputs]:
-        """Return the parts of a row that are not there yet; those that are count as used now."""
+        """Return the parts of a row that are not stored yet; stored parts count as used now."""
         paths = self.paths(prompt, references)
         there = {inputs: path for inputs, path in paths.items() if path.is_file()}
         for path in there.values():
@@ -79,7 +79,7 @@ class ConditionCache:
         return paths.keys() - there.keys()
 
     def read(self, prompt: str, references: Sequence[Tensor]) -> EncodedPrompt | None:
-        """Return the row, or None where a part is not there yet.
+        """Return the row, or None if a part is not stored yet.
 
         Tensors that other rows have, too, are the same objects. Raises `UserError` for a damaged file.
         """

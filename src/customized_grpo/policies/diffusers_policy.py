@@ -34,7 +34,7 @@ uncompiled."""
 
 
 def plan_row(family: PipelineSpec, row: PromptRow, side: int | None) -> Planned:
-    """Return what is encoded of `row`, by the headers of its pictures."""
+    """Plan the encoding of `row`, from the headers of its pictures."""
     pictures = tuple(row.references)
     sizes = tuple(family.reference_size(*image_size(path), len(pictures), side) for path in pictures)
     return Planned(row.prompt, pictures, sizes)
@@ -42,7 +42,7 @@ def plan_row(family: PipelineSpec, row: PromptRow, side: int | None) -> Planned:
 
 @dataclass(frozen=True)
 class Settings:
-    """What of `config.PolicyConfig` a diffusers policy rests on, worked out for this machine."""
+    """Settings of a diffusers policy, resolved for this machine."""
 
     device: torch.device
     size: tuple[int, int]

@@ -76,7 +76,7 @@ def check_model(model: str, family: PipelineSpec) -> dict[str, Any]:
 
 
 def load_pipeline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
-    """Return the pipeline in `folder`, on the CPU. Raises `UserError` where a part is damaged or of another class."""
+    """Load the pipeline in `folder` on the CPU. Raises `UserError` if a part is damaged or of another class."""
     check_shards(folder, "policy.pipeline.model")
     try:
         with forbid_pickles():

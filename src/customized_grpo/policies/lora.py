@@ -86,7 +86,7 @@ def load_lora(transformer: Any, place: Path) -> None:
 
 
 def _mismatch(found: Mapping[str, Factors], layers: Iterable[str], rank: int, alpha: int) -> str:
-    """Return why factors for other layers, or of another rank or scale, cannot be trained on, and what to set."""
+    """Return why factors of other layers, rank or scale cannot be trained further, and which setting to change."""
     wanted = set(layers)
     missing, unknown = sorted(wanted - found.keys()), sorted(found.keys() - wanted)
     if missing or unknown:

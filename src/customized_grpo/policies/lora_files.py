@@ -126,7 +126,7 @@ def read_lora(path: Path) -> LoraFile:
 
 
 def parse_lora(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> LoraFile:
-    """Return `read_lora` for tensors that have been read."""
+    """Parse LoRA tensors that are already in memory; see `read_lora`."""
     parts = _by_layer(path, tensors)
     settings = _settings(path, header, has_alphas=any(part.alpha is not None for part in parts.values()))
     layers = {}

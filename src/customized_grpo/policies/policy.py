@@ -1,4 +1,4 @@
-"""What a generator must do to be tuned. `toybox.policy` is one; `diffusers_policy` makes one of a pipeline.
+"""The protocol of a generator that can be tuned. `toybox.policy` is one; `diffusers_policy` wraps pipelines.
 
 To write another, derive a class from `Policy` and define its abstract members. Three more members do nothing unless a
 policy defines them: `prompt_lengths`, `precompute` and `lockstep`.
@@ -20,7 +20,7 @@ ConditionT = TypeVar("ConditionT", bound="Condition")
 
 
 class Condition(Protocol):
-    """What a generator knows of prompts and references before it draws: opaque, one row per prompt.
+    """Encoded prompts and references: opaque, one row per prompt.
 
     It does not depend on the trained weights, so it is computed once per group and used by every step of every
     sample.
@@ -46,7 +46,7 @@ class Policy(Protocol[ConditionT]):
     @property
     @abstractmethod
     def size(self) -> tuple[int, int]:
-        """(height, width) of the images it makes, in pixels."""
+        """(height, width) of the generated images, in pixels."""
         ...
 
     @property
@@ -63,22 +63,22 @@ class Policy(Protocol[ConditionT]):
 
     @abstractmethod
     def check(self, prompt: str, num_references: int) -> None:
-        """Raise `UserError` for a prompt, or a number of references, that it cannot take."""
+        """Raise `UserError` for a prompt, or a number of references, that the generator cannot take."""
         ...
 
     @abstractmethod
     def prepare_reference(self, picture: Tensor, count: int) -> Tensor:
-        """Return a picture or mask [C, h, w] in the size in which it is seen as one of `count` references."""
+        """Resize a picture or mask [C, h, w] to the size that the generator reads for one of `count` references."""
         ...
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], references: References) -> ConditionT:
-        """Return prompts and their prepared references to a condition of B rows."""
+        """Encode B prompts and their prepared references as a condition of B rows."""
         ...
 
     @abstractmethod
     def sigmas(self, num_steps: int, shift: float | None) -> Tensor:
-        """Noise levels [num_steps + 1] float32 from 1 to 0, on the CPU; the generator's own schedule if `shift` is
+        """Return noise levels [num_steps + 1] float32 from 1 to 0, on the CPU; the own schedule if `shift` is
         None."""
         ...
 
@@ -89,12 +89,12 @@ class Policy(Protocol[ConditionT]):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Return latents at sigma 0 to images [B, 3, H, W] in [0, 1]."""
+        """Decode latents at sigma 0 to images [B, 3, H, W] in [0, 1]."""
         ...
 
     @abstractmethod
     def trainable_parameters(self) -> Iterable[tuple[str, torch.nn.Parameter]]:
-        """Name and value of each trained tensor, in a fixed order."""
+        """Return the name and value of each trained tensor, in a fixed order."""
         ...
 
     @abstractmethod
@@ -104,12 +104,12 @@ class Policy(Protocol[ConditionT]):
 
     @abstractmethod
     def save_adapter(self, folder: Path) -> None:
-        """Write what was trained as safetensors into `folder`."""
+        """Write the trained weights as safetensors into `folder`."""
         ...
 
     @abstractmethod
     def load_adapter(self, place: Path) -> None:
-        """Read what `save_adapter` wrote into the folder `place`, or the file `place`.
+        """Load an adapter that `save_adapter` wrote into the folder `place`, or the file `place`.
 
         Raises `UserError` where it does not fit, or holds numbers that are not finite.
         """

@@ -54,7 +54,7 @@ class Rule:
 
 
 def smooth(values: Array, share: float = 1 / 40) -> Array:
-    """Return gaussian moving average, as wide as `share` of the curve but at least one value; NaNs carry no weight.
+    """Smooth by a Gaussian as wide as `share` of the curve, but at least one value; NaNs carry no weight.
 
     A NaN stays a NaN: a gap in the data is a gap in the curve. Fewer than eight values stay as they are.
     """
@@ -118,7 +118,7 @@ def plane(
     names: tuple[str, str],
     percent: bool,
 ) -> Chart | None:
-    """Return the prompt-identity plane.
+    """Draw the prompt-identity plane.
 
     `path`: iteration, identity and prompt values of the validations; `tests`: identity and prompt intervals
     of "base" and "tuned"; `names`: what the horizontal (identity) and vertical (prompt) axes show.
@@ -169,7 +169,7 @@ def _test_points(frame: Frame, tests: Mapping[str, tuple[Interval, Interval]]) -
 
 
 def quadrant_chart(x: Array, shares: Mapping[str, Array], conflict: Array) -> Chart | None:
-    """Return shares of the four quadrants stacked over iterations, smoothed, with the conflict rate as a line."""
+    """Draw the shares of the four quadrants stacked over iterations, smoothed, with the conflict rate as a line."""
     known = [np.isfinite(shares[name]) for name in QUADRANTS if name in shares]
     if len(known) < len(QUADRANTS) or not np.logical_and.reduce(known).any():
         return None
@@ -226,7 +226,7 @@ def weight_chart(sigmas: Array, weights: Array, trained: Sequence[int]) -> Chart
 def strip(
     base: Interval | None, tuned: Interval | None, chance: float | None, ceiling: float | None, hue: str
 ) -> Markup:
-    """Return a row's intervals from 0 to 100 %: ticks at chance and ceiling, base hollow, tuned filled below it."""
+    """Draw a row's intervals from 0 to 100 %: ticks at chance and ceiling, base hollow, tuned filled below it."""
     frame = Frame((0.0, 1.0), (0.0, 1.0), width=180, height=34, left=7, right=7, top=0, bottom=0)
     frame.bar((0, 1), (0.5, 0.5), "muted", width=0.6)
     for value in (chance, ceiling):

@@ -26,7 +26,7 @@ JUDGED = ("prompt_satisfied", "identity_kept", "joint_success")
 
 
 def reward_charts(run: Run) -> list[Chart]:
-    """Return one chart a reward: raw mean of each iteration, the same smoothed, and the validations."""
+    """Draw one chart per reward: the mean of each iteration, raw and smoothed, and the validations."""
     charts = []
     for name in run.metrics.reward_names():
         x, y = run.metrics["iteration"], run.metrics[f"reward/{name}/mean"]
@@ -39,7 +39,7 @@ def reward_charts(run: Run) -> list[Chart]:
 
 
 def judge_chart(run: Run) -> Chart | None:
-    """Return shares of the validation pairs the judge passes, over training."""
+    """Draw the shares of validation samples that pass the oracle, over training."""
     checks = run.evaluations
     infos = [metric_info(name) for name in JUDGED if checks.has(name)]
     series = [Series(info.label, checks["iteration"], checks[info.name], info.hue, "dots") for info in infos]
@@ -51,7 +51,7 @@ def judge_chart(run: Run) -> Chart | None:
 
 
 def plane_chart(run: Run) -> Chart | None:
-    """Return the plane of the judge's two verdicts; of the two rewards where there was no judge."""
+    """Draw the plane of the oracle's two verdicts, or of the two rewards without an oracle."""
     judged = run.evaluations.has("identity_kept") or any("identity_kept" in e.intervals for e in run.final.values())
     across, up = ("identity_kept", "prompt_satisfied") if judged else ("reward/identity", "reward/prompt")
     names = (metric_info(across).label, metric_info(up).label)
@@ -90,7 +90,7 @@ def first_ratio_error(metrics: Columns) -> dict[str, Any] | None:
 
 
 def health_charts(metrics: Columns) -> list[Chart]:
-    """Return small charts of what goes wrong first when training goes wrong."""
+    """Draw small charts of the signs that show first when training goes wrong."""
     x = metrics["iteration"]
     spread = [
         Series(name, x, smooth(metrics[f"reward/{name}/std"]), metric_info(f"reward/{name}").hue)
@@ -158,7 +158,7 @@ def _plain(metrics: Columns, name: str) -> list[Series]:
 
 
 def _ratio_chart(title: str, unit: str, metrics: Columns, name: str, alarm: float | None = None) -> Chart | None:
-    """Return deviation of the ratio from 1, its extremes shaded; `alarm` draws the bound it must stay within."""
+    """Draw the deviation of the ratio from 1, its extremes shaded; `alarm` draws the bound it must stay within."""
     x = metrics["iteration"]
     low, high, mean = (metrics[f"{name}/{which}"] - 1 for which in ("min", "max", "mean"))
     series = [Series("mean", x, mean, "plain")]

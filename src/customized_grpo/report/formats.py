@@ -49,7 +49,7 @@ def reward(value: float | None, signed: bool = False, digits: int | None = None)
 
 
 def scientific(value: float) -> str:
-    """Return two digits and a power of ten, as 2.4 x 10^-6 is written."""
+    """Return two digits and a power of ten, such as 2.4 x 10^-6."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     digits, power = f"{value:.1e}".split("e")

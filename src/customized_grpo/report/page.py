@@ -76,7 +76,7 @@ def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path
 
 
 def page_content(run: Run) -> dict[str, Any]:
-    """Return everything the template shows, by name."""
+    """Return the variables of the template, by name."""
     table = result_rows(run.final)
     evaluation = run.final.get("tuned") or run.final.get("base")
     return {
@@ -109,7 +109,7 @@ def page_content(run: Run) -> dict[str, Any]:
 
 
 def facts(run: Run) -> list[tuple[str, str]]:
-    """Return what was run, as label and value: from the config where it says so, and from the metrics themselves."""
+    """Return the facts of a run as label and value, from its configuration and its metrics."""
     settings = dict(_flatten(run.config))
     shown = [(label, settings[name]) for label, name in FACTS if name in settings]
     done, asked = int(run.metrics["iteration"].max()), settings.get("iterations")
@@ -187,7 +187,7 @@ def _verb(difference: Interval) -> str:
 
 
 def last_validation(evaluations: Columns) -> dict[str, Any] | None:
-    """Return the last validation's figures by metric name, or None where there was no validation."""
+    """Return the last validation's values by metric name, or None without a validation."""
     if evaluations.length == 0:
         return None
     last = {info: float(evaluations[info.name][-1]) for info in metrics_in(evaluations.values)}
@@ -198,7 +198,7 @@ def last_validation(evaluations: Columns) -> dict[str, Any] | None:
 
 
 def remarks(run: Run) -> list[tuple[str, str]]:
-    """Return what a reader must know before trusting the figures, as (WARNING or Note, text); often nothing."""
+    """Return warnings and notes for the reader, as (WARNING or Note, text); often none."""
     metrics, found = run.metrics, []
     error = figures.first_ratio_error(metrics)
     if error and error["count"]:

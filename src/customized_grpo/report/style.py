@@ -28,7 +28,7 @@ ANGLES, DISTANCES = 16, (7, 12, 18, 26, 36, 48, 62)
 
 
 def rc() -> Any:
-    """Return settings of matplotlib, by name, that hold while figures are drawn and saved."""
+    """Return the settings of matplotlib, by name, for drawing and saving figures."""
     installed = set(fontManager.get_font_names())
     return {
         "font.family": [name for name in FONTS if name in installed],
@@ -105,7 +105,7 @@ def grid(axes: Axes, *, share: bool = True, across: bool = False) -> None:
 
 
 def curve(preset: str, hue: str) -> dict[str, Any]:
-    """Return line of a preset: the method in `hue`, the reference solid, others dashed."""
+    """Return the line style of a preset: the method in `hue`, the baseline solid, others dashed."""
     dark, pale = (MUTED, AXIS) if hue == INK else (INK, MUTED)
     if preset == METHOD:
         return {"color": hue, "linewidth": 2.3, "zorder": 4}

@@ -78,7 +78,7 @@ def _error_in(content: Any) -> Any:
 
 
 def _code(error: Any) -> int:
-    """Return the HTTP status that an error amounts to, 0 where it does not say."""
+    """Return the HTTP status of an error, 0 if it names none."""
     told = [error.get(name) for name in ("code", "status", "type")] if isinstance(error, dict) else [error]
     for code in told:
         if isinstance(code, str) and code in CODES:

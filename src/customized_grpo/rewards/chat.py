@@ -53,7 +53,7 @@ class Unreadable(Exception):
 def messages(
     image: str, references: Sequence[str], prompt: str, *, reasoning: bool, last: Unreadable | None
 ) -> list[dict[str, Any]]:
-    """Return the question about an image, all pictures as the base64 of PNGs. `last`: the answer that it had before."""
+    """Build the question about an image, with all pictures as base64 PNGs. `last`: the answer that it had before."""
 
     def picture(data: str) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}

@@ -142,7 +142,7 @@ def load_hpsv3(
 
 
 def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return names of the published file, of an older transformers, in those of `HPSv3`; the unused `lm_head` goes."""
+    """Rename the published file's tensors, from an older transformers, for `HPSv3`; the unused `lm_head` goes."""
     prefixes = {"visual.": "backbone.visual.", "model.": "backbone.language_model.", "rm_head.": "rm_head."}
     found = {}
     for name, tensor in state.items():

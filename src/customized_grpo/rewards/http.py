@@ -85,7 +85,7 @@ class Scoring:
         self._heard = time.monotonic()
 
     def is_over(self) -> bool:
-        """Return whether nothing more is to be asked or waited for."""
+        """Return whether this scoring has ended: it was canceled, or the server was silent for the timeout."""
         if self._open and time.monotonic() >= self._heard + self.deadline:
             self.stopped.set()
         return self.stopped.is_set()
@@ -193,7 +193,7 @@ class Transport:
         return UserError(told)
 
     def _send(self, method: str, path: str, body: bytes | None, end: float, is_over: Callable[[], bool]) -> Answer:
-        """Raise `Failure` where no whole answer is there at `end`.
+        """Raise `Failure` if no complete answer has arrived at `end`.
 
         A thread asks, which is then left alone: a time-out of the client begins again with every byte.
         """
@@ -222,9 +222,9 @@ class Transport:
             found.set_exception(Failure(self._told(error)) if proxied else error)
 
     def redact(self, text: str) -> str:
-        """Return `text` as it may be shown: a server may repeat what it was sent, and messages end up in logs.
+        """Redact the token from `text`: servers may echo it, and messages are logged.
 
-        To be shortened afterwards, or a part of the token stays.
+        Shorten only after redacting, or a part of the token stays.
         """
         return text.replace(self.token, "(not shown)") if self.token else text
 
@@ -241,7 +241,7 @@ class Transport:
 
 
 def read_token(variable: str) -> str | None:
-    """Return a token from the environment: nowhere else is one looked for, and none is ever written down.
+    """Read a token from the environment, the only place for it; it is never written down.
 
     Space around it, in which files of secrets often end, is left out. Raises `UserError` where it cannot stand in a
     header.
@@ -256,7 +256,7 @@ def read_token(variable: str) -> str | None:
 
 
 def _passes(error: BaseException) -> bool:
-    """Return whether another try may mend it."""
+    """Return whether another try may succeed."""
     return isinstance(error, Failure) and (error.status in PASSING or error.status >= 500 or error.status == 0)
 
 
@@ -265,5 +265,5 @@ def _joined(kind: str, words: str) -> str:
 
 
 def _left(end: float) -> float:
-    """Return seconds until `end`; a little where it has passed, since 0 would be no time-out."""
+    """Return the seconds until `end`, or a little if it has passed: 0 would mean no timeout."""
     return max(MIN_TIMEOUT, end - time.monotonic())

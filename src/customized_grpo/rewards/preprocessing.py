@@ -60,7 +60,7 @@ class Preprocessing:
         )
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return `images` [B, 3, H, W] in [0, 1], as their 8-bit files would be read -> [B, 3, h, w], normalised."""
+        """Map `images` [B, 3, H, W] in [0, 1], rounded to 8 bits, to normalized inputs [B, 3, h, w]."""
         levels = to_levels(images)
         height, width = levels.shape[-2:]
         target = self.exact or (height, width)

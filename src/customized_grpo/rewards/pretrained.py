@@ -116,7 +116,7 @@ class PretrainedEncoder:
         return replace(Preprocessing.of(settings, f"{self._field}: {self._processor}"), half=half)
 
     def to_prompt(self, half: str = "down") -> PromptSimilarity:
-        """Return cosine of pictures with prompts, for the kinds that read prompts; `half`: see `encoder`."""
+        """Return the cosine of images with prompts, for kinds that read prompts; `half`: see `encoder`."""
         tokenizer = self._load(AutoTokenizer, self._processor)
         # SigLIP was trained on texts padded to their full length, without a mask.
         padding = "max_length" if self._kind == "siglip" else True

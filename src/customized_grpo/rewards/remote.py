@@ -46,7 +46,7 @@ class RemoteReward(Reward):
     """Asks a server for scores, with as many images at once as it takes."""
 
     def __init__(self, transport: Transport) -> None:
-        """Raise `UserError` where no reward server answers."""
+        """Raise `UserError` if no reward server answers."""
         self._transport = transport
         self._limit = _limits(transport)
 
@@ -164,7 +164,7 @@ class _EncodedBatch:
             return cls(images, batch, [[next(found) for _ in group] for group in images], references, masks)
 
     def payload(self, part: Part) -> dict[str, Any]:
-        """Return what is posted to /score for `part`."""
+        """Return the body of the POST to /score for `part`."""
         rows, columns = part
 
         def texts(pictures: _Rows, columns: slice = slice(None)) -> list[list[str]]:
@@ -232,7 +232,7 @@ def encoded(image: Tensor, side: int | None = None) -> str:
 
 
 def parsed(answer: Any, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return values and their validity [P, G] of a server's answer. Raises ValueError where it is not one."""
+    """Parse a server's answer as values and validity [P, G]. Raises ValueError if it is not one."""
     try:
         values = [[_number(value) for value in row] for row in answer["values"]]
         valid = torch.tensor([[_flag(value) for value in row] for row in answer["valid"]])
@@ -260,7 +260,7 @@ def _flag(value: Any) -> bool:
 
 
 def _limits(transport: Transport) -> RequestSize:
-    """Return the most that the server takes at once. Raises `UserError` where its /health is no reward server's."""
+    """Return the server's limits. Raises `UserError` if its /health is not a reward server's."""
     health = transport.get("/health")
     if isinstance(health, dict) and "max_images" in health:
         # Servers of an earlier version name no pixels and no bytes.

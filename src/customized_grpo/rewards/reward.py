@@ -28,7 +28,7 @@ class Reward(Protocol):
 
     @abstractmethod
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
-        """Return scores of `images` [P, G, 3, H, W] in [0, 1], higher is better."""
+        """Score `images` [P, G, 3, H, W] in [0, 1]; higher is better."""
         ...
 
     def prompt_lengths(self, prompts: Sequence[str]) -> PromptLengths | None:

@@ -117,6 +117,6 @@ class PromptSimilarity(Reward):
 
 
 def pooled(features: Any) -> Tensor:
-    """Return the vectors in what transformers' `get_*_features` answer."""
+    """Return the vectors in the output of transformers' `get_*_features`."""
     vectors: Tensor = features if isinstance(features, Tensor) else features.pooler_output
     return vectors

@@ -107,7 +107,7 @@ class VlmJudge:
         return ratings
 
     def _ask(self, image: Tensor, references: list[str], prompt: str, rating: Rating) -> tuple[float, float]:
-        """Return (prompt, subject), or NOTHING, and in `rating` the reason."""
+        """Ask about an image: return (prompt, subject), or NOTHING with the reason in `rating`."""
         if rating.scoring.is_over():
             return NOTHING
         attempts, last = self._settings.attempts, None

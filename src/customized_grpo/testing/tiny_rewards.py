@@ -79,7 +79,7 @@ def save_tiny_reward(kind: str, folder: Path, seed: int = 0) -> Path:
 
 
 def save_tiny_hpsv3(folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """Return a tiny HPSv3: its weights in the names of the published file, and the folder of its backbone."""
+    """Save a tiny HPSv3: its weights in the published file's names, and the folder of its backbone."""
     backbone = folder / "backbone"
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = HPSV3_TEMPLATE

@@ -69,7 +69,7 @@ class ToyBoxPolicy(Policy[Context]):
 
     @classmethod
     def load(cls, weights: Path | None = None, **settings: object) -> "ToyBoxPolicy":
-        """Return the shipped generator, or the one in the folder `weights`; `settings` as for the constructor."""
+        """Load the shipped generator, or the one in the folder `weights`; `settings` as for the constructor."""
         return cls(load_network(Generator(), "generator", weights), **settings)  # type: ignore[arg-type]
 
     def check(self, prompt: str, num_references: int) -> None:

@@ -66,6 +66,6 @@ def _in_chunks(encode: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 
 
 def _cosines(images: Tensor, targets: Tensor) -> Scores:
-    """Return `images` [P * G, E] against their group's target [P, E], unit vectors; not finite is not valid."""
+    """Compare `images` [P * G, E] with their group's target [P, E], unit vectors; non-finite scores are invalid."""
     values = torch.einsum("pge,pe->pg", images.unflatten(0, (len(targets), -1)), targets)
     return Scores(values, values.isfinite())

@@ -70,7 +70,7 @@ class Manifest(Format):
     sha256: Hashes
 
     def other_libraries(self) -> list[str]:
-        """Return the libraries whose versions are others now, as 'name found -> now'."""
+        """Return the libraries whose versions changed, as 'name found -> now'."""
         now = library_versions()
         names = sorted({*self.libraries, *now})
         pairs = [(name, self.libraries.get(name, "none"), now.get(name, "none")) for name in names]
@@ -86,7 +86,7 @@ class State:
     average: EMA | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all of it by name."""
+        """Return all tensors of the state by name."""
         found: dict[str, Tensor] = {PARAMETER + name: parameter.detach() for name, parameter in self.parameters}
         for index, state in self.optimizer.state_dict()["state"].items():
             name = self.parameters[index][0]
@@ -96,7 +96,7 @@ class State:
         return found
 
     def mismatch(self, tensors: dict[str, Tensor]) -> str:
-        """Return why `tensors` are not of this state, empty where they are."""
+        """Return why `tensors` do not fit this state; empty if they do."""
         own = dict(self.parameters)
         expected: dict[str, Tensor] = {PARAMETER + name: parameter for name, parameter in own.items()}
         if self.average is not None:

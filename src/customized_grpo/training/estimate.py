@@ -60,7 +60,7 @@ class Estimate:
         return max(self.peaks, key=self.peaks.__getitem__)
 
     def rows(self) -> dict[str, str]:
-        """Return names and values, as a person reads them."""
+        """Return names and values for people."""
         return {
             "parameters of the generator": _count(self.parameters),
             "trained": f"{_count(self.trainable)} ({self.trainable / self.parameters:.2%})",

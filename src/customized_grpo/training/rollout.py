@@ -51,7 +51,7 @@ class Rollout(Generic[ConditionT]):
 
 
 def plan_steps(config: RolloutConfig, sigmas: Tensor, seed: int, iteration: int) -> Plan:
-    """Return the steps of `iteration` (0 is the first).
+    """Choose the stochastic and trained steps of `iteration` (0 is the first).
 
     The last step is never stochastic: its density has no width at sigma 0.
 

@@ -84,7 +84,7 @@ def train(
 
 
 def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) -> int:
-    """Return the earliest iteration that a run may go on from: newer checkpoints than the oldest may prove damaged."""
+    """Return the earliest iteration from which a run may resume: all checkpoints but the oldest may prove damaged."""
     if resume_from is not None:
         return read_manifest(resume_from).iteration
     checkpoints = list_checkpoints(output / CHECKPOINTS) if resume else []
@@ -94,7 +94,7 @@ def _first_iteration(output: Path, *, resume: bool, resume_from: Path | None) ->
 def _training_loop(
     config: Config, display: Display, termination: SignalHandler, ranks: DistributedGroup, first: int
 ) -> TrainingLoop:
-    """Return all parts of a run that goes on from iteration `first` or later, built and checked; nothing is written yet
+    """Build and check all parts of a run that resumes at iteration `first` or later; nothing is written yet
     but what is encoded."""
     check_shares(config, ranks.world_size)
     if ranks.world_size > 1:

@@ -45,7 +45,7 @@ def prompt_lengths(pipe: Any, prompts: Sequence[str]) -> PromptLengths:
 
 
 def encode(pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device) -> EncodedPrompt:
-    """Return `text` [L, D] of T5, `pooled` [D'] of CLIP, and the `reference` tokens [S, C]."""
+    """Encode `text` [L, D] by T5, `pooled` [D'] by CLIP, and the `reference` tokens [S, C]."""
     text, pooled, _ = pipe.encode_prompt(prompt=[prompt], device=device, max_sequence_length=TEXT_TOKENS)
     tokens = torch.cat([_reference_tokens(pipe, reference) for reference in references])
     return EncodedPrompt({"text": text[0], "pooled": pooled[0], "reference": tokens}, sizes_of(references))
@@ -99,7 +99,7 @@ def velocity(
 
 
 def decode(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+    """Decode packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
     config = pipe.vae.config
     unpacked = pipe._unpack_latents(latents.to(pipe.vae.dtype), *size, pipe.vae_scale_factor)
     images: Tensor = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor, return_dict=False)[0]

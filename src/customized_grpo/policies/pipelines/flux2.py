@@ -94,7 +94,7 @@ def reference_size(height: int, width: int, side: int | None) -> tuple[int, int]
 
 
 def reference_tokens(pipe: Any, references: Sequence[Tensor]) -> Tensor:
-    """Return pictures [3, h, w] in [0, 1] as tokens [S, C], normalised as the VAE's batch norm says."""
+    """Encode pictures [3, h, w] in [0, 1] as tokens [S, C], normalized by the VAE's batch norm."""
     tokens = []
     for reference in references:
         latents = pipe._encode_vae_image((2 * reference[None] - 1).to(pipe.vae.device, pipe.vae.dtype), generator=None)
@@ -103,7 +103,7 @@ def reference_tokens(pipe: Any, references: Sequence[Tensor]) -> Tensor:
 
 
 def text_lengths(pipe: Any, texts: Sequence[str]) -> PromptLengths:
-    """Return of prompts in their template."""
+    """Return the lengths of prompts in their template."""
     tokens = pipe.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     return PromptLengths([len(each) for each in tokens], TEXT_TOKENS)
 
@@ -141,7 +141,7 @@ def predict(
     text: str,
     guidance: Tensor | None,
 ) -> Tensor:
-    """Return velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], under the text named `text` of the batch."""
+    """Predict the velocity [b, N, C] of `latents` [b, N, C] at `sigma` [b], given the batch's text named `text`."""
     words = batch[text]
     hidden = torch.cat([latents.to(words.dtype), batch["reference"]], dim=1)
     text_ids = torch.nn.functional.pad(torch.arange(words.shape[1])[:, None], (3, 0))
@@ -158,7 +158,7 @@ def predict(
 
 
 def decode(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+    """Decode packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
     norm = pipe.vae.bn
     spread = torch.sqrt(norm.running_var + pipe.vae.config.batch_norm_eps)
     packed = latents.to(pipe.vae.dtype) * spread + norm.running_mean

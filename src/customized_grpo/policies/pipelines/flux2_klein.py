@@ -30,7 +30,7 @@ class Flux2Klein:
         return {}
 
     def check_guidance(self, pipe: Any, guidance: float | None) -> None:
-        """Raise `UserError` for guidance of a generator from which it is distilled away."""
+        """Raise `UserError` for guidance if distillation removed it from the generator."""
         if pipe.config.is_distilled and guidance not in (None, 1.0):
             raise UserError(
                 f"policy.pipeline.guidance_scale: this model is distilled and takes none, found {guidance}; leave it "

@@ -100,7 +100,7 @@ class QwenImageEditPlus:
         return combined * (positive.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+        """Decode packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
         grid = pipe._unpack_latents(latents.to(pipe.vae.dtype), *size, pipe.vae_scale_factor)
         mean, std = (
             torch.tensor(values, dtype=grid.dtype, device=grid.device).view(1, -1, 1, 1, 1)

@@ -58,7 +58,7 @@ class PipelineSpec(Protocol):
     def encode(
         self, pipe: Any, prompt: str, references: Sequence[Tensor], device: torch.device, *, guided: bool
     ) -> EncodedPrompt:
-        """Return one prompt and its references [3, h, w] in [0, 1]; `guided`: with "negative", of a negative prompt."""
+        """Encode one prompt and its references [3, h, w] in [0, 1]; `guided`: also a negative prompt, as "negative"."""
         ...
 
     def dummy_inputs(self, config: Any, sizes: Sizes, *, guided: bool) -> dict[str, Tensor]:
@@ -81,9 +81,9 @@ class PipelineSpec(Protocol):
         size: tuple[int, int],
         guidance: float,
     ) -> Tensor:
-        """Return velocity [b, N, C] at `latents` [b, N, C] and `sigma` [b], guidance included."""
+        """Predict the velocity [b, N, C] of `latents` [b, N, C] at `sigma` [b], guidance included."""
         ...
 
     def decode(self, pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
-        """Return packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
+        """Decode packed latents [b, N, C] to images [b, 3, H, W], about [-1, 1]."""
         ...
