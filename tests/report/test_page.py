@@ -304,3 +304,10 @@ def test_a_third_reward_has_a_chart_of_its_own(run: Path) -> None:
     rewrite(run / "metrics.jsonl", lambda row: row.update({"reward/style/mean": 0.5, "reward/style/std": 0.1}))
     text = report(run).text
     assert all(f"{name} reward" in text for name in ("Prompt", "Identity", "Style"))
+
+
+def test_rewards_without_a_row_keep_the_order_of_the_log(run: Path) -> None:
+    more = {f"reward/{name}/mean": 0.5 for name in ("zeal", "art", "mood")}
+    rewrite(run / "metrics.jsonl", lambda row: row.update(more))
+    text = report(run).text
+    assert text.index("Zeal reward") < text.index("Art reward") < text.index("Mood reward")

@@ -112,7 +112,7 @@ def metrics_in(names: Iterable[str]) -> list[MetricInfo]:
 
 
 def to_columns(rows: list[dict[str, Any]]) -> Columns:
-    names = {name for row in rows for name in row}
+    names = dict.fromkeys(name for row in rows for name in row)  # in the order of the log, not of a set
     return Columns({name: np.array([_as_float(row.get(name)) for row in rows]) for name in names}, len(rows))
 
 
