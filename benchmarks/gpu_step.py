@@ -203,8 +203,9 @@ def _config(options: argparse.Namespace) -> Config:
     return Config.model_validate(
         {
             "policy": policy,
-            "rewards": {"prompt": "clip_t", "identity": "dino"},
-            "evaluation": {"judge": "none"},
+            "rewards": {
+                "prompt": {"kind": "clip_t", "schedule": "early"}, "identity": {"kind": "dino", "schedule": "late"},
+            },
             "rollout": rollout,
             "optimizer": {
                 "learning_rate": 2e-5, "num_minibatches": options.updates, "micro_batch": options.micro_batch,

@@ -58,6 +58,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+REWARDS = {
+    "prompt": {"kind": "toybox_prompt", "schedule": "early"},
+    "identity": {"kind": "toybox_identity", "schedule": "late"},
+}
+
+
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Untrained weights of the true architecture; the layers that start at zero do not, so outputs are not trivial."""
@@ -94,7 +100,7 @@ def make_settings(tmp_path: Path, tiny_weights: Path, toybox_data: Path) -> Call
 
     def make(changes: Mapping[str, Any] | None = None) -> dict[str, Any]:
         paths = {"output": tmp_path / "run", "policy.toybox.weights": tiny_weights, "data.path": toybox_data / "train"}
-        tree: dict[str, Any] = {}
+        tree: dict[str, Any] = {"rewards": {name: dict(reward) for name, reward in REWARDS.items()}}
         for name, value in (SMALL | paths | dict(changes or {})).items():
             *sections, field = name.split(".")
             branch = tree

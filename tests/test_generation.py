@@ -125,7 +125,7 @@ def test_a_checkpoint_draws_as_the_run_did_then(
 def test_several_references_and_another_size(
     draw: Callable[..., Image.Image], make_settings: Callable[..., dict[str, Any]], toybox_data: Path, tmp_path: Path
 ) -> None:
-    settings = make_settings({"rewards.prompt": "clip_t", "rewards.identity": "dino", "evaluation.judge": "none"})
+    settings = make_settings({"rewards": {"prompt": {"kind": "clip_t"}, "identity": {"kind": "dino"}}})
     settings["policy"] = {
         "kind": "flux2-klein", "lora_rank": 4, "device": "cpu", "precision": "fp32",
         "pipeline": {

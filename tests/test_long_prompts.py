@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from named_rewards import load_named
 from torch import Tensor
 
-from customized_grpo.config.run import Config, RewardsConfig
+from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, save_image
 from customized_grpo.data.dataset import write_metadata
 from customized_grpo.factory.data import warn_truncated_prompts
-from customized_grpo.factory.rewards import build_rewards, load_rewards
+from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
 from customized_grpo.toybox.policy import ToyBoxPolicy
 from customized_grpo.tracking.console import Display
@@ -35,8 +36,7 @@ def said(display: Display) -> list[str]:
 
 
 def load(kind: str, folder: Path) -> Any:
-    settings = RewardsConfig.model_validate({"prompt": kind, kind: {"model": str(folder)}})
-    return load_rewards(settings, CPU)["prompt"]
+    return load_named({"prompt": kind, kind: {"model": str(folder)}})["prompt"]
 
 
 @pytest.mark.parametrize(("kind", "model", "limit"), [("clip_t", "clip", 77), ("siglip", "siglip", 64)])
@@ -95,13 +95,13 @@ def dataset(tmp_path: Path) -> SubjectDataset:
             Reads(None),
             Reads(3),
             None,
-            ["rewards.prompt: 2 of 5 prompts used of D are longer than the 3 tokens that toybox"],
+            ["rewards.prompt: 2 of 5 prompts used of D are longer than the 3 tokens that toybox_prompt"],
         ),
         (
             Reads(None),
             Reads(3),
             4,
-            ["rewards.prompt: 1 of 4 prompts used of D is longer than the 3 tokens that toybox"],
+            ["rewards.prompt: 1 of 4 prompts used of D is longer than the 3 tokens that toybox_prompt"],
         ),
         (
             Reads(2),
@@ -136,7 +136,11 @@ def test_a_run_and_an_evaluation_tell(
         (folder / path.name).write_bytes(path.read_bytes())
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 12}))
-    rewards = {"rewards.prompt": "clip_t", "rewards.clip_t.model": folder, "data.test": toybox_data / "test"}
+    rewards = {
+        "rewards.prompt.kind": "clip_t",
+        "rewards.prompt.clip_t.model": folder,
+        "data.test": toybox_data / "test",
+    }
     config = make_config(rewards | {"iterations": 1, "evaluation.every": 1})
     train(config, display)
     train_line, test_line = said(display)

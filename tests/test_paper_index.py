@@ -16,8 +16,10 @@ SOURCE = re.compile(r"(?:\S+\.(?:sh|py|yaml|md): |paper: |ours[:;] )\S")
 
 
 def over(settings: dict[str, Any], block: dict[str, Any]) -> dict[str, Any]:
-    """Return `settings` with those of `block` laid over them."""
+    """Return `settings` with those of `block` laid over them; rewards that `block` does not name go."""
     merged = dict(settings)
+    if "rewards" in block and "rewards" in settings:
+        merged["rewards"] = {name: settings["rewards"].get(name, {}) for name in block["rewards"]}
     for key, value in block.items():
         merged[key] = over(merged.get(key, {}), value) if isinstance(value, dict) else value
     return merged

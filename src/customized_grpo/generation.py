@@ -5,19 +5,15 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from customized_grpo.config.messages import format_validation_error
-from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.run import Config, flatten
+from customized_grpo.config.run import flatten
 from customized_grpo.data import Sample, image_grid, load_image, save_image
 from customized_grpo.errors import UserError
 from customized_grpo.factory.data import encode_rows
-from customized_grpo.factory.policy import build_policy
+from customized_grpo.factory.policy import build_policy, policy_with
 from customized_grpo.io.files import check_folder, writing
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.randomness import batched_normal
@@ -28,19 +24,15 @@ from customized_grpo.training.run_dir import finished_adapter, load_run_config
 
 MIN_SIDE = 256
 """Smaller pictures are written enlarged by a whole factor."""
-POLICY_OPTIONS = ("device", "precision")
-"""Options that replace the run's policy.device, ..."""
-PIPELINE_OPTIONS = ("height", "width")
-"""Options that replace the run's policy.pipeline.height, ..."""
 
 
 @dataclass(frozen=True)
 class Options:
     """What to draw, and with which generator of the folder `run`.
 
-    The generator is the tuned one, or the untuned `base`, or the tuned one at a `checkpoint`; `ema` takes the averaged
-    weights of the end or of the checkpoint. `reference` are pictures of one subject. `height` and `width` are in
-    pixels. None means the run's own value.
+    The generator is the tuned one, or the untuned `base`, or the one of the `best` validation, or the tuned one at a
+    `checkpoint`; `ema` takes the averaged weights of the end or of the checkpoint. `reference` are pictures of one
+    subject. `height` and `width` are in pixels. None means the run's own value.
     """
 
     run: Path
@@ -49,6 +41,7 @@ class Options:
     out: Path = Path("out.png")
     base: bool = False
     ema: bool = False
+    best: bool = False
     checkpoint: Path | None = None
     seed: int = 0
     count: int = 1
@@ -80,12 +73,15 @@ def draw(options: Options) -> Tensor:
     """
     _check(options)
     config = load_run_config(options.run)
-    settings = _policy_config(config, options)
+    settings = policy_with(
+        config.policy, device=options.device, precision=options.precision, height=options.height, width=options.width
+    )
     adapter = None
     if not (options.base or options.checkpoint):
         adapter = finished_adapter(
-            options.run, "--run", "draw from its newest checkpoint with --checkpoint", ema=options.ema
-        )
+            options.run, "--run", "draw from its newest checkpoint with --checkpoint", ema=options.ema,
+            best=options.best,
+        )  # fmt: skip
     pictures = [load_image(path, config.data.max_pixels) for path in options.reference]
     configure(config.threads)
     policy = build_policy(settings, config.seed)
@@ -122,26 +118,12 @@ def _check(options: Options) -> None:
         raise UserError(f"--count: {options.count} pictures cannot be drawn; give 1 or more")
     if options.num_steps is not None and options.num_steps < 1:
         raise UserError(f"--num_steps: pictures cannot be drawn in {options.num_steps} steps; give 1 or more")
-    if options.base and (options.ema or options.checkpoint):
+    if options.base and (options.ema or options.checkpoint or options.best):
         raise UserError(
-            "--base is the generator before training, --ema the one after it and --checkpoint the one on the way; "
-            "leave --base out, or the others"
+            "--base is the generator before training, --ema the one after it, --best and --checkpoint the one on the "
+            "way; leave --base out, or the others"
         )
+    if options.best and options.checkpoint:
+        raise UserError("--best and --checkpoint name two generators on the way; leave one of them out")
     if options.checkpoint is not None:
         read_manifest(options.checkpoint)
-
-
-def _policy_config(config: Config, options: Options) -> PolicyConfig:
-    """Return the run's policy configuration with the device, precision and size of `options`."""
-
-    def given(names: Sequence[str]) -> dict[str, Any]:
-        return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-    settings = config.policy.model_dump()
-    try:
-        pipeline = settings["pipeline"] | given(PIPELINE_OPTIONS)
-        return PolicyConfig.model_validate(settings | given(POLICY_OPTIONS) | {"pipeline": pipeline})
-    except ValidationError as error:
-        raise UserError(
-            f"--{format_validation_error(error).replace('pipeline: ', '').replace('pipeline.', '')}"
-        ) from error

@@ -1,7 +1,7 @@
 """Types that policies and rewards share."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -37,6 +37,10 @@ class PromptBatch:
     names: Sequence[Hashable] | None = None
     subjects: Sequence[str | None] | None = None
     pictures: References | None = None
+
+    def without_masks(self) -> "PromptBatch":
+        """Return the batch without masks, for a reward that compares with whole references."""
+        return self if self.masks is None else replace(self, masks=None)
 
     @classmethod
     def of(cls, dataset: SubjectDataset, samples: Sequence[Sample], *, masks: bool) -> "PromptBatch":

@@ -14,6 +14,7 @@ from customized_grpo import __version__
 from customized_grpo.benchmark.config import BenchmarkConfig
 from customized_grpo.cli import commands
 from customized_grpo.cli import main as cli
+from customized_grpo.config.messages import field_names, section_at
 from customized_grpo.config.run import Config
 from customized_grpo.training.run_dir import LOGS
 from customized_grpo.training.trainer import Trainer, TrainingError
@@ -38,8 +39,17 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> list[str]:
         (["train", "--overwrit"], "unknown option or configuration field 'overwrit'. Did you mean 'overwrite'?"),
         (["train", "--over"], "unknown option or configuration field 'over'."),
         (["train", "--data", "here"], "data: a section; give its fields, as --data.path VALUE"),
-        (["train", "--advantages.weights", "constant", "--advantages.constant", "[1,2,3]"], "at most 2 items"),
-        (["train", "--rewards.identity", "dinoo"], "rewards.identity: expected one of toybox, dino, clip_i,"),
+        (["train", "--optimizer.betas", "[1,2,3]"], "at most 2 items"),
+        (
+            ["train", "--rewards.identity", "dino"],
+            "rewards.identity: a section; give its fields, as --rewards.identity.",
+        ),
+        (["train", "--rewards.identity.kind", "dinoo"], "rewards.identity.kind: Input should be 'toybox_prompt', "),
+        (["train", "--rewards.identity.kid", "dino"], "'rewards.identity.kid'. Did you mean 'rewards.identity.kind'?"),
+        (["train", "--rewards.mine.weight", "2"], "rewards.mine.kind: missing; give it, or check the name mine"),
+        (["train", "--rewards.prompt.weight=-1"], "rewards.prompt.weight: Input should be greater than or equal to 0"),
+        (["train", "--evaluation.metrics.a.dino.model"], "expected a value after it"),
+        (["compare", "--train.rewards.prompt.knd", "dino"], "Did you mean 'train.rewards.prompt.kind'?"),
         (["generate", "--reference", "a", "--run", "b"], "missing: --prompt\nSee customized-grpo generate --help"),
         (["generate", "--sed", "1"], "Did you mean 'seed'?"),
         (["generate", "--run", "a", "--seed", "x"], "seed: expected a whole number (found 'x')"),
@@ -105,9 +115,20 @@ def test_help_of_training_tells_units_and_defaults(capsys: pytest.CaptureFixture
         cli.main(["train", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert "FieldInfo" not in text
-    missing = [name for name in leaves(Config().model_dump()) if f"--{name} " not in text]
-    assert missing == []
+    own = [name for name in leaves(Config().model_dump()) if not name.startswith("rewards.")]
+    assert [name for name in own if f"--{name} " not in text] == []
+    assert "--rewards REWARDS" in text and "--evaluation.metrics METRICS" in text
     assert "Images per prompt, G (paper: 12)." in text and "default: 12" in text
+
+
+@pytest.mark.parametrize("place", ["rewards", "evaluation.metrics"])
+def test_help_of_sections_with_names(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["train", f"--{place}.help"])
+    text = " ".join(capsys.readouterr().out.split())
+    fields = [name for name in field_names(Config) if name.startswith(f"{place}.NAME.")]
+    own = [name for name in fields if section_at(Config, name) is None]
+    assert len(own) > 35 and [name for name in own if f"--{name} " not in text] == []
 
 
 def test_help_of_evaluation_tells_the_fields_of_a_benchmark(capsys: pytest.CaptureFixture[str]) -> None:

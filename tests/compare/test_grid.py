@@ -21,9 +21,10 @@ from customized_grpo.config.presets import PRESETS
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.tracking.console import Display
+from customized_grpo.training.advantages import step_weights
 
 Make = Callable[..., CompareConfig]
-TABLE = [[0.6, 0.4]] * 4
+TABLE = {"prompt": [0.6] * 4, "identity": [0.4] * 4}
 PRETENDED = """
 import json, os, shutil, sys, time
 from pathlib import Path
@@ -37,7 +38,8 @@ if command == "diagnose":
         sys.exit(f"customized-grpo: error: --prompts: {options['--prompts']} are more than there are")
     out = Path(options["--out"])
     out.mkdir(parents=True)
-    (out / "weights.yaml").write_text(yaml.safe_dump({"advantages": {"table": [[0.6, 0.4]] * 4}}))
+    table = {"prompt": [0.6] * 4, "identity": [0.4] * 4}
+    (out / "weights.yaml").write_text(yaml.safe_dump({"advantages": {"table": table}}))
     (out / "diagnosis.json").write_text(json.dumps({"settings": {"prompts": int(options["--prompts"])}}))
 else:
     run = Path(settings["output"])
@@ -94,31 +96,70 @@ def advantages(config: CompareConfig, preset: str) -> dict[str, Any]:
     return found
 
 
-def test_every_preset_makes_a_valid_run_that_differs_in_its_advantages_alone(make: Make) -> None:
-    config = make(presets=dict.fromkeys(PRESETS, 2), hinge_thresholds=(None, 0.4))
+def weighed(config: CompareConfig, preset: str) -> dict[str, tuple[str, float]]:
+    rewards = run_settings(config, "", preset, 0, TABLE)["rewards"]
+    return {name: (reward["schedule"], reward["weight"]) for name, reward in rewards.items()}
+
+
+def test_every_preset_makes_a_valid_run_that_differs_in_how_rewards_become_advantages_alone(make: Make) -> None:
+    config = make(presets=dict.fromkeys(PRESETS, 2), hinge_thresholds={"identity": 0.4})
     runs = {name: run_settings(config, "", name, 1, TABLE) for name in PRESETS}
-    rests = [{key: value for key, value in run.items() if key != "advantages"} for run in runs.values()]
+    parts = ("advantages", "rewards")
+    rests = [{key: value for key, value in run.items() if key not in parts} for run in runs.values()]
     assert all(rest == rests[0] for rest in rests) and rests[0]["seed"] == 1
-    assert len({str(run["advantages"]) for run in runs.values()}) == len(PRESETS), "no two presets are the same"
+    made = {str([run[part] for part in parts]) for run in runs.values()}
+    assert len(made) == len(PRESETS), "no two presets are the same"
     for run in runs.values():
         Config.model_validate(run)
+        for reward in run["rewards"].values():
+            for name in ("schedule", "weight", "up_to"):
+                del reward[name]
+    assert all(run["rewards"] == runs["sars"]["rewards"] for run in runs.values())
 
 
 def test_the_presets_are_what_their_names_say(make: Make) -> None:
-    config = make(hinge_thresholds=(None, 0.4))
-    naive = advantages(config, "naive-1:1")
-    assert (naive["shape"], naive["weights"], naive["constant"]) == ("none", "constant", [0.5, 0.5])
-    prompt, identity = advantages(config, "naive-1:1.5")["constant"]
+    config = make(hinge_thresholds={"identity": 0.4})
+    naive, equal = advantages(config, "naive-1:1"), dict.fromkeys(("prompt", "identity"), ("constant", 0.5))
+    assert (naive["shape"], naive["weights"], weighed(config, "naive-1:1")) == ("none", "schedules", equal)
+    (_, prompt), (_, identity) = weighed(config, "naive-1:1.5").values()
     assert prompt / identity == pytest.approx(1.5) and prompt + identity == pytest.approx(1)
-    assert advantages(config, "naive-1.5:1")["constant"] == [identity, prompt]
-    both = advantages(config, "customized")
-    assert (both["shape"], both["weights"], both["lookup"]) == ("sars", "tdw", "step")
+    assert [weight for _, weight in weighed(config, "naive-1.5:1").values()] == [identity, prompt]
+    both, tdw = advantages(config, "customized"), {"prompt": ("early", 1), "identity": ("late", 1)}
+    assert (both["shape"], both["weights"], both["lookup"]) == ("sars", "schedules", "step")
     assert advantages(config, "customized-published") == both | {"lookup": "counter"}
-    assert advantages(config, "sars") == naive | {"shape": "sars"}
+    assert weighed(config, "customized") == weighed(config, "tdw") == weighed(config, "customized-published") == tdw
+    assert advantages(config, "sars") == naive | {"shape": "sars"} and weighed(config, "sars") == equal
     assert advantages(config, "tdw") == both | {"shape": "none"}
-    assert advantages(config, "hinge") == naive | {"thresholds": [None, 0.4]}
+    hinge = run_settings(config, "", "hinge", 0)
+    assert hinge["advantages"] == naive and hinge["rewards"]["identity"]["up_to"] == 0.4
+    assert hinge["rewards"]["prompt"]["up_to"] is None
     assert advantages(config, "gdpo") == naive | {"normalize": "group_then_batch"}
     assert advantages(config, "customized-calibrated")["table"] == TABLE
+
+
+def test_presets_keep_the_shares_of_several_rewards(make_tree: Callable[..., Any]) -> None:
+    tree = make_tree()
+    kind = {"kind": "toybox_prompt"}
+    tree["train"]["rewards"] = {
+        "a": kind | {"schedule": "early"}, "b": kind | {"schedule": "early", "weight": 3},
+        "c": kind | {"schedule": "late"}, "d": kind | {"weight": 0.2}, "watched": kind | {"weight": 0},
+        "rough": {"kind": "texture", "role": "constraint", "at_most": 2.0},
+    }  # fmt: skip
+    config = CompareConfig.model_validate(tree)
+    weights = {name: weight for name, (_, weight) in weighed(config, "naive-1:1.5").items()}
+    expected = {"a": 0.12, "b": 0.36, "c": 0.32, "d": 0.2, "watched": 0, "rough": 1}
+    assert weights == pytest.approx(expected)
+    run = Config.model_validate(run_settings(config, "", "naive-1:1.5", 0))
+    assert step_weights(run)[0].tolist() == pytest.approx([0.12, 0.36, 0.32, 0.2])
+    tdw = Config.model_validate(run_settings(config, "", "tdw", 0))
+    assert step_weights(tdw)[0].tolist() == pytest.approx([0.8 * 0.7 / 4, 0.8 * 0.7 * 3 / 4, 0.8 * 0.3, 0.2])
+
+
+def test_presets_need_an_early_and_a_late_reward(make_tree: Callable[..., Any]) -> None:
+    tree = make_tree()
+    tree["train"]["rewards"] = {"a": {"kind": "toybox_prompt"}}
+    with pytest.raises(UserError, match="preset 'sars'.*presets tell prompt and identity rewards by their schedules"):
+        run_settings(CompareConfig.model_validate(tree), "", "sars", 0)
 
 
 def test_what_all_runs_share_counts_in_those_that_read_it(make_tree: Callable[..., Any]) -> None:
@@ -131,9 +172,10 @@ def test_what_all_runs_share_counts_in_those_that_read_it(make_tree: Callable[..
 
 
 def test_settings_change_the_runs_they_name(make: Make) -> None:
-    config = make(settings={"blind": {"rewards": {"toybox": {"identity_leak": "low"}}}, "leaky": {}})
-    assert run_settings(config, "blind", "sars", 0)["rewards"]["toybox"]["identity_leak"] == "low"
-    assert run_settings(config, "leaky", "sars", 0)["rewards"]["toybox"]["identity_leak"] == "high"
+    blind = {"rewards": {"identity": {"toybox_identity": {"leak": "low"}}}}
+    config = make(settings={"blind": blind, "leaky": {}})
+    assert run_settings(config, "blind", "sars", 0)["rewards"]["identity"]["toybox_identity"]["leak"] == "low"
+    assert run_settings(config, "leaky", "sars", 0)["rewards"]["identity"]["toybox_identity"]["leak"] == "high"
     labels = [(cell.setting, cell.preset, cell.seed) for cell in cells_of(config)]
     assert len(set(labels)) == 8 == len({cell.folder for cell in cells_of(config)})
     assert {seed for _, _, seed in labels[:4]} == {0}, "seed by seed"
@@ -142,7 +184,8 @@ def test_settings_change_the_runs_they_name(make: Make) -> None:
 def test_a_setting_may_change_the_number_of_steps_under_calibrated_weights(make: Make) -> None:
     config = make(presets={"customized-calibrated": 2}, settings={"fine": {"rollout": {"num_steps": 6}}})
     check_grid(config, cells_of(config))
-    assert len(run_settings(config, "fine", "customized-calibrated", 0)["advantages"]["table"]) == 6
+    table = run_settings(config, "fine", "customized-calibrated", 0)["advantages"]["table"]
+    assert {name: len(column) for name, column in table.items()} == {"prompt": 6, "identity": 6}
 
 
 @pytest.mark.parametrize(
@@ -154,6 +197,10 @@ def test_a_setting_may_change_the_number_of_steps_under_calibrated_weights(make:
         ({"presets": {"sars": 0}}, "nothing to train"),
         ({"presets": {"base": 3}}, "nothing to train"),
         ({"presets": {"hinge": 2}}, "hinge_thresholds: preset 'hinge' needs them"),
+        (
+            {"presets": {"hinge": 2}, "hinge_thresholds": {"style": 1}},
+            "hinge_thresholds: no reward 'style' is an objective; choose among prompt, identity",
+        ),
         ({"settings": {}}, "settings: empty"),
         ({"settings": {"odd": {"seed": 3}}}, "settings 'odd': seed would be overwritten"),
         ({"settings": {"odd": {"advantages": {"shape": "min"}}}}, "settings 'odd': advantages.shape would be"),

@@ -1,5 +1,6 @@
 """An old name of a field is an error that says the new one, wherever the old name stands."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from customized_grpo.cli.main import main
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.config.files import check_file
 from customized_grpo.config.messages import field_names, format_validation_error
-from customized_grpo.config.renamed import RENAMED, new_name
+from customized_grpo.config.renamed import REMOVED, RENAMED, new_name
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.training.run_dir import load_run_config
@@ -43,6 +44,29 @@ def test_in_a_file(name: str, tmp_path: Path) -> None:
         check_file(path, Config)
     told = name if "." not in name or not name.startswith("ranks.") else "ranks"
     assert f"{told} is now {RENAMED[told]}; use the new name" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", REMOVED)
+def test_what_is_gone_is_told(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(tree_of(name, "none")))
+    with pytest.raises(UserError, match=rf"{re.escape(name)} is gone: .*; leave it out"):
+        check_file(path, Config)
+    with pytest.raises(SystemExit):
+        main(["train", f"--{name}=none"])
+    assert f"error: {name} is gone: {REMOVED[name]}; leave it out" in capsys.readouterr().err
+
+
+def test_a_reward_that_was_named_by_its_kind_is_told_to_be_a_section(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rewards: {prompt: hpsv3}\n")
+    with pytest.raises(UserError, match=r"rewards\.prompt: expected its fields below it, of kind, hpsv3"):
+        check_file(path, Config)
+    with pytest.raises(SystemExit):
+        main(["train", "--rewards.prompt=hpsv3"])
+    assert "rewards.prompt: a section; give its fields, as --rewards.prompt.kind VALUE" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", OF_TRAIN)
@@ -81,7 +105,7 @@ def test_in_the_file_of_a_comparison(tmp_path: Path) -> None:
         check_file(path, CompareConfig)
     settings = {"blind": {"rewards": {"identity_leak": "low"}}}
     config = CompareConfig.model_validate({"settings": settings, "train": {"data": {"test": "data"}}})
-    with pytest.raises(UserError, match=r"setting.* rewards\.identity_leak is now rewards\.toybox\.identity_leak"):
+    with pytest.raises(UserError, match=r"rewards\.identity_leak is now rewards\.NAME\.toybox_identity\.leak"):
         run_settings(config, "blind", "sars", 0)
 
 

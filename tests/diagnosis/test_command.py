@@ -25,8 +25,8 @@ COUNTS = {"prompts": 2, "group_size": 2, "batches": 2}
 SMALL = {
     "rollout.num_steps": 3,
     "rollout.group_size": 2,
-    "advantages.weights": "constant",
-    "advantages.constant": [0.4, 0.6],
+    "rewards.prompt": {"kind": "toybox_prompt", "weight": 0.4},
+    "rewards.identity": {"kind": "toybox_identity", "weight": 0.6},
 }
 
 
@@ -57,10 +57,13 @@ def test_a_diagnosis_from_end_to_end(small: MakeConfig, tmp_path: Path, display:
         assert variances.shape == (2, 2)
         assert [row["mean"] for row in curves[name]["variance"]] == pytest.approx(variances.mean(0).tolist())
         assert curves[name]["std"] == pytest.approx(np.sqrt(variances.mean(0)).tolist())
-    shares = [[curves[name]["share"][i]["mean"] for name in ("prompt", "identity")] for i in range(2)]
-    assert np.allclose(record["weights"]["calibrated"], calibrated_weights(shares, (0.4, 0.6)))
+    names = ("prompt", "identity")
+    shares = [[curves[name]["share"][i]["mean"] for name in names] for i in range(2)]
+    assert np.allclose(record["weights"]["calibrated"], calibrated_weights(shares, (0.4, 0.6), names))
     table = yaml.safe_load((output / "weights.yaml").read_text())["advantages"]["table"]
-    assert np.allclose(table, record["weights"]["calibrated"], atol=1e-6)
+    columns = np.array([table[name] for name in names])
+    assert np.allclose(columns.T, record["weights"]["calibrated"], atol=1e-6)
+    assert record["weights"]["constant"] == [pytest.approx([0.4, 0.6])] * 3 and "tdw" not in record["weights"]
     assert "sensitivity: step 2/2" in said(display) and "gradients: step 4/4" in said(display)
     assert all(finding in said(display) for finding in record["findings"])
 
@@ -125,36 +128,40 @@ def test_a_folder_of_other_things_is_left_alone(small: MakeConfig, tmp_path: Pat
 # weights.yaml
 
 
+TABLE = {"prompt": [0.7, 0.3, 0.5], "identity": [0.2, 0.8, 0.5]}
+
+
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     path = tmp_path / "weights.yaml"
-    path.write_text(weights_yaml(np.array([[0.7, 0.2], [0.3, 0.8], [0.5, 0.5]]), "two\nlines"))
+    path.write_text(weights_yaml(np.array([[0.7, 0.2], [0.3, 0.8], [0.5, 0.5]]), ("prompt", "identity"), "two\nlines"))
     return path
 
 
 def test_weights_are_a_comment_and_a_table(weights: Path) -> None:
     lines = weights.read_text().splitlines()
     settings = [line for line in lines if not line.startswith("#")]
-    assert settings == ["advantages:", "  weights: table", "  table:", *settings[3:]] and len(settings) == 6
-    assert yaml.safe_load(weights.read_text()) == {
-        "advantages": {"weights": "table", "table": [[0.7, 0.2], [0.3, 0.8], [0.5, 0.5]]}
-    }
+    assert settings == ["advantages:", "  weights: table", "  table:", *settings[3:]] and len(settings) == 5
+    assert yaml.safe_load(weights.read_text()) == {"advantages": {"weights": "table", "table": TABLE}}
 
 
 def test_train_takes_the_weights_on_top_of_a_configuration(
     command: Callable[..., CompletedProcess[str]], tmp_path: Path, weights: Path
 ) -> None:
-    own = {"rollout": {"num_steps": 3}, "advantages": {"sars": {"gamma": 0.3}, "constant": [0.4, 0.6]}}
+    own = {"rollout": {"num_steps": 3}, "advantages": {"sars": {"gamma": 0.3}}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
     merged = command("train", "--config", "own.yaml", "--config", weights, "--print_config")
     assert merged.returncode == 0, merged.stderr
     fields = yaml.safe_load(merged.stdout)
     advantages = Config.model_validate({k: v for k, v in fields.items() if k in Config.model_fields}).advantages
-    assert advantages.weights == "table" and advantages.table == ((0.7, 0.2), (0.3, 0.8), (0.5, 0.5))
-    assert advantages.sars.gamma == 0.3 and advantages.constant == (0.4, 0.6)
+    assert advantages.weights == "table" and advantages.sars.gamma == 0.3
+    assert advantages.table == {name: tuple(column) for name, column in TABLE.items()}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"rollout": {"num_steps": 4}}))
     refused = command("train", "--config", "own.yaml", "--config", weights)
-    assert refused.returncode == 2 and "advantages.table has 3 rows, but rollout.num_steps is 4" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "advantages.table.prompt has 3 weights, but rollout.num_steps is 4" in refused.stderr
+    )
 
 
 # findings and the figure
@@ -225,6 +232,7 @@ def test_three_rewards_are_recorded_and_found_by_their_names() -> None:
 def record_of(steps: int, **gaps: Any) -> dict[str, Any]:
     row = {"mean": 0.2, "low": 0.1, "high": 0.3} | gaps
     return {
+        "rewards": {"prompt": "toybox_prompt", "identity": "toybox_identity"},
         "gradients": {"cosine": [row] * steps, "whole": {"cosine": row}, "advantage_cosine": row},
         "sensitivity": {name: {"share": [row] * steps} for name in ("prompt", "identity")},
         "weights": {name: [[0.5, 0.5]] * (steps + 1) for name in ("calibrated", "tdw", "constant")},

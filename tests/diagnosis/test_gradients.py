@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from customized_grpo.algorithm import group_advantages
+from customized_grpo.config.run import Config
 from customized_grpo.diagnosis import GradientConflict, measure_conflict
 from customized_grpo.diagnosis.gradients import FRESH_NOISE
 from customized_grpo.rewards.reward import Reward
@@ -84,13 +85,17 @@ def test_gradients_are_those_of_the_clipped_objective_of_one_reward(nudged: Make
 
 
 def test_of_three_rewards_the_cosine_is_the_mean_over_pairs(nudged: MakeTrainer, reward_of: RewardOf) -> None:
+    kind = {"kind": "toybox_prompt"}
     trainer = nudged()
+    config = Config.model_validate(
+        trainer.config.model_dump() | {"rewards": dict.fromkeys(("bright", "red", "dark"), kind)}
+    )
     dark = reward_of(lambda images: -brightness(images))
     three = {"bright": reward_of(brightness), "red": reward_of(redness), "dark": dark}
 
     def of(*names: str) -> GradientConflict:
         rewards = {name: three[name] for name in names}
-        return measure_conflict(trainer.config, trainer.policy, rewards, trainer.dataset, batches=1)
+        return measure_conflict(config, trainer.policy, rewards, trainer.dataset, batches=1)
 
     found, pairs = of(*three), [of(*pair) for pair in combinations(three, 2)]
     assert found.norms.shape == (1, 2, 3)

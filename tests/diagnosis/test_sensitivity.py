@@ -18,12 +18,12 @@ from customized_grpo.errors import UserError
 from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.randomness import batched_normal
 from customized_grpo.rewards.reward import Reward
-from customized_grpo.training.advantages import PAIR
 from customized_grpo.training.rollout import encode_samples
 from customized_grpo.training.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer[Any]]
 RewardOf = Callable[[Callable[[Tensor], Tensor]], Reward]
+NAMES = ("prompt", "identity")
 
 
 def brightness(images: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def test_a_reward_of_known_spread_has_it_at_every_step(make_trainer: MakeTrainer
     found = measured(make_trainer(None, [reward_of(lambda images: values), reward_of(lambda images: 10 * values)]))
     assert np.allclose(found.variances, np.array([1.0, 4.0])[:, None, None] * np.array([1.0, 100.0]))
     assert np.allclose(found.shares(), 1 / 3) and np.allclose(found.centres(), 1.0)
-    assert np.allclose(calibrated_weights(found.shares(), (0.4, 0.6)), [[0.4, 0.6]] * 4)
+    assert np.allclose(calibrated_weights(found.shares(), (0.4, 0.6), NAMES), [[0.4, 0.6]] * 4)
 
 
 def test_the_sampler_decides_the_groups_and_the_command_their_size(
@@ -99,7 +99,7 @@ def test_the_sampler_decides_the_groups_and_the_command_their_size(
 def test_failed_rewards_are_left_out(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     values = torch.tensor([[1.0, torch.nan, 3.0], [torch.nan, torch.nan, 4.0]])
     found = measured(
-        make_trainer({"rewards.max_invalid_share": 0.9}, [reward_of(lambda images: values), reward_of(redness)])
+        make_trainer({"rewards.prompt.max_invalid_share": 0.9}, [reward_of(lambda images: values), reward_of(redness)])
     )
     assert np.allclose(found.variances[0, :, 0], 2.0) and np.isnan(found.variances[1, :, 0]).all()
     assert np.allclose(found.means()[:, 0], 2.0) and np.isfinite(found.share_intervals()).all()
@@ -141,7 +141,7 @@ def test_rounding_is_no_variance() -> None:
 
 def made(seed: int = 0, prompts: int = 10, steps: int = 6) -> Sensitivity:
     spread = np.random.default_rng(seed).gamma(2.0, size=(prompts, steps, 2))
-    return Sensitivity(spread * np.linspace([3.0, 1.0], [1.0, 3.0], steps), PAIR)
+    return Sensitivity(spread * np.linspace([3.0, 1.0], [1.0, 3.0], steps), NAMES)
 
 
 def test_means_have_t_intervals_over_prompts() -> None:
@@ -170,14 +170,14 @@ def test_a_bootstrap_interval_is_as_wide_as_the_spread_of_repeated_measurements(
 
 def test_prompts_that_agree_leave_no_doubt() -> None:
     one = made(prompts=1).variances
-    intervals = Sensitivity(np.repeat(one, 5, axis=0), PAIR).share_intervals()
+    intervals = Sensitivity(np.repeat(one, 5, axis=0), NAMES).share_intervals()
     assert np.allclose(intervals, intervals[..., :1])
 
 
 def test_centres_tell_early_from_late() -> None:
     variances = np.zeros((4, 5, 2))
     variances[:, 0, 0], variances[:, 4, 1] = 2.0, 3.0
-    sensitivity = Sensitivity(variances, PAIR)
+    sensitivity = Sensitivity(variances, NAMES)
     assert sensitivity.centres().tolist() == [0.0, 4.0]
     assert sensitivity.centre_difference() == (4.0, 4.0, 4.0)
     gap, low, high = made().centre_difference()
@@ -197,7 +197,7 @@ def test_the_mean_weights_are_the_constant_ones(
     pairs: list[tuple[float, float]], constant: tuple[float, float]
 ) -> None:
     shares = np.array(pairs) / np.sum(pairs, axis=0)
-    weights = calibrated_weights(shares, constant)
+    weights = calibrated_weights(shares, constant, NAMES)
     assert weights.shape == (len(pairs) + 1, 2) and (weights >= 0).all()
     assert weights[:-1].mean(0) == pytest.approx(constant, rel=1e-12)
     assert weights[-1].tolist() == list(constant)
@@ -207,14 +207,14 @@ def test_the_mean_weights_are_the_constant_ones(
 
 
 def test_calibrated_weights_of_an_example() -> None:
-    weights = calibrated_weights([[0.6, 0.2], [0.4, 0.8]], (0.5, 0.5))
+    weights = calibrated_weights([[0.6, 0.2], [0.4, 0.8]], (0.5, 0.5), NAMES)
     prompt, identity = np.array([0.75, 1 / 3]), np.array([0.25, 2 / 3])
     expected = np.stack([prompt * 0.5 / prompt.mean(), identity * 0.5 / identity.mean()], axis=1)
     assert np.allclose(weights, [*expected, [0.5, 0.5]])
 
 
 def test_a_step_that_decides_nothing_keeps_the_constant_weights() -> None:
-    weights = calibrated_weights([[0.5, 0.9], [0.0, 0.0], [0.5, 0.1]], (0.4, 0.6))
+    weights = calibrated_weights([[0.5, 0.9], [0.0, 0.0], [0.5, 0.1]], (0.4, 0.6), NAMES)
     assert weights[1].tolist() == [0.4, 0.6]
     assert np.allclose(weights[:-1].mean(0), [0.4, 0.6])
 
@@ -224,11 +224,11 @@ def test_a_step_that_decides_nothing_keeps_the_constant_weights() -> None:
 )
 def test_a_reward_without_variance_has_no_weights(shares: list[list[float]], name: str) -> None:
     with pytest.raises(UserError, match=f"the {name} reward does not vary"):
-        calibrated_weights(shares, (0.5, 0.5))
+        calibrated_weights(shares, (0.5, 0.5), NAMES)
 
 
 def test_a_constant_reward_is_told(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     flat = reward_of(lambda images: torch.ones(images.shape[:2]))
     shares = measured(make_trainer(None, [reward_of(brightness), flat])).shares()
     with pytest.raises(UserError, match="the identity reward does not vary"):
-        calibrated_weights(shares, (0.5, 0.5))
+        calibrated_weights(shares, (0.5, 0.5), NAMES)

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from customized_grpo.data import SubjectDataset
 from customized_grpo.errors import UserError
-from customized_grpo.evaluation.evaluator import Evaluation, Evaluator, Sampling
-from customized_grpo.evaluation.metrics import Metric, RewardMetric
+from customized_grpo.evaluation.evaluator import Evaluation, Evaluator, Repeats, Sampling
+from customized_grpo.evaluation.metrics import Metric, ScoreMetric
 from customized_grpo.rewards.reward import Reward, Scores
+from customized_grpo.rewards.texture import laplacian
 from customized_grpo.toybox.oracle import Oracle, Verdict
 from customized_grpo.toybox.oracle_metric import CHANCE_FIGURES, FIGURES, OracleMetric
 from customized_grpo.toybox.policy import ToyBoxPolicy
@@ -29,9 +30,12 @@ def make(make_policy: Callable[..., ToyBoxPolicy], toybox_data: Path, tiny_weigh
     policy, dataset = make_policy(), SubjectDataset.open(toybox_data / "test")
     own = {"prompt": PromptReward(tiny_weights), "identity": IdentityReward(weights=tiny_weights)}
 
-    def make(*metrics: Metric, rewards: dict[str, Reward] | None = None, **changes: Any) -> Evaluator:
+    def make(
+        *metrics: Metric, rewards: dict[str, Reward] | None = None, repeats: Repeats | None = None, **changes: Any
+    ) -> Evaluator:
         settings = {"num_steps": 3, "shift": 2.0, "seed": 0, "micro_batch": 36} | changes
-        return Evaluator(policy, dataset, [*metrics, RewardMetric(rewards or own)], Sampling(**settings))
+        measured = [*metrics, ScoreMetric.of_rewards(rewards or own)]
+        return Evaluator(policy, dataset, measured, Sampling(**settings), repeats=repeats)
 
     return make
 
@@ -132,3 +136,21 @@ def test_a_metric_of_ones_own_is_measured_beside_the_others(run: Run) -> None:
 def test_a_metric_that_gives_no_value_for_an_image_is_named(run: Run) -> None:
     with pytest.raises(UserError, match=r"Brightness.measure: found a tensor of shape \[\] for 'brightness'.*\[4\]"):
         run(Brightness(lambda images: images.mean()))
+
+
+def test_diversity_is_of_images_of_the_first_samples_from_other_noise(make: Make) -> None:
+    repeats = Repeats(2, 3, lambda images: images.flatten(1))
+    evaluator = make(repeats=repeats)
+    found = evaluator.evaluate(3).diversity
+    assert found is not None and found.shape == (2,) and bool((found > 0).all())
+    wider = make(repeats=Repeats(9, 3, repeats.features)).evaluate(3).diversity
+    assert wider is not None and len(wider) == 3 and torch.allclose(wider[:2], found, atol=1e-5)
+    summary = evaluator.evaluate(2).summary()
+    assert summary["diversity"]["mean"] == pytest.approx(float(found.mean()), abs=1e-5)
+    assert make().evaluate(2).diversity is None and "diversity" not in make().evaluate(2).means()
+
+
+def test_roughness_is_of_each_image(run: Run) -> None:
+    evaluation = run()
+    assert evaluation.roughness is not None
+    torch.testing.assert_close(evaluation.roughness, laplacian(evaluation.images))

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from named_rewards import load_named
 
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.run import RewardsConfig
 from customized_grpo.errors import UserError
 from customized_grpo.factory.pipelines import load_policy
-from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.policies.conditions import ConditionCache
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.testing.tiny_pipelines import save_tiny
@@ -175,8 +174,8 @@ def test_an_encoder_as_a_reward(name: str, side: str, plant: PickleBomb, tmp_pat
     plant(models[side] / name)
     kinds = {"prompt": "clip_t", "identity": "dino"}
     settings = kinds | {kinds[k]: {"model": str(path)} for k, path in models.items()}
-    with pytest.raises(UserError, match=rf"rewards\.{kinds[side]}\.model: .* could not be loaded"):
-        load_rewards(RewardsConfig.model_validate(settings), CPU)
+    with pytest.raises(UserError, match=rf"rewards\.{side}\.{kinds[side]}\.model: .* could not be loaded"):
+        load_named(settings)
 
 
 @pytest.fixture
@@ -203,8 +202,8 @@ def plant_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_code_beside_a_reward(file: str, loader: str, plant_code: PlantCode, tmp_path: Path) -> None:
     clip = save_tiny_reward("clip", tmp_path / "clip")
     plant_code(clip / file, loader)
-    with pytest.raises(UserError, match=r"rewards\.clip_t\.model: .* could not be loaded"):
-        load_rewards(RewardsConfig.model_validate({"prompt": "clip_t", "clip_t": {"model": str(clip)}}), CPU)
+    with pytest.raises(UserError, match=r"rewards\.prompt\.clip_t\.model: .* could not be loaded"):
+        load_named({"prompt": "clip_t", "clip_t": {"model": str(clip)}})
 
 
 def test_code_beside_the_backbone_of_hpsv3(plant_code: PlantCode, tmp_path: Path) -> None:
@@ -217,8 +216,8 @@ def test_code_beside_the_backbone_of_hpsv3(plant_code: PlantCode, tmp_path: Path
             "model": str(weights), "backbone": str(backbone), "instruction": str(tmp_path / "instruction"),
         },
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"rewards\.hpsv3\.backbone: .* could not be loaded"):
-        load_rewards(RewardsConfig.model_validate(settings), CPU)
+    with pytest.raises(UserError, match=r"rewards\.prompt\.hpsv3\.backbone: .* could not be loaded"):
+        load_named(settings)
 
 
 def test_no_class_that_files_choose_may_run_their_code(repository: Path) -> None:
@@ -253,16 +252,18 @@ def test_an_index_of_a_reward_that_names_something_else(name: str, plant: Pickle
     dino = save_tiny_reward("dino", tmp_path / "dino")
     point_index(dino, name, "model.safetensors")
     plant(dino / name)
-    with pytest.raises(UserError, match=rf"rewards\.dino\.model: .* names '{re.escape(name)}', expected safetensors"):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": str(dino)}}), CPU)
+    with pytest.raises(
+        UserError, match=rf"rewards\.identity\.dino\.model: .* names '{re.escape(name)}', expected safetensors"
+    ):
+        load_named({"identity": "dino", "dino": {"model": str(dino)}})
 
 
 @pytest.mark.parametrize("index", ["[]", "{", '{"weight_map": []}', '{"weight_map": null}'])
 def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
     dino = save_tiny_reward("dino", tmp_path / "dino")
     (dino / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(UserError, match=r"rewards\.dino\.model: .*index\.json is no index of weights"):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": str(dino)}}), CPU)
+    with pytest.raises(UserError, match=r"rewards\.identity\.dino\.model: .*index\.json is no index of weights"):
+        load_named({"identity": "dino", "dino": {"model": str(dino)}})
 
 
 def test_an_index_on_the_hub(plant: PickleBomb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,8 +275,10 @@ def test_an_index_on_the_hub(plant: PickleBomb, tmp_path: Path, monkeypatch: pyt
     point_index(dino, "w.bin", "model.safetensors")
     plant(dino / "w.bin")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    with pytest.raises(UserError, match=r"rewards\.dino\.model: owner/dino could not be loaded \(.*never read"):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": "owner/dino"}}), CPU)
+    with pytest.raises(
+        UserError, match=r"rewards\.identity\.dino\.model: owner/dino could not be loaded \(.*never read"
+    ):
+        load_named({"identity": "dino", "dino": {"model": "owner/dino"}})
 
 
 def test_weights_that_a_configuration_names(plant: PickleBomb, tmp_path: Path) -> None:
@@ -284,8 +287,8 @@ def test_weights_that_a_configuration_names(plant: PickleBomb, tmp_path: Path) -
     about = json.loads((dino / "config.json").read_text())
     (dino / "config.json").write_text(json.dumps(about | {"transformers_weights": "adapter_model.bin"}))
     plant(dino / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"rewards\.dino\.model: .* could not be loaded \(.*never read"):
-        load_rewards(RewardsConfig.model_validate({"identity": "dino", "dino": {"model": str(dino)}}), CPU)
+    with pytest.raises(UserError, match=r"rewards\.identity\.dino\.model: .* could not be loaded \(.*never read"):
+        load_named({"identity": "dino", "dino": {"model": str(dino)}})
 
 
 @pytest.mark.parametrize("name", ["HPSv3.safetensors", "HPSv3.bin"])
@@ -300,5 +303,5 @@ def test_hpsv3(name: str, plant: PickleBomb, tmp_path: Path) -> None:
             "model": str(tmp_path / name), "backbone": str(backbone), "instruction": str(tmp_path / "instruction"),
         },
     }  # fmt: skip
-    with pytest.raises(UserError, match=r"rewards\.hpsv3\.model: .* is damaged, or no safetensors file"):
-        load_rewards(RewardsConfig.model_validate(settings), CPU)
+    with pytest.raises(UserError, match=r"rewards\.prompt\.hpsv3\.model: .* is damaged, or no safetensors file"):
+        load_named(settings)

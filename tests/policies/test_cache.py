@@ -18,6 +18,7 @@ from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError
 from customized_grpo.factory.data import encode_ahead, read_samples
 from customized_grpo.factory.pipelines import PIPELINES
+from customized_grpo.factory.rewards import RewardLoader
 from customized_grpo.io.files import LOCK
 from customized_grpo.policies.cache_folder import Hold, clear, list_files
 from customized_grpo.policies.conditions import check_room
@@ -42,9 +43,10 @@ def data(tmp_path: Path, picture: Picture) -> SubjectDataset:
 
 def config(**sections: dict[str, Any]) -> Config:
     tree: dict[str, Any] = {
-        "iterations": 3, "policy": {"kind": "flux1-kontext"}, "rewards": {"prompt": "clip_t", "identity": "clip_i"},
+        "iterations": 3, "policy": {"kind": "flux1-kontext"},
+        "rewards": {"prompt": {"kind": "clip_t"}, "identity": {"kind": "clip_i"}},
         "rollout": {"prompts_per_iteration": 2},
-        "evaluation": {"judge": "none", "num_samples": 1, "gallery": 2, "num_test_samples": 3},
+        "evaluation": {"num_samples": 1, "gallery": 2, "num_test_samples": 3},
     }  # fmt: skip
     return Config.model_validate({name: tree.get(name, {}) | value for name, value in sections.items()} | {
         name: value for name, value in tree.items() if name not in sections
@@ -273,8 +275,8 @@ def test_a_run_and_a_diagnosis_read_what_they_encoded(
         "prompt": reward_of(lambda images: images.mean((-3, -2, -1))),
         "identity": reward_of(lambda images: images.std((-3, -2, -1))),
     }
-    monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config: rewards)
-    monkeypatch.setattr("customized_grpo.diagnosis.command.build_rewards", lambda config: rewards)
+    monkeypatch.setattr("customized_grpo.training.run.build_rewards", lambda config, loader: rewards)
+    monkeypatch.setattr(RewardLoader, "load", lambda self, field, config: rewards[field.removeprefix("rewards.")])
     monkeypatch.setattr("customized_grpo.training.resume.fingerprints", lambda config: {})
     policy = {
         "kind": "flux1-kontext", "lora_rank": 2, "lora_alpha": 2, "device": "cpu", "precision": "fp32",

@@ -63,8 +63,9 @@ def dataset(tmp_path: Path, picture: Picture) -> SubjectDataset:
 def config(**changes: Any) -> Config:
     tree: dict[str, Any] = {
         "policy": {"kind": "flux1-kontext"},
-        "rewards": {"prompt": "clip_t", "identity": "clip_i"},
-        "evaluation": {"judge": "none"},
+        "rewards": {
+            "prompt": {"kind": "clip_t", "schedule": "early"}, "identity": {"kind": "clip_i", "schedule": "late"},
+        },
         "rollout": {
             "prompts_per_iteration": 2, "group_size": 4, "num_steps": 4, "shift": 3.0, "sde": "dance", "eta": 0.4,
             "subset": {"timestep_fraction": 1.0}, "micro_batch": 4,

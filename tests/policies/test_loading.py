@@ -363,16 +363,19 @@ def test_settings_of_another_kind(settings: dict[str, Any], said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rewards", "said"),
+    ("changes", "said"),
     [
+        ({}, "rewards.prompt.kind=toybox_prompt, rewards.identity.kind=toybox_identity: toybox does not read"),
         (
-            {},
-            "rewards.prompt, rewards.identity, evaluation.judge: toybox does not read the pictures of policy.kind=uno",
+            {"rewards": {"one": {"kind": "clip_t"}, "two": {"kind": "toybox_prompt"}}},
+            "rewards.two.kind=toybox_prompt",
         ),
-        ({"prompt": "clip_t"}, "rewards.identity, evaluation.judge: toybox does not read"),
-        ({"prompt": "clip_t", "identity": "dino"}, "evaluation.judge: toybox does not read the pictures"),
+        (
+            {"rewards": {"a": {"kind": "dino"}}, "evaluation": {"metrics": {"b": {"kind": "toybox_prompt"}}}},
+            "evaluation.metrics.b.kind=toybox_prompt: toybox does not read the pictures of policy.kind=uno",
+        ),
     ],
 )
-def test_parts_of_two_worlds(rewards: dict[str, str], said: str) -> None:
+def test_parts_of_two_worlds(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        Config.model_validate({"policy": {"kind": "uno"}, "rewards": rewards})
+        Config.model_validate({"policy": {"kind": "uno"}} | changes)

@@ -64,18 +64,21 @@ def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, outp
         "policy.pipeline.model": model, "policy.lora_rank": 4, "policy.lora_alpha": 4,
         "policy.pipeline.height": 32, "policy.pipeline.width": 48,
         "policy.pipeline.reference_side": 32, "policy.precision": "fp32", "policy.device": "cpu",
-        "policy.pipeline.cache": output.parent / "conditions", "rewards.dino.model": rewards["dino"],
+        "policy.pipeline.cache": output.parent / "conditions",
+        "rewards.identity.dino.model": rewards["dino"],
+        "evaluation.metrics.clip_i.clip_i.model": rewards["clip"],
+        "evaluation.metrics.clip_t.clip_t.model": rewards["clip"],
         "data.path": data, "data.test": data, "output": output,
         "data.validation": data, "iterations": 2, "threads": 1, "rollout.num_steps": 3, "rollout.group_size": 3,
         "rollout.prompts_per_iteration": 2, "evaluation.num_samples": 2, "evaluation.num_test_samples": 3,
         "evaluation.every": 1,
     }  # fmt: skip
     if recipe not in ("flux1-kontext", "uno"):
-        changes["rewards.pickscore.model"] = rewards["clip"]
+        changes["rewards.prompt.pickscore.model"] = rewards["clip"]
     else:
         changes |= {
-            "rewards.hpsv3.model": rewards["hpsv3"], "rewards.hpsv3.backbone": rewards["backbone"],
-            "rewards.hpsv3.instruction": rewards["instruction"],
+            "rewards.prompt.hpsv3.model": rewards["hpsv3"], "rewards.prompt.hpsv3.backbone": rewards["backbone"],
+            "rewards.prompt.hpsv3.instruction": rewards["instruction"],
         }  # fmt: skip
     options = [f"--{name}={value}" for name, value in changes.items()]
     if recipe == "uno":
@@ -163,15 +166,18 @@ def test_a_dry_run_says_what_it_takes(
         ("--policy.pipeline.height=500", "height=500 is not a multiple of 16"),
         ("--policy.pipeline.model=nobody/nothing", "policy.pipeline.model: nobody/nothing is no folder here"),
         (
-            "--evaluation.judge=toybox",
-            "evaluation.judge: toybox does not read the pictures of policy.kind=flux1-kontext",
+            "--evaluation.metrics.a.kind=toybox_prompt",
+            "evaluation.metrics.a.kind=toybox_prompt: toybox does not read the pictures of policy.kind=flux1-kontext",
         ),
         (
             "--policy.pipeline.attention_backend=flash",
             "policy.pipeline.attention_backend: 'flash' runs on CUDA, and the device is cpu",
         ),
         ("--policy.device=cuda:9", "policy.device: there is no 'cuda:9' here"),
-        ("--rewards.dino.model=nobody/nothing", "rewards.dino.model: nobody/nothing could not be loaded"),
+        (
+            "--rewards.identity.dino.model=nobody/nothing",
+            "rewards.identity.dino.model: nobody/nothing could not be loaded",
+        ),
     ],
 )
 def test_bad_settings_end_in_one_line(
@@ -200,8 +206,7 @@ def test_a_distilled_model_is_counted_with_one_pass(tmp_path: Path) -> None:
             "kind": "flux2-klein",
             "pipeline": {"model": str(folder), "height": 32, "width": 32, "reference_side": 32},
         }
-        rewards = {"prompt": "clip_t", "identity": "dino"}
-        tree = {"policy": policy, "rewards": rewards, "evaluation": {"judge": "none"}}
+        tree = {"policy": policy, "rewards": {"prompt": {"kind": "clip_t"}, "identity": {"kind": "dino"}}}
         operations.append(dry_run(Config.model_validate(tree)).flops["rollout"])
     assert operations[0] == pytest.approx(2 * operations[1], rel=0.01)
 
@@ -212,7 +217,7 @@ def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) ->
     def policy(*, fsdp: bool) -> dict[str, object]:
         return {"policy": {"kind": "flux1-kontext", "pipeline": pipeline | {"fsdp": fsdp}}}
 
-    tree = {"rewards": {"prompt": "clip_t", "identity": "dino"}, "evaluation": {"judge": "none"}}
+    tree = {"rewards": {"prompt": {"kind": "clip_t"}, "identity": {"kind": "dino"}}}
     whole, shard = (
         dry_run(Config.model_validate(tree | policy(fsdp=sharded)), processes=2).memory for sharded in (False, True)
     )

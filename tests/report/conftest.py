@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw
 
 from customized_grpo.config.run import Config
 from customized_grpo.report import mean_interval
-from customized_grpo.report.charts import QUADRANTS
 
+QUADRANTS = ("both_good", "only_prompt", "only_identity", "both_bad")
 SCENES = ("on the beach", "in the snow", "in a forest", "under a night sky")
 COLOURS = {
     "on the beach": (238, 214, 160),

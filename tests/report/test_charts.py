@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from customized_grpo.report.charts import Rule, Series, line_chart, plane, quadrant_chart, smooth, weight_chart
 from customized_grpo.report.frame import lone_points, nice_ticks, tick_text
+from customized_grpo.tracking.metric_info import metric_info
 
 
 def parse(svg: str) -> ElementTree.Element:
@@ -117,19 +118,30 @@ def test_plane_puts_better_up_and_right() -> None:
     assert plane(nothing, {}, ("a", "b"), percent=True) is None
 
 
+PROMPT, IDENTITY = metric_info("reward/prompt"), metric_info("reward/identity")
+
+
 def test_quadrants_fill_the_whole_height() -> None:
-    shares = {"both_good": 0.1, "only_prompt": 0.2, "only_identity": 0.3, "both_bad": 0.4}
     x = np.arange(1.0, 21.0)
-    chart = quadrant_chart(x, {k: np.full(20, v) for k, v in shares.items()}, np.full(20, 0.5))
+    shares = [np.full(20, share) for share in (0.1, 0.2, 0.3, 0.4)]
+    chart = quadrant_chart(x, shares, (PROMPT, IDENTITY), np.full(20, 0.5))
     assert chart is not None
     filled = [color for color in colors(chart.svg, "fill") if color not in ("var(--paper)", "var(--axis)")]
     assert filled == ["var(--ink)", "var(--prompt)", "var(--identity)", "var(--bad)"]
     assert (parse(chart.svg).get("aria-label") or "").endswith("both bad 40% to 40%")
+    assert [key.label for key in chart.keys] == [
+        "both good",
+        "only prompt",
+        "only identity",
+        "both bad",
+        "conflict rate",
+    ]
+    assert quadrant_chart(x, [*shares[:3], np.full(20, np.nan)], (PROMPT, IDENTITY)) is None
 
 
 def test_untrained_steps_are_hollow() -> None:
     weights = np.array([[0.7, 0.3], [0.6, 0.4], [0.5, 0.5]])
-    chart = weight_chart(np.linspace(1, 0, 4), weights, [0, 1])
+    chart = weight_chart(np.linspace(1, 0, 4), weights, [0, 1], (PROMPT, IDENTITY))
     dots = re.findall(r"<title>step (\d).*?: (\w+) .*?</title>.*?fill: (var\(--\w+\))", chart.svg, re.DOTALL)
     assert dots == [
         ("0", "prompt", "var(--prompt)"), ("1", "prompt", "var(--prompt)"), ("2", "prompt", "var(--paper)"),

@@ -7,12 +7,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 from PIL import Image
 
 from customized_grpo.errors import UserError
 from customized_grpo.report import paired_difference, write_report
-from customized_grpo.report.page import FACTS
-from customized_grpo.report.records import data_uri
+from customized_grpo.report.page import FACTS, remarks
+from customized_grpo.report.records import data_uri, read_run
 from customized_grpo.tracking.metric_info import METRIC_INFOS, MetricInfo
 
 
@@ -259,7 +260,7 @@ def test_broken_files_are_user_errors(run: Path, tmp_path: Path) -> None:
         write_report(run)
     path.write_text(text)
     (run / "weights.json").write_text('{"sigmas": [1, 0], "weights": [[0.5, 0.5], [0.5, 0.5]]}')
-    with pytest.raises(UserError, match=r"expected weights \[T, 2\]"):
+    with pytest.raises(UserError, match=r"expected weights \[T, R\]"):
         write_report(run)
 
 
@@ -311,3 +312,97 @@ def test_rewards_without_a_row_keep_the_order_of_the_log(run: Path) -> None:
     rewrite(run / "metrics.jsonl", lambda row: row.update(more))
     text = report(run).text
     assert text.index("Zeal reward") < text.index("Art reward") < text.index("Mood reward")
+
+
+def page_of(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+FOUR = {
+    "prompt": {"kind": "hpsv3", "schedule": "early", "weight": 1.0},
+    "identity": {"kind": "dino", "schedule": "late", "weight": 1.0},
+    "mine": {"kind": "python", "schedule": "constant", "weight": 0.2},
+    "quality": {"kind": "pickscore", "role": "constraint", "at_least": 0.21, "schedule": "constant", "weight": 1.0},
+}
+PAIRS = (("prompt", "identity"), ("prompt", "mine"), ("identity", "mine"))
+
+
+@pytest.fixture
+def guarded(run: Path) -> Path:
+    """A run of four rewards, of which one is a constraint, that was best half-way and over-optimized after it."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {f"reward/{name}/{what}": 0.5 for name in FOUR for what in ("mean", "std")}
+        row |= {"violated/quality": 0.1, "clip_fraction": 1.0}
+        for pair in PAIRS:
+            names = ("both_good", *(f"only_{name}" for name in pair), "both_bad")
+            row |= {f"quadrant/{'-'.join(pair)}/{name}": 0.25 for name in names}
+    write_lines(run / "metrics.jsonl", rows)
+    checks = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    gains = [0.0, 0.1, 0.2, 0.3, 0.2, 0.1, 0.0, -0.1, -0.2]
+    for number, row in enumerate(checks):
+        gain = gains[number]
+        row |= {
+            "held_out_gain": gain, "reward_gain": 0.1 * number, "texture": 1 + 0.05 * number,
+            "diversity": 0.4 - 0.03 * number,
+            "intervals": {"held_out_gain": [gain - 0.1, gain + 0.1], "texture": [1.0, 1.1]}, "gains": [gain] * 4,
+            "over_optimized": number > 5, "copied": 0.01 * number,
+        }  # fmt: skip
+    write_lines(run / "evaluations.jsonl", checks)
+    weights = json.loads((run / "weights.json").read_text())
+    table = [[0.8 * prompt, 0.8 * identity, 0.2] for prompt, identity in weights["weights"]]
+    (run / "weights.json").write_text(json.dumps(weights | {"names": ["prompt", "identity", "mine"], "weights": table}))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"rewards": FOUR}, sort_keys=False))
+    tuned = json.loads((run / "evaluation" / "tuned.json").read_text()) | {"iteration": 24}
+    (run / "evaluation" / "tuned.json").write_text(json.dumps(tuned))
+    best = tuned | {"iteration": 9, "records": tuned["records"]}
+    best["summary"] = tuned["summary"] | {"held_out_gain": {"mean": 0.4, "low": 0.3, "high": 0.5}}
+    (run / "evaluation" / "best.json").write_text(json.dumps(best))
+    return run
+
+
+def test_the_page_leads_with_the_best_validation(guarded: Path) -> None:
+    page = page_of(guarded)
+    assert "Best at iteration 9: held-out gain +0.30 (0.20 to 0.40); training rewards went on rising after it." in page
+    assert "Over-optimized from iteration 15 to 24: training rewards rose, and the held-out gain was" in page
+    assert page.index("Best at iteration 9") < page.index("Joint success on the test split")
+    assert "Gain over the base" in page and "over-optimized</span>" in page
+
+
+def test_base_best_and_last_stand_side_by_side(guarded: Path) -> None:
+    page = page_of(guarded)
+    headings = re.findall(r'<th scope="col" class="number">([^<]*)</th>', page)
+    assert headings[:3] == ["Base", "Best, iteration 9", "Last, iteration 24"]
+    assert "Held-out gain" in page and "0.40" in page
+    (guarded / "evaluation" / "best.json").write_text((guarded / "evaluation" / "tuned.json").read_text())
+    assert re.findall(r'<th scope="col" class="number">([^<]*)</th>', page_of(guarded))[:2] == ["Base", "Best"]
+
+
+def test_any_number_of_rewards_has_charts_and_colors_of_their_own(guarded: Path) -> None:
+    page = page_of(guarded)
+    for heading in ("Prompt reward", "Identity reward", "Mine reward", "Quality reward", "Constraints broken"):
+        assert f"<h3>{heading}</h3>" in page
+    assert page.count("<h3>Quadrants of the rollouts</h3>") == 3
+    assert "prompt: hpsv3, early; identity: dino, late; mine: python, constant; quality: pickscore, constraint" in page
+    run = read_run(guarded)
+    hues = {name: run.info(f"reward/{name}").hue for name in FOUR}
+    assert hues == {"prompt": "prompt", "identity": "identity", "mine": "other1", "quality": "other2"}
+    assert run.objectives == ["prompt", "identity", "mine"]
+
+
+def test_what_validations_show_is_remarked(guarded: Path) -> None:
+    texts = " ".join(text for _, text in remarks(read_run(guarded)))
+    assert "The last validation's images had 1.40 times the base's texture: dots, noise or ringing." in texts
+    assert "Images of one prompt differ less than half as much as the base's: 0.160, and 0.400." in texts
+    assert "The copy-paste rate of the last validation, 8.0" in texts
+    assert "In 24 of 24 iterations every ratio was clipped" in texts
+
+
+def test_a_run_that_holds_nothing_out_leads_with_nothing(run: Path) -> None:
+    page = page_of(run)
+    assert 'class="lead"' not in page and "Gain over the base" not in page

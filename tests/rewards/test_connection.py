@@ -195,9 +195,9 @@ def test_the_command_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, toybox_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ALL_PROXY", "socks4://proxy:1")
-    options = [f"--data.path={toybox_data / 'train'}", f"--output={tmp_path / 'run'}", "--rewards.prompt=remote"]
+    options = [f"--data.path={toybox_data / 'train'}", f"--output={tmp_path / 'run'}", "--rewards.prompt.kind=remote"]
     with pytest.raises(SystemExit) as ended:
-        main(["train", *options, f"--rewards.remote.prompt_url={AWAY}"])
+        main(["train", *options, f"--rewards.prompt.remote.url={AWAY}"])
     assert ended.value.code == 2 and "error: ALL_PROXY: " in capsys.readouterr().err
 
 
@@ -219,12 +219,12 @@ def test_what_is_no_address_of_a_server(url: str) -> None:
         [
             "--policy.kind=flux1-kontext",
             "--policy.pipeline.model=nobody/x",
-            "--rewards.prompt=clip_t",
-            "--rewards.identity=dino",
+            "--rewards.prompt.kind=clip_t",
+            "--rewards.identity.kind=dino",
         ],
-        ["--rewards.identity=dino", "--rewards.dino.model=nobody/x"],
-        ["--rewards.prompt=hpsv2", "--rewards.hpsv2.model=nobody/x"],
-        ["--rewards.prompt=hpsv3"],
+        ["--rewards.identity.kind=dino", "--rewards.identity.dino.model=nobody/x"],
+        ["--rewards.prompt.kind=hpsv2", "--rewards.prompt.hpsv2.model=nobody/x"],
+        ["--rewards.prompt.kind=hpsv3"],
     ],
     ids=["policy", "encoder", "hpsv2", "hpsv3"],
 )
@@ -234,9 +234,9 @@ def test_the_hub_is_not_asked_over_a_bad_way(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(connection, "find_spec", lambda name: None)
-    monkeypatch.setattr("customized_grpo.rewards.hpsv3.read_instruction", lambda path: "")
+    monkeypatch.setattr("customized_grpo.rewards.hpsv3.read_instruction", lambda path, field: "")
     monkeypatch.setenv(variable, value)
-    folders = [f"--data.path={toybox_data / 'train'}", f"--output={tmp_path / 'run'}", "--evaluation.judge=none"]
+    folders = [f"--data.path={toybox_data / 'train'}", f"--output={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as ended:
         main(["train", *folders, *options])
     assert ended.value.code == 2 and f"error: {variable}: " in capsys.readouterr().err

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from named_rewards import load_named
 from pydantic import ValidationError
+from torch import Tensor
 
-from customized_grpo.config.run import RewardsConfig
+from customized_grpo.config.rewards import RewardConfig
 from customized_grpo.errors import UserError
-from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.custom import CustomReward
 from customized_grpo.rewards.reward import Scores
 from customized_grpo.types import PromptBatch
@@ -58,32 +59,32 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_values_are_the_functions() -> None:
-    config = RewardsConfig(prompt="python:rewards_of_mine.redness", identity="python:rewards_of_mine.some")
-    prompt, identity = load_rewards(config, CPU).values()
+    settings = {"prompt": "python:rewards_of_mine.redness", "identity": "python:rewards_of_mine.some"}
+    prompt, identity = load_named(settings).values()
     assert torch.allclose(prompt.score(IMAGES, TASK).values, IMAGES[:, :, 0].mean((-2, -1)))
     scores = identity.score(IMAGES, TASK)
     assert isinstance(scores, Scores) and scores.valid.sum() == 5 and scores.values[0, 1] == 0
 
 
 def test_what_is_not_finite_is_invalid() -> None:
-    scores = CustomReward.load("rewards.prompt", "python:rewards_of_mine.broken").score(IMAGES, TASK)
+    scores = CustomReward.load("rewards.prompt", "rewards_of_mine.broken").score(IMAGES, TASK)
     assert scores.valid.tolist() == [[True, False, True], [False, True, True]] and scores.values.isfinite().all()
 
 
 def test_the_reason_of_an_invalid_score_is_passed_on() -> None:
-    scores = CustomReward.load("rewards.prompt", "python:rewards_of_mine.explained").score(IMAGES, TASK)
+    scores = CustomReward.load("rewards.prompt", "rewards_of_mine.explained").score(IMAGES, TASK)
     assert scores.valid.sum() == 5 and scores.reason == "no face found"
     with pytest.raises(UserError, match=r"explained_by_a_number answered a reason of int, expected a str or None"):
-        CustomReward.load("rewards.prompt", "python:rewards_of_mine.explained_by_a_number").score(IMAGES, TASK)
+        CustomReward.load("rewards.prompt", "rewards_of_mine.explained_by_a_number").score(IMAGES, TASK)
 
 
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("python:nowhere.f", r"rewards\.prompt: module 'nowhere' could not be imported"),
-        ("python:rewards_of_mine.g", r"rewards_of_mine\.py\) has no function 'g'"),
-        ("python:rewards_of_mine.number", "has no function 'number'"),
-        ("python:f", "names no function; write python:module.function"),
+        ("nowhere.f", r"rewards\.prompt: module 'nowhere' could not be imported"),
+        ("rewards_of_mine.g", r"rewards_of_mine\.py\) has no function 'g'"),
+        ("rewards_of_mine.number", "has no function 'number'"),
+        ("f", "names no function; write module.function"),
     ],
 )
 def test_no_such_function(name: str, said: str) -> None:
@@ -93,49 +94,58 @@ def test_no_such_function(name: str, said: str) -> None:
 
 def test_a_wrong_shape_is_told() -> None:
     with pytest.raises(UserError, match=r"flat answered \[6\], expected a tensor of \[2, 3\]"):
-        CustomReward.load("rewards.prompt", "python:rewards_of_mine.flat").score(IMAGES, TASK)
+        CustomReward.load("rewards.prompt", "rewards_of_mine.flat").score(IMAGES, TASK)
 
 
 @pytest.mark.parametrize(
     ("name", "said"), [("fails", "ConnectionError: no such host;"), ("fails_oddly", "KeyError: KeyError;")]
 )
 def test_what_it_raises_is_told_by_its_name(name: str, said: str) -> None:
-    with pytest.raises(UserError, match=rf"^python:rewards_of_mine\.{name} raised {said} mend the function") as told:
-        CustomReward.load("rewards.prompt", f"python:rewards_of_mine.{name}").score(IMAGES, TASK)
+    with pytest.raises(UserError, match=rf"^rewards_of_mine\.{name} raised {said} mend the function") as told:
+        CustomReward.load("rewards.prompt", f"rewards_of_mine.{name}").score(IMAGES, TASK)
     assert isinstance(told.value.__cause__, ConnectionError | KeyError)
 
 
 def test_a_module_that_raises(tmp_path: Path) -> None:
     (tmp_path / "broken_of_mine.py").write_text("raise ValueError('no weights')\n")
     with pytest.raises(UserError, match=r"module 'broken_of_mine' could not be imported \(ValueError: no weights\)"):
-        CustomReward.load("rewards.prompt", "python:broken_of_mine.f")
+        CustomReward.load("rewards.prompt", "broken_of_mine.f")
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"prompt": "python:no-module"}, "prompt"),
-        ({"prompt": "remote"}, "remote.prompt_url: a remote reward needs its URL"),
+        ({"kind": "python", "python": {"function": "no-module"}}, "(?s)python.function.*expected module.function"),
+        ({"kind": "python"}, "python.function: name the function, as module.function"),
+        ({"kind": "remote"}, "remote.url: a remote reward needs its URL"),
+        ({"kind": "remote", "remote": {"url": "host:80"}}, "remote.url: a remote reward needs its URL"),
         (
-            {"identity": "remote", "remote": {"identity_url": "host:80"}},
-            "remote.identity_url: a remote reward needs its URL",
+            {"kind": "toybox_prompt", "clip_t": {"model": "folder"}},
+            "clip_t.model: only for kind=clip_t .found kind=toybox_prompt.; leave it out, or set kind=clip_t",
         ),
-        ({"clip_t": {"model": "folder"}}, "clip_t.model: only for prompt=clip_t .found prompt=toybox.; leave it out"),
-        ({"prompt": "python:a.b", "clip_t": {"model": "folder"}}, "clip_t.model: only for .*found prompt=python:a.b"),
-        (
-            {"identity": "remote", "remote": {"identity_url": "http://a:1", "prompt_url": "http://a:1"}},
-            "remote.prompt_url: only for prompt=remote .found prompt=toybox",
-        ),
-        ({"prompt": "vlm_judge", "vlm_judge": {"url": "http://x/v1"}}, "vlm_judge.url, vlm_judge.model: name"),
-        ({"vlm_judge": {"model": "m"}}, "vlm_judge.model: only for prompt or identity=vlm_judge"),
-        (
-            {"prompt": "clip_t", "identity": "dino", "toybox": {"identity_leak": "low"}},
-            "toybox.identity_leak: only for ",
-        ),
-        ({"dino": {"several_references": "max"}}, "dino.several_references: only for identity=dino"),
-        ({"identity": "dino", "dino": {"background": 0.5}}, "dino.background: only behind segmented references"),
+        ({"kind": "python", "python": {"function": "a.b"}, "clip_t": {"model": "f"}}, "clip_t.model: only for kind="),
+        ({"kind": "clip_t", "remote": {"url": "http://a:1"}}, "remote.url: only for kind=remote .found kind=clip_t"),
+        ({"kind": "vlm_prompt", "vlm_judge": {"url": "http://x/v1"}}, "vlm_judge.url, vlm_judge.model: name"),
+        ({"kind": "dino", "vlm_judge": {"model": "m"}}, "vlm_judge.model: only for kind=vlm_prompt or vlm_identity"),
+        ({"kind": "dino", "toybox_identity": {"leak": "low"}}, "toybox_identity.leak: only for "),
+        ({"kind": "clip_i", "dino": {"several_references": "max"}}, "dino.several_references: only for kind=dino"),
+        ({"kind": "dino", "dino": {"background": 0.5}}, "dino.background: only behind segmented references"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
-        RewardsConfig.model_validate(settings)
+        RewardConfig.model_validate(settings)
+
+
+def test_masks_are_handed_on_where_they_are_asked_for() -> None:
+    seen: list[Any] = []
+
+    def spied(images: Tensor, batch: PromptBatch) -> Tensor:
+        seen.append(batch.masks)
+        return images.mean((2, 3, 4))
+
+    masks = [[torch.ones(1, 4, 4)]] * len(IMAGES)
+    batch = PromptBatch(TASK.prompts, TASK.references, masks)
+    for wanted in (False, True):
+        CustomReward("spied", spied, masks=wanted).score(IMAGES, batch)
+    assert seen == [None, masks]

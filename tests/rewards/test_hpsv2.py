@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from named_rewards import load_named
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from customized_grpo.config.run import RewardsConfig
+from customized_grpo.config.rewards import RewardConfig
 from customized_grpo.errors import UserError
-from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.open_clip import converted
 from customized_grpo.rewards.preprocessing import Letterbox
 from customized_grpo.testing.tiny_rewards import save_tiny_reward
@@ -75,7 +75,7 @@ def load(tiny: dict[str, Path], model: Path | str, **more: Any) -> Any:
         "prompt": "hpsv2", "hpsv2": {"model": str(model), "backbone": str(tiny["clip"])}, "identity": "dino",
         "dino": {"model": str(tiny["dino"])}, **more,
     }  # fmt: skip
-    return load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
+    return load_named(settings)["prompt"]
 
 
 def make_batch(height: int = 48, width: int = 48) -> tuple[Tensor, PromptBatch]:
@@ -206,7 +206,9 @@ def test_other_tensors_are_refused(
 ) -> None:
     state = {name: tensor for name, tensor in (load_file(tiny["file"]) | change).items() if tensor is not None}
     save_file(state, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"rewards\.hpsv2\.model: .*other\.safetensors does not hold a CLIP.*" + said):
+    with pytest.raises(
+        UserError, match=r"rewards\.prompt\.hpsv2\.model: .*other\.safetensors does not hold a CLIP.*" + said
+    ):
         load(tiny, tmp_path / "other.safetensors")
 
 
@@ -222,15 +224,15 @@ def test_other_tensors_are_refused(
 def test_a_model_that_cannot_be_had(model: str, said: str, tiny: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "damaged.safetensors").write_bytes(b"\x00" * 64)
     path = tmp_path / model
-    with pytest.raises(UserError, match=rf"rewards\.hpsv2\.model: .*{said}"):
+    with pytest.raises(UserError, match=rf"rewards\.prompt\.hpsv2\.model: .*{said}"):
         load(tiny, path if path.exists() else Path(model))
 
 
 def test_a_model_has_to_be_named() -> None:
     with pytest.raises(ValidationError, match="hpsv2.model: HPSv2 has no usual model, since its published weights are"):
-        RewardsConfig.model_validate({"prompt": "hpsv2"})
+        RewardConfig.model_validate({"kind": "hpsv2"})
 
 
 def test_settings_of_hpsv2_are_for_it_alone() -> None:
-    with pytest.raises(ValidationError, match="hpsv2.backbone: only for prompt=hpsv2"):
-        RewardsConfig.model_validate({"prompt": "clip_t", "hpsv2": {"backbone": "somewhere"}})
+    with pytest.raises(ValidationError, match="hpsv2.backbone: only for kind=hpsv2"):
+        RewardConfig.model_validate({"kind": "clip_t", "hpsv2": {"backbone": "somewhere"}})

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from named_rewards import load_named
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
-from customized_grpo.config.run import RewardsConfig
+from customized_grpo.config.rewards import RewardConfig
 from customized_grpo.errors import UserError
-from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards import hpsv3 as module
 from customized_grpo.rewards.hpsv3 import PLACE, REWARD_TOKEN, HPSv3Reward, read_instruction
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
@@ -45,7 +45,7 @@ def load(tiny: dict[str, Path], **more: Any) -> HPSv3Reward:
             **more,
         },
     }  # fmt: skip
-    reward = load_rewards(RewardsConfig.model_validate(settings), CPU)["prompt"]
+    reward = load_named(settings)["prompt"]
     assert isinstance(reward, HPSv3Reward)
     return reward
 
@@ -139,9 +139,9 @@ def test_other_tensors_are_refused(
 @pytest.mark.parametrize(
     ("part", "said"),
     [
-        ("weights", r"rewards\.hpsv3\.model: .* is neither a file nor owner/name/file\.safetensors"),
-        ("backbone", r"rewards\.hpsv3\.backbone: .* could not be loaded"),
-        ("instruction", r"rewards\.hpsv3\.instruction: .* is no file"),
+        ("weights", r"rewards\.prompt\.hpsv3\.model: .* is neither a file nor owner/name/file\.safetensors"),
+        ("backbone", r"rewards\.prompt\.hpsv3\.backbone: .* could not be loaded"),
+        ("instruction", r"rewards\.prompt\.hpsv3\.instruction: .* is no file"),
     ],
 )
 def test_parts_that_cannot_be_had(part: str, said: str, tiny: dict[str, Path], tmp_path: Path) -> None:
@@ -152,12 +152,12 @@ def test_parts_that_cannot_be_had(part: str, said: str, tiny: dict[str, Path], t
 def test_an_instruction_without_its_places(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(f"no place for a prompt {REWARD_TOKEN}")
     with pytest.raises(UserError, match=r"has \{text_prompt\} 0 times, expected once"):
-        read_instruction(tmp_path / "text")
+        read_instruction(tmp_path / "text", "rewards.prompt.hpsv3.instruction")
 
 
 def test_a_byte_order_mark_is_no_part_of_the_instruction(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(f"\ufeffJudge. {PLACE}\r\n{REWARD_TOKEN}".encode())
-    assert read_instruction(tmp_path / "text") == f"Judge. {PLACE}\n{REWARD_TOKEN}"
+    assert read_instruction(tmp_path / "text", "rewards.prompt.hpsv3.instruction") == f"Judge. {PLACE}\n{REWARD_TOKEN}"
 
 
 def test_the_published_instruction_is_read_without_being_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,14 +172,14 @@ def test_the_published_instruction_is_read_without_being_run(tmp_path: Path, mon
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: hpsv3\nVersion: 1.0\n")
     (about / "RECORD").write_text("hpsv3/dataset/data_collator_qwen.py,,\nhpsv3-1.0.dist-info/METADATA,,\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert read_instruction(None) == f"\nJudge. {PLACE}\n{REWARD_TOKEN} END"
+    assert read_instruction(None, "rewards.prompt.hpsv3.instruction") == f"\nJudge. {PLACE}\n{REWARD_TOKEN} END"
 
 
 def test_without_the_distribution() -> None:
     with pytest.raises(UserError, match=r"`pip install --no-deps hpsv3` brings it"):
-        read_instruction(None)
+        read_instruction(None, "rewards.prompt.hpsv3.instruction")
 
 
 def test_settings_of_hpsv3_are_for_it_alone() -> None:
-    with pytest.raises(ValidationError, match="hpsv3.positions: only for prompt=hpsv3 .found prompt=clip_t"):
-        RewardsConfig.model_validate({"prompt": "clip_t", "hpsv3": {"positions": "mrope"}})
+    with pytest.raises(ValidationError, match="hpsv3.positions: only for kind=hpsv3 .found kind=clip_t"):
+        RewardConfig.model_validate({"kind": "clip_t", "hpsv3": {"positions": "mrope"}})

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from named_rewards import load_named
 from pydantic import ValidationError
 from torch import Tensor
 
 from customized_grpo.cli.main import main
 from customized_grpo.config.rewards import VlmJudgeConfig
-from customized_grpo.config.run import Config, RewardsConfig
+from customized_grpo.config.run import Config
 from customized_grpo.errors import TrainingError, UserError
-from customized_grpo.evaluation.metrics import RewardMetric, measure
-from customized_grpo.factory.rewards import load_rewards
+from customized_grpo.evaluation.metrics import ScoreMetric, measure
 from customized_grpo.rewards.http import Transport
 from customized_grpo.rewards.vlm_judge import TRIAL_PROMPT, JudgeReward, VlmJudge
 from customized_grpo.training.trainer import Trainer
@@ -43,8 +43,8 @@ def judge(url: str, deadline: float = 10.0, **settings: Any) -> VlmJudge:
 
 def loaded(url: str, deadline: float = 10.0, **settings: Any) -> Any:
     judged = {"url": url, "model": "judge-7b", "timeout": deadline} | settings
-    config = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": judged}
-    return tuple(load_rewards(RewardsConfig.model_validate(config), CPU).values())
+    config = {"prompt": "vlm_prompt", "identity": "vlm_identity", "vlm_judge": judged}
+    return tuple(load_named(config).values())
 
 
 def make_batch(groups: int = 2, size: int = 3) -> tuple[Tensor, PromptBatch]:
@@ -93,7 +93,7 @@ def test_a_validation_asks_once_for_both_rewards(server: Start) -> None:
     running = server(lambda question, number: GOOD)
     both = judge(running.url)
     images, batch = make_batch(5, 1)
-    rewards = RewardMetric({"prompt": JudgeReward(both, "prompt"), "identity": JudgeReward(both, "subject")})
+    rewards = ScoreMetric.of_rewards({"prompt": JudgeReward(both, "prompt"), "identity": JudgeReward(both, "subject")})
     found = measure([rewards], images[:, 0], batch)
     assert len(running.asked) == 5
     assert rewards.reasons == [None, None]
@@ -177,7 +177,7 @@ def test_an_answer_that_was_cut_off_is_told_with_its_start_and_what_to_do(server
     assert not found.valid.any()
     told = found.reason or ""
     assert "gave 3 answers without two whole numbers from 0 to 4; the last was cut off (finish_reason: length)" in told
-    assert thought in told and len(told) < 700 and "raise rewards.vlm_judge.max_tokens (now 60)" in told
+    assert thought in told and len(told) < 700 and "raise vlm_judge.max_tokens (now 60)" in told
 
 
 @pytest.mark.parametrize(
@@ -253,16 +253,18 @@ def test_the_settings_come_from_file_and_command_line_and_are_written_down(
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     running = server(lambda question, number: (200, completion("no")))
     options = {"url": running.url, "model": "judge-7b", "max_tokens": 9, "omit": ["seed"], "extra_body": extra}
-    config = make_config({"rewards.prompt": "vlm_judge", **{f"rewards.vlm_judge.{k}": v for k, v in options.items()}})
+    config = make_config(
+        {"rewards.prompt.kind": "vlm_prompt", **{f"rewards.prompt.vlm_judge.{k}": v for k, v in options.items()}}
+    )
     assert Config.model_validate(json.loads(config.model_dump_json())) == config
     flat = [
-        f"--data.path={config.data.path}", f"--output={config.output}", "--rewards.prompt=vlm_judge",
-        *(f"--rewards.vlm_judge.{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items()),
+        f"--data.path={config.data.path}", f"--output={config.output}", "--rewards.prompt.kind=vlm_prompt",
+        *(f"--rewards.prompt.vlm_judge.{k}={v if isinstance(v, str) else json.dumps(v)}" for k, v in options.items()),
     ]  # fmt: skip
     with pytest.raises(SystemExit) as ended:
         main(["train", *flat])
     assert ended.value.code == 2 and "This was a trial question" in capsys.readouterr().err
     assert running.asked[0]["chat_template_kwargs"] == {"enable_thinking": False} and "seed" not in running.asked[0]
     with pytest.raises(SystemExit):
-        main(["diagnose", f"--run={config.output}", "--rewards.prompt=vlm_judge", *flat[3:]])
-    assert "rewards.vlm_judge.extra_body.chat_template_kwargs" in capsys.readouterr().err
+        main(["diagnose", f"--run={config.output}", "--rewards.prompt.kind=vlm_prompt", *flat[3:]])
+    assert "rewards.prompt.vlm_judge.extra_body.chat_template_kwargs" in capsys.readouterr().err

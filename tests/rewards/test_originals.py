@@ -16,7 +16,7 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, load_image, load_mask, write_metadata
 from customized_grpo.data.images import resize
 from customized_grpo.evaluation.evaluator import Evaluator, Sampling
-from customized_grpo.evaluation.metrics import RewardMetric
+from customized_grpo.evaluation.metrics import ScoreMetric
 from customized_grpo.rewards.preprocessing import DINO_PUBLISHED
 from customized_grpo.rewards.remote import REFERENCE_SIDE, encoded
 from customized_grpo.rewards.reward import Reward, Scores
@@ -77,7 +77,7 @@ def photographs(tmp_path: Path) -> Path:
 def test_training_scores_against_the_originals_and_draws_from_the_prepared(
     photographs: Path, make_config: Callable[..., Config], make_policy: Callable[..., ToyBoxPolicy]
 ) -> None:
-    config = make_config({"data.path": photographs, "rewards.identity_reference": "segmented"})
+    config = make_config({"data.path": photographs, "rewards.identity.toybox_identity.reference": "segmented"})
     watched, told = Watched(make_policy()), Told()
     dataset = SubjectDataset.open(photographs)
     trainer = Trainer(config, watched.policy, {"prompt": told, "identity": told}, dataset)
@@ -95,7 +95,7 @@ def test_evaluation_scores_against_the_originals_and_draws_from_the_prepared(
     watched, told = Watched(make_policy()), Told()
     dataset = SubjectDataset.open(photographs)
     sampling = Sampling(num_steps=2, shift=2.0, seed=0, micro_batch=4)
-    metrics = [RewardMetric({"prompt": told, "identity": told})]
+    metrics = [ScoreMetric.of_rewards({"prompt": told, "identity": told})]
     evaluation = Evaluator(watched.policy, dataset, metrics, sampling, masks=True).evaluate(3)
     for row, sample in enumerate(evaluation.samples):
         original = load_image(sample.references[0])

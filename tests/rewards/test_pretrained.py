@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from named_rewards import load_named
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from customized_grpo.config.run import RewardsConfig
 from customized_grpo.data.images import to_pil
 from customized_grpo.errors import UserError
-from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.preprocessing import DINO_PUBLISHED, Preprocessing, composited
 from customized_grpo.testing.tiny_rewards import IMAGENET, KINDS, save_tiny_reward
 from customized_grpo.types import PromptBatch
@@ -60,13 +59,11 @@ def rewards(
 ) -> Any:
     """The rewards of these kinds; `part` holds further settings of the identity reward's section."""
     kind = "dino" if identity in ("vit", "dinov3") else identity
-    config = RewardsConfig.model_validate(
-        {
-            "prompt": prompt, prompt: {"model": str(models[FOLDERS.get(prompt, prompt)])}, "identity": kind,
-            kind: {"model": str(models[FOLDERS.get(identity, identity)])} | (part or {}), **more,
-        }
-    )  # fmt: skip
-    return tuple(load_rewards(config, CPU).values())
+    settings = {
+        "prompt": prompt, prompt: {"model": str(models[FOLDERS.get(prompt, prompt)])}, "identity": kind,
+        kind: {"model": str(models[FOLDERS.get(identity, identity)])} | (part or {}), **more,
+    }  # fmt: skip
+    return tuple(load_named(settings).values())
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dinov3"])
@@ -106,8 +103,8 @@ def test_torchvision_rounds_the_half_of_an_odd_crop_to_even() -> None:
 )
 def test_a_processor_of_another_kind_is_an_error(changes: dict[str, Any], words: str, models: dict[str, Path]) -> None:
     settings = AutoImageProcessor.from_pretrained(models["clip"]).to_dict() | changes
-    with pytest.raises(UserError, match=f"rewards.dino.model: here: the image processor {words}"):
-        Preprocessing.of(settings, "rewards.dino.model: here")
+    with pytest.raises(UserError, match=f"rewards.identity.dino.model: here: the image processor {words}"):
+        Preprocessing.of(settings, "rewards.identity.dino.model: here")
 
 
 @pytest.mark.parametrize("identity", ["dino", "vit", "clip_i"])
@@ -186,7 +183,7 @@ def test_several_references(several: str, join: Any, models: dict[str, Path]) ->
 
 
 def test_a_segmented_reference_is_seen_without_its_background(models: dict[str, Path]) -> None:
-    _, segmented = rewards(models, identity_reference="segmented", part={"background": 0.25})
+    _, segmented = rewards(models, part={"reference": "segmented", "background": 0.25})
     _, whole = rewards(models)
     images = smooth(4, 64, 64).unflatten(0, (2, 2))
     reference, mask = smooth(1, 64, 64, 7)[0], torch.zeros(1, 64, 64)
@@ -211,8 +208,12 @@ def test_a_reference_is_encoded_once(models: dict[str, Path], monkeypatch: pytes
     monkeypatch.setattr(reward._encoder, "_encode", counted)
     images, given = smooth(4, 64, 64).unflatten(0, (2, 2)), make_batch([[smooth(1, 64, 64, 9)[0]]] * 2)
     for _ in range(3):
-        reward.score(images, given)
+        reward.score(images.clone(), given)
     assert seen == [4, 1, 4, 4]
+    same = images.clone()
+    for _ in range(3):
+        reward.score(same, given)
+    assert seen == [4, 1, 4, 4, 4], "nor are the very same images"
 
 
 def test_what_is_not_finite_is_not_valid(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,17 +236,20 @@ def test_what_is_not_finite_is_not_valid(models: dict[str, Path], monkeypatch: p
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"dino": {"model": "nobody/nothing"}}, r"rewards\.dino\.model: nobody/nothing could not be loaded \("),
-        ({"clip_t": {"model": "/nowhere"}}, r"rewards\.clip_t\.model: /nowhere could not be loaded \("),
+        (
+            {"dino": {"model": "nobody/nothing"}},
+            r"rewards\.identity\.dino\.model: nobody/nothing could not be loaded \(",
+        ),
+        ({"clip_t": {"model": "/nowhere"}}, r"rewards\.prompt\.clip_t\.model: /nowhere could not be loaded \("),
     ],
 )
 def test_a_model_that_cannot_be_had(settings: dict[str, Any], said: str, models: dict[str, Path]) -> None:
     usual: dict[str, Any] = {"prompt": "clip_t", "clip_t": {"model": str(models["clip"])}, "identity": "dino"}
     usual["dino"] = {"model": str(models["dino"])}
     with pytest.raises(UserError, match=said):
-        load_rewards(RewardsConfig.model_validate(usual | settings), CPU)
+        load_named(usual | settings)
 
 
 def test_a_model_of_another_type(models: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"rewards\.dino\.model: .* is of type siglip, but dino reads dinov2"):
+    with pytest.raises(UserError, match=r"rewards\.identity\.dino\.model: .* is of type siglip, but dino reads dinov2"):
         rewards(models, part={"model": str(models["siglip"])})

@@ -80,7 +80,7 @@ def url_of(server: RewardServer) -> str:
 
 
 def transport(url: str, deadline: float = 5.0, **more: Any) -> Transport:
-    return Transport("rewards.remote.prompt_url", url, deadline, longest_wait=0.05, **more)
+    return Transport("rewards.prompt.remote.url", url, deadline, longest_wait=0.05, **more)
 
 
 def make_batch(groups: int = 2, size: int = 3, *, masks: bool = False) -> tuple[Tensor, PromptBatch]:
@@ -107,7 +107,8 @@ def test_scores_are_those_of_the_reward(masks: bool, served: Callable[..., Rewar
 def test_a_large_reference_and_its_mask_are_sent_scaled_down(misbehaving: Callable[..., Any]) -> None:
     url, asked = misbehaving((200, {"values": [[0.5]], "valid": [[True]]}, {}))
     reference, mask = torch.full((3, 1200, 2048), 0.5), torch.ones(1, 1200, 2048)
-    RemoteReward(transport(url)).score(torch.zeros(1, 1, 3, 8, 8), PromptBatch(["a cat"], [[reference]], [[mask]]))
+    batch = PromptBatch(["a cat"], [[reference]], [[mask]])
+    RemoteReward(transport(url), masks=True).score(torch.zeros(1, 1, 3, 8, 8), batch)
     for name in ("references", "masks"):
         with Image.open(io.BytesIO(base64.b64decode(asked[0][name][0][0]))) as picture:
             assert picture.size == (1024, 600)
@@ -181,19 +182,19 @@ def test_garbage_is_no_score(answer: Any, misbehaving: Callable[..., Any]) -> No
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
-        ((500, {}, {}), r"^rewards\.remote\.prompt_url: http.* gave no answer within 2 s \(status 500"),
+        ((500, {}, {}), r"^rewards\.prompt\.remote\.url: http.* gave no answer within 2 s \(status 500"),
         ((429, {}, {"Retry-After": "20"}), r"\(status 429"),
         ((200, b"garbage", {}), "an answer that is not JSON"),
         (
             (200, {"values": [["tok"]], "valid": [[True]]}, {}),
-            r"^rewards\.remote\.prompt_url: no scores .* a value is a str",
+            r"^rewards\.prompt\.remote\.url: no scores .* a value is a str",
         ),
         ((200, {"values": [[1.0]] * 2, "valid": [[True]] * 2}, {}), r"scores of \[2, 1\] for \[1, 1\] images"),
     ],
 )
 def test_a_failure_is_told(answer: Answer, said: str, misbehaving: Callable[..., Any]) -> None:
     url, _ = misbehaving(answer)
-    found = RemoteReward(Transport("rewards.remote.prompt_url", url, 2.0)).score(*make_batch(1, 1))
+    found = RemoteReward(Transport("rewards.prompt.remote.url", url, 2.0)).score(*make_batch(1, 1))
     assert not found.valid.any()
     assert re.search(said, found.reason or "")
 
@@ -236,7 +237,7 @@ def test_neither_retry_after_nor_back_off_outlasts_the_deadline(misbehaving: Cal
     url, _ = misbehaving((429, {}, {"Retry-After": "30"}))
     start = time.monotonic()
     with pytest.raises(Unavailable, match=r"within 0\.5 s"):
-        Transport("rewards.remote.prompt_url", url, 0.5).post("/score", {})
+        Transport("rewards.prompt.remote.url", url, 0.5).post("/score", {})
     assert time.monotonic() - start < 5
 
 
@@ -244,7 +245,7 @@ def test_neither_retry_after_nor_back_off_outlasts_the_deadline(misbehaving: Cal
 def test_any_other_4xx_is_told_at_once(status: int, misbehaving: Callable[..., Any]) -> None:
     url, asked = misbehaving((status, {"error": "your fault"}, {}))
     with pytest.raises(
-        UserError, match=rf"rewards\.remote\.prompt_url: .* refused the request with status {status}: .*fault"
+        UserError, match=rf"rewards\.prompt\.remote\.url: .* refused the request with status {status}: .*fault"
     ):
         RemoteReward(transport(url)).score(*make_batch())
     assert len(asked) == 1
@@ -270,7 +271,7 @@ def test_a_server_that_dies_and_comes_back() -> None:
 
 
 def test_no_server() -> None:
-    with pytest.raises(UserError, match=r"rewards\.remote\.prompt_url: http://127\.0\.0\.1:9 does not answer"):
+    with pytest.raises(UserError, match=r"rewards\.prompt\.remote\.url: http://127\.0\.0\.1:9 does not answer"):
         RemoteReward(transport("http://127.0.0.1:9"))
     with pytest.raises(Unavailable, match=r"gave no answer within 0\.2 s"):
         transport("http://127.0.0.1:9", deadline=0.2).post("/score", {})
@@ -363,11 +364,11 @@ def test_the_command_serves(tmp_path: Path, python: Callable[..., Process]) -> N
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["nothing"], "no reward 'nothing'; choose hpsv3, dino, clip_i"),
-        (["python:mine.red", "--model", "x"], "python:mine.red takes none"),
+        (["nothing"], "no reward 'nothing'; choose dino, clip_i, clip_t"),
+        (["python:mine.red", "--model", "x"], "--model: only for dino or clip_i"),
         (["python:nowhere.red"], "module 'nowhere' could not be imported"),
         (["dino", "--backbone", "x"], "--backbone: only for hpsv2 or hpsv3"),
-        (["hpsv3", "--model", "nowhere.safetensors", "--instruction", "x"], "rewards.hpsv3.instruction: x is no file"),
+        (["hpsv3", "--model", "nowhere.safetensors", "--instruction", "x"], "--instruction: x is no file"),
         (["dino", "--max_images", "0"], "--max_images: 0 takes no request"),
         (["dino", "--model", "nobody/nothing"], "--model: nobody/nothing could not be loaded"),
     ],

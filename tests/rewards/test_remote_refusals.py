@@ -17,7 +17,8 @@ Start = Callable[[Callable[[dict[str, Any], int], tuple[Any, ...]]], Any]
 
 
 def remote(running: Any, deadline: float = 10.0) -> RemoteReward:
-    return RemoteReward(Transport("rewards.remote.prompt_url", running.url, deadline, longest_wait=0.05))
+    transport = Transport("rewards.prompt.remote.url", running.url, deadline, longest_wait=0.05)
+    return RemoteReward(transport, masks=True)
 
 
 def make_batch(groups: int, size: int, *, masks: bool = False) -> tuple[Tensor, PromptBatch]:

@@ -87,7 +87,7 @@ def start() -> Iterator[Callable[..., str]]:
 
 
 def client(url: str) -> RemoteReward:
-    return RemoteReward(Transport("rewards.remote.prompt_url", url, WAIT, longest_wait=0.05))
+    return RemoteReward(Transport("rewards.prompt.remote.url", url, WAIT, longest_wait=0.05), masks=True)
 
 
 def make_batch(groups: int = 2, size: int = 3, side: int = 8) -> tuple[Tensor, PromptBatch]:

@@ -15,14 +15,14 @@ import pytest
 import torch
 import yaml
 from fork_server import Process
+from named_rewards import load_named, named
 from PIL import Image
 from torch import Tensor
 
 from customized_grpo.cli.main import main
 from customized_grpo.config.rewards import VlmJudgeConfig
-from customized_grpo.config.run import Config, RewardsConfig
+from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
-from customized_grpo.factory.rewards import load_rewards
 from customized_grpo.rewards.http import Transport, Unavailable, read_token
 from customized_grpo.rewards.remote import TOKEN, RemoteReward
 from customized_grpo.rewards.vlm_judge import KEY, JudgeReward, VlmJudge
@@ -156,7 +156,7 @@ def test_sigterm_does_not_wait_for_a_judge_that_hangs(
         return 200, completion('{"subject": 3, "prompt": 2}')
 
     running = server(reply)
-    rewards = both_remote(running.url) | {"identity": "vlm_judge", "remote": {}}
+    rewards = judged(running.url)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(make_settings({"rewards": rewards})))
     process = python("-m", "customized_grpo", "train", "--config", tmp_path / "run.yaml")
     try:
@@ -209,19 +209,17 @@ def test_reasoning_comes_first_and_scores_close(server: Start) -> None:
 
 def test_the_key_comes_from_the_environment_alone(server: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     running = server(lambda question, number: (200, completion('{"subject": 3, "prompt": 2}')))
-    settings = {"prompt": "vlm_judge", "identity": "vlm_judge", "vlm_judge": {"url": running.url, "model": "judge-7b"}}
-    config = RewardsConfig.model_validate(settings)
+    settings = {
+        "prompt": "vlm_prompt", "identity": "vlm_identity", "vlm_judge": {"url": running.url, "model": "judge-7b"},
+    }  # fmt: skip
     monkeypatch.setenv(KEY, "sk-secret")
-    prompt, subject = load_rewards(config, CPU).values()
+    prompt, subject = load_named(settings).values()
     images, batch = make_batch(1, 2)
     assert prompt.score(images, batch).values.tolist() == [[2.0, 2.0]]
     assert subject.score(images, batch).values.tolist() == [[3.0, 3.0]]
     assert set(running.keys) == {"Bearer sk-secret"} and len(running.asked) == 3  # a trial question, and two images
-    assert "sk-secret" not in config.model_dump_json()
     with pytest.raises(UserError, match=r"vlm_judge\.model: .* has no 'nobody'; it has judge-7b, other"):
-        load_rewards(
-            config.model_copy(update={"vlm_judge": config.vlm_judge.model_copy(update={"model": "nobody"})}), CPU
-        )
+        load_named(settings | {"vlm_judge": {"url": running.url, "model": "nobody"}})
 
 
 def both_scored(question: dict[str, Any], number: int) -> tuple[int, Any]:
@@ -232,9 +230,13 @@ def both_scored(question: dict[str, Any], number: int) -> tuple[int, Any]:
     return 200, {"values": values, "valid": [[True] * shape[1]] * shape[0]}
 
 
+def judged(url: str) -> dict[str, Any]:
+    return named({"prompt": "vlm_prompt", "identity": "vlm_identity", "vlm_judge": {"url": url, "model": "judge-7b"}})
+
+
 def both_remote(url: str) -> dict[str, Any]:
-    judge = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "judge-7b"}}
-    return judge | {"identity": "remote", "remote": {"identity_url": url}}
+    judge = {"prompt": "vlm_prompt", "vlm_judge": {"url": url, "model": "judge-7b"}}
+    return named(judge | {"identity": "remote", "remote": {"url": url}})
 
 
 def test_neither_key_nor_token_is_in_what_a_run_leaves_or_says(
@@ -285,15 +287,14 @@ def test_a_secret_that_no_header_holds_is_refused_by_the_name_of_its_variable(
 @pytest.mark.parametrize(
     "url", ["https://user:hidden@host/v1", "https://host/v1?api_key=hidden", "http://host/#hidden"]
 )
-@pytest.mark.parametrize("field", ["remote.prompt_url", "remote.identity_url", "vlm_judge.url"])
+@pytest.mark.parametrize("field", ["remote.url", "vlm_judge.url"])
 def test_a_url_with_a_secret_is_refused_and_not_repeated(
     field: str, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings: dict[str, Any] = {"prompt": "vlm_judge", "vlm_judge": {"url": url, "model": "m"}}
-    if field.startswith("remote."):
-        name = field.removeprefix("remote.")
-        settings = {name.removesuffix("_url"): "remote", "remote": {name: url}}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"rewards": settings}))
+    settings: dict[str, Any] = {"prompt": "vlm_prompt", "vlm_judge": {"url": url, "model": "m"}}
+    if field == "remote.url":
+        settings = {"prompt": "remote", "remote": {"url": url}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"rewards": named(settings)}))
     with pytest.raises(SystemExit) as ended:
         main(["train", "--config", str(tmp_path / "run.yaml")])
     said = capsys.readouterr()
@@ -317,12 +318,12 @@ def test_nor_do_what_it_lists_and_what_it_says_of_itself(server: Start, monkeypa
         RemoteReward(transport)
     assert "sk-" not in str(refused.value)
     monkeypatch.setenv(KEY, "sk-secret")
-    settings = {"prompt": "vlm_judge", "vlm_judge": {"url": running.url, "model": "m"}}
+    settings = {"prompt": "vlm_prompt", "vlm_judge": {"url": running.url, "model": "m"}}
     with pytest.raises(UserError, match=r"has no 'm'; it has for \(not shown\)"):
-        load_rewards(RewardsConfig.model_validate(settings), CPU)
+        load_named(settings)
 
 
 def test_a_judge_that_is_down() -> None:
-    settings = {"prompt": "vlm_judge", "vlm_judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}}
-    with pytest.raises(UserError, match=r"rewards\.vlm_judge\.url: http://127\.0\.0\.1:9/v1 does not answer"):
-        load_rewards(RewardsConfig.model_validate(settings), CPU)
+    settings = {"prompt": "vlm_prompt", "vlm_judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}}
+    with pytest.raises(UserError, match=r"rewards\.prompt\.vlm_judge\.url: http://127\.0\.0\.1:9/v1 does not answer"):
+        load_named(settings)

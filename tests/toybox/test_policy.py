@@ -3,12 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from customized_grpo.errors import UserError
 from customized_grpo.toybox.network import Context, Generator
-from customized_grpo.toybox.policy import ADAPTER_FILE, ToyBoxPolicy
+from customized_grpo.toybox.policy import ADAPTER_FILE, OneProduct, ToyBoxPolicy
 
 MakePolicy = Callable[..., ToyBoxPolicy]
 PROMPTS = ["a star on the beach", "a ghost in space wearing a crown"]
@@ -211,3 +212,27 @@ def test_a_prompt_and_the_number_of_references_are_checked(make_policy: MakePoli
         policy.check("a dog on the beach", 1)
     with pytest.raises(UserError, match="one reference image, not 2"):
         policy.check(PROMPTS[0], 2)
+
+
+def test_one_product_is_pefts_three(make_policy: MakePolicy) -> None:
+    """Velocity, gradients, and the base with the factors switched off; in bf16 PEFT's own layers stay."""
+    found: list[tuple[Tensor, list[Tensor]]] = []
+    for layer_type in (OneProduct, LoraLinear):
+        policy = make_policy()
+        disturb(policy)
+        layers = [layer for layer in policy.networks[1].modules() if isinstance(layer, LoraLinear)]
+        assert layers and all(type(layer) is OneProduct for layer in layers)
+        for layer in layers:
+            layer.__class__ = layer_type
+        latents = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(2))
+        drawn = policy.velocity(latents, torch.tensor([0.9, 0.3]), encoded(policy))
+        gradients = torch.autograd.grad(drawn.square().sum(), [p for _, p in policy.trainable_parameters()])
+        found.append((drawn.detach(), list(gradients)))
+        with policy.base_weights():
+            untuned = velocity(policy)
+        assert torch.equal(untuned, velocity(make_policy()))
+    (one, its), (three, theirs) = found
+    torch.testing.assert_close(one, three, atol=1e-5, rtol=1e-5)
+    for mine, other in zip(its, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4 * float(other.abs().max()), rtol=1e-4)
+    assert not any(isinstance(layer, OneProduct) for layer in make_policy(precision="bf16").networks[1].modules())

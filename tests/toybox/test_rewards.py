@@ -61,5 +61,5 @@ def test_a_segmented_reference_does_not_depend_on_its_background(tiny_weights: P
 
 def test_segmenting_needs_masks(tiny_weights: Path) -> None:
     images, batch = drawn()
-    with pytest.raises(UserError, match=r"no masks.*identity_reference=whole"):
+    with pytest.raises(UserError, match=r"no masks.*toybox_identity.reference=whole"):
         IdentityReward("segmented", tiny_weights).score(images, PromptBatch(batch.prompts, batch.references, None))

@@ -35,3 +35,8 @@ def test_metrics_stand_in_the_order_of_the_table_and_others_follow() -> None:
     assert names(in_order(given)) == ["prompt_satisfied", "joint_success", "copy_score", "own", "reward/style"]
     assert names(overview(given)) == ["prompt_satisfied", "joint_success", "own", "reward/style"]
     assert names(headline_first(overview(given)))[:2] == ["joint_success", "prompt_satisfied"]
+
+
+def test_gains_have_a_sign_and_more_of_them_is_better() -> None:
+    gains = [info for info in METRIC_INFOS.values() if info.signed]
+    assert names(gains) == ["held_out_gain", "reward_gain"] and all(info.higher_is_better for info in gains)

@@ -182,7 +182,9 @@ def test_rewards_on_the_same_device_are_counted(
     memory = dry_run(config).memory
     held = sum(sum(p.nbytes for p in each._encoder.parameters()) for each in build_rewards(config).values())  # type: ignore[attr-defined]
     names = [name for name in memory if name.startswith("weights of rewards.")]
-    assert names == ["weights of rewards.prompt (toybox)", "weights of rewards.identity (toybox)"]
+    assert names == [
+        "weights of rewards.prompt (toybox_prompt)", "weights of rewards.identity (toybox_identity)",
+    ]  # fmt: skip
     assert sum(memory[name] for name in names) == pytest.approx(held, rel=0.01)
 
 

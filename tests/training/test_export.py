@@ -112,8 +112,8 @@ def test_a_checkpoint_of_a_pipeline_is_exported_without_the_pipeline(
         "kind": kind, "lora_rank": 4, "lora_alpha": 8, "precision": "fp32", "device": "cpu",
         "pipeline": {"model": str(save_tiny(kind, tmp_path / "model")), "cache": str(tmp_path / "cache")},
     }  # fmt: skip
-    rewards = {"prompt": "clip_t", "identity": "clip_i"}
-    config = Config.model_validate({"policy": settings, "rewards": rewards, "evaluation": {"judge": "none"}})
+    rewards = {"prompt": {"kind": "clip_t"}, "identity": {"kind": "clip_i"}}
+    config = Config.model_validate({"policy": settings, "rewards": rewards})
     policy = build_policy(config.policy, 0)
     average = EMA(policy.trainable_parameters(), 0.5)
     draw = torch.Generator().manual_seed(1)

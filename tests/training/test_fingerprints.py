@@ -115,13 +115,14 @@ def test_every_field_that_names_weights_is_pinned(tmp_path: Path) -> None:
     tree: dict[str, Any] = {
         "policy": {"kind": "flux1-kontext", "pipeline": {"model": str(model), "height": 64, "width": 64}},
         "rewards": {
-            "prompt": "clip_t", "clip_t": {"model": str(rewards["clip"])},
-            "identity": "dino", "dino": {"model": str(rewards["dino"])},
+            "prompt": {"kind": "clip_t", "clip_t": {"model": str(rewards["clip"])}},
+            "identity": {"kind": "dino", "dino": {"model": str(rewards["dino"])}},
         },
-        "evaluation": {"judge": "none"},
-    }  # fmt: skip
+    }
     found = fingerprints(Config.model_validate(tree))
-    assert found.keys() == {"policy.pipeline.model", "rewards.clip_t.model", "rewards.dino.model"}
+    assert found.keys() == {
+        "policy.pipeline.model", "rewards.prompt.clip_t.model", "rewards.identity.dino.model",
+    }  # fmt: skip
     assert len(set(found.values())) == 3
 
 

@@ -60,7 +60,7 @@ def test_six_iterations_are_three_and_a_new_process_and_three(
     run_training(make_config(six | {"iterations": 3}))
     assert (stopped / "ema" / ADAPTER).is_file()
     settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump(make_settings(six)))
+    settings.write_text(yaml.safe_dump(make_settings(six), sort_keys=False))
     done = command("train", "--config", settings, "--resume")
     assert done.returncode == 0 and "resuming after iteration 3" in done.stdout, done.stderr
     states = [load_file(run / "checkpoints" / "000006" / "state.safetensors") for run in (straight, stopped)]
@@ -79,7 +79,7 @@ def test_a_run_resumed_in_a_new_process_is_the_run_that_never_stopped(
 ) -> None:  # fmt: skip
     run_training(make_config(FOUR | {"iterations": 2}))
     settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump(make_settings(FOUR)))
+    settings.write_text(yaml.safe_dump(make_settings(FOUR), sort_keys=False))
     done = command("train", "--config", settings, "--resume")
     assert done.returncode == 0, done.stderr
     assert "resuming after iteration 2" in done.stdout
@@ -181,11 +181,11 @@ def test_a_gradient_that_is_not_finite_leaves_no_half_of_an_iteration(
 
 def test_another_table_of_time_weights_is_refused(make_config: MakeConfig, run_training: RunTraining) -> None:
     def changes(first: float) -> dict[str, Any]:
-        table = [[first, 0.5], *[[0.5, 0.5]] * 3]
+        table = {"prompt": [first, 0.5, 0.5, 0.5], "identity": [0.5] * 4}
         return {"iterations": 1, "advantages.weights": "table", "advantages.table": table}
 
     run_training(make_config(changes(0.5)))
-    with pytest.raises(UserError, match=r"another configuration.*advantages.table: \[\[0.5, .* -> \[\[0.6, "):
+    with pytest.raises(UserError, match=r"another configuration.*advantages.table.prompt: \[0.5, .* -> \[0.6, "):
         run_training(make_config(changes(0.6) | {"iterations": 2}), resume=True)
 
 

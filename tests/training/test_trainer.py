@@ -22,6 +22,13 @@ MakeTrainer = Callable[..., Trainer[Any]]
 RewardOf = Callable[[Callable[[Tensor], Tensor]], Reward]
 
 
+CONSTANT = {
+    f"rewards.{name}.{field}": value
+    for name in ("prompt", "identity")
+    for field, value in (("schedule", "constant"), ("weight", 0.5))
+}
+
+
 def brightness(images: Tensor) -> Tensor:
     return images.mean((2, 3, 4))
 
@@ -263,11 +270,12 @@ def test_weights_belong_to_true_steps(
 
 def test_lookup_by_counter_gives_each_sample_its_own_order_of_the_first_rows(make_trainer: MakeTrainer) -> None:
     """As in the published code: the k-th of a sample's shuffled steps takes row k, so late rows are never used."""
-    trainer = make_trainer({"rollout.num_steps": 10, "advantages.lookup": "counter", "advantages.shape": "none"})
+    changes = {"rollout.num_steps": 10, "advantages.lookup": "counter", "advantages.shape": "none"}
+    table = {"advantages.weights": "table", "advantages.table": {"prompt": list(range(1, 11))}}
+    trainer = make_trainer(changes | table | {"rewards.identity.weight": 0})
     values = torch.tensor([[[-1.0], [1.0]] * 16])
     rewards = GroupRewards(("prompt",), values, torch.ones_like(values, dtype=torch.bool))
     plan = Plan(trainer.sigmas, tuple(range(9)), (1, 4, 7))
-    trainer.weights = torch.arange(1.0, 11.0).view(10, 1)
     found = trainer.advantages(rewards, plan)[0]
     rows = (found.abs() / float(found.abs().min())).round().long()
     assert all(sorted(sample) == [1, 2, 3] for sample in rows.tolist())
@@ -281,7 +289,7 @@ def test_penalties_are_as_strong_as_the_configuration_says(make_trainer: MakeTra
     """Two images agree (+, +) and (-, -), two are in conflict: with gamma 0 only the bonus is missing."""
     rewards = [reward_of(lambda images: torch.tensor([[1.0, -1.0, 1.0, -1.0]] * 2)),
                reward_of(lambda images: torch.tensor([[1.0, -1.0, -1.0, 1.0]] * 2))]  # fmt: skip
-    settings = {"advantages.sars.gamma": 0.0, "advantages.weights": "constant"}
+    settings = {"advantages.sars.gamma": 0.0, **CONSTANT}
     plain = advantages_of(make_trainer(settings, rewards))
     shaped = advantages_of(make_trainer(settings | {"advantages.sars.gamma_penalty": 1.0}, rewards))
     penalty = math.tanh(0.75)  # z-scores are +-sqrt(3) / 2
@@ -291,7 +299,7 @@ def test_penalties_are_as_strong_as_the_configuration_says(make_trainer: MakeTra
 
 def test_thresholds_hide_what_lies_above_them(make_trainer: MakeTrainer, reward_of: RewardOf) -> None:
     rewards = [reward_of(brightness), reward_of(lambda images: torch.arange(8.0).view(2, 4))]
-    hinged = make_trainer({"advantages.thresholds": [None, -1.0], "advantages.sars.gamma": 0.0}, rewards)
+    hinged = make_trainer({"rewards.identity.up_to": -1.0, "advantages.sars.gamma": 0.0}, rewards)
     flat = make_trainer({"advantages.sars.gamma": 0.0}, [rewards[0], reward_of(lambda images: torch.ones(2, 4))])
     assert torch.allclose(advantages_of(hinged), advantages_of(flat), atol=1e-6)
 

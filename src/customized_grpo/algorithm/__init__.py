@@ -6,6 +6,7 @@
 
 from customized_grpo.algorithm.advantages import (
     NORMALISERS,
+    SCHEDULES,
     SHAPERS,
     Shaped,
     clamp_advantages,
@@ -14,11 +15,15 @@ from customized_grpo.algorithm.advantages import (
     group_advantages,
     group_then_batch_advantages,
     hinge_rewards,
+    hold_constraints,
     rank_advantages,
+    schedule_weights,
     step_advantages,
     synergy_shaping,
     table_weights,
+    time_curve,
     time_weights,
+    violations,
     weigh_advantages,
 )
 from customized_grpo.algorithm.agreement import conflict_rate, quadrants, silent_groups
@@ -37,6 +42,7 @@ from customized_grpo.algorithm.objective import ClippedObjective, clipped_object
 
 __all__ = [
     "NORMALISERS",
+    "SCHEDULES",
     "SDE_KINDS",
     "SHAPERS",
     "ClippedObjective",
@@ -53,16 +59,20 @@ __all__ = [
     "group_advantages",
     "group_then_batch_advantages",
     "hinge_rewards",
+    "hold_constraints",
     "ode_step",
     "quadrants",
     "rank_advantages",
+    "schedule_weights",
     "sde_step",
     "shift_sigmas",
     "silent_groups",
     "step_advantages",
     "synergy_shaping",
     "table_weights",
+    "time_curve",
     "time_weights",
     "transition",
+    "violations",
     "weigh_advantages",
 ]

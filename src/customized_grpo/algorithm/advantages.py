@@ -1,8 +1,8 @@
-"""From rewards to one advantage per sample and denoising step: normalise -> shape -> weight -> clamp.
+"""From rewards to one advantage per sample and denoising step: normalise -> shape -> weight -> constrain -> clamp.
 
-Four pure stages over tensors, chained by `combine_advantages`; `step_advantages` is the paper's choice.
+Five pure stages over tensors, chained by `combine_advantages`; `step_advantages` is the paper's choice.
 
-Shapes: P prompts (one group each), G samples of a group, R rewards, T steps.
+Shapes: P prompts (one group each), G samples of a group, R rewards (the objectives), C constraints, T steps.
 `valid[p, g, r]` is False where a reward could not be computed. Such an entry takes part in no statistic,
 whatever number (or NaN) stands in its place. `combine_advantages` drops its whole sample: from the statistics of
 every reward, and with advantage 0.
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-8
+SCHEDULES = ("constant", "early", "late")
 
 
 class Shaped(NamedTuple):
@@ -118,6 +119,8 @@ def _no_shaping(advantages: Tensor, valid: Tensor, gamma: float) -> Shaped:
 
 
 def _sars(advantages: Tensor, valid: Tensor, gamma: float, gamma_penalty: float | None = None) -> Shaped:
+    if advantages.shape[-1] == 1:  # no pair
+        return _no_shaping(advantages, valid, gamma)
     return Shaped(advantages, synergy_shaping(advantages, gamma, gamma_penalty))
 
 
@@ -191,7 +194,7 @@ def table_weights(table: Sequence[Sequence[float]] | Tensor) -> Tensor:
     return weights
 
 
-def time_weights(
+def time_curve(
     num_steps: int,
     *,
     early: float = 0.7,
@@ -203,10 +206,10 @@ def time_weights(
     midpoint: float = 10.0,
     reference_steps: float = 25,
 ) -> Tensor:
-    """Return the weights of time-aware dynamic weighting (TDW): `[num_steps, 2]` float32, (prompt, identity).
+    """Return the prompt's weight under time-aware dynamic weighting (TDW), `[num_steps]` float64.
 
-    Each row sums to 1. The weight of the prompt at true denoising step i (0 is the noisiest), where
-    `u = reference_steps i / num_steps` measures progress in steps of the paper's 25-step schedule:
+    Its value at true denoising step i (0 is the noisiest), where `u = reference_steps i / num_steps` measures progress
+    in steps of the paper's 25-step schedule:
 
     * `early` for `u < start`: layout is decided here;
     * `late + (early - late) (1 - sigmoid(slope (u - midpoint)))` for `start <= u < end`: a slide towards
@@ -214,8 +217,7 @@ def time_weights(
     * `final` from `end` on: both at once.
 
     Defaults are the published ones. `early`, `late`, `final` are weights in [0, 1]; `start`, `end`,
-    `midpoint` are in reference steps, `slope` per reference step. Rows belong to true steps: a trainer that
-    shuffles or picks steps indexes them with the steps it picked. Raises ValueError on numbers out of range.
+    `midpoint` are in reference steps, `slope` per reference step. Raises ValueError on numbers out of range.
     """
     for name, weight in {"early": early, "late": late, "final": final}.items():
         if not 0 <= weight <= 1:
@@ -229,8 +231,48 @@ def time_weights(
         )
     u = reference_steps * torch.arange(num_steps, dtype=torch.float64) / num_steps
     prompt = late + (early - late) * (1 - torch.sigmoid(slope * (u - midpoint)))
-    prompt = torch.where(u < start, early, torch.where(u < end, prompt, final))
-    return torch.stack([prompt, 1 - prompt], dim=-1).float()
+    return torch.where(u < start, early, torch.where(u < end, prompt, final))
+
+
+def time_weights(num_steps: int, **constants: float) -> Tensor:
+    """Return the weights of TDW for two rewards: `[num_steps, 2]` float32, (prompt, identity).
+
+    Each row sums to 1: the prompt follows `time_curve`, which takes the `constants`, and the identity its complement.
+    Rows belong to true steps: a trainer that shuffles or picks steps indexes them with the steps it picked.
+    """
+    return schedule_weights(time_curve(num_steps, **constants), ("early", "late"), (1.0, 1.0))
+
+
+def schedule_weights(curve: Tensor, schedules: Sequence[str], weights: Sequence[float]) -> Tensor:
+    """Return the weights `[T, R]` float32 of rewards by their schedules over T steps; each row sums to 1.
+
+    A reward with schedule "constant" has its weight at every step. Of what these leave, the rewards with schedule
+    "early" have the share `curve [T]`, and those with schedule "late" the rest; several with one schedule divide it in
+    proportion to their weights. If all are constant, weights are relative. Raises ValueError unless all weights are
+    positive, "early" and "late" come together, and constant weights leave something to them.
+    """
+    if not schedules or len(schedules) != len(weights) or not all(weight > 0 for weight in weights):
+        raise ValueError(f"each reward needs a schedule and a positive weight, found {[*schedules]} and {[*weights]}")
+    totals = {name: sum(w for s, w in zip(schedules, weights, strict=True) if s == name) for name in SCHEDULES}
+    if unknown := sorted({*schedules} - {*SCHEDULES}):
+        raise ValueError(f"unknown schedule {unknown[0]!r}; choose one of {', '.join(SCHEDULES)}")
+    if bool(totals["early"]) != bool(totals["late"]):
+        raise ValueError("the schedules early and late divide one share between them: give some reward the other one")
+    curve = curve.double()
+    if not totals["early"]:
+        parts = {"constant": torch.ones_like(curve)}
+    elif not totals["constant"] < 1:
+        raise ValueError(
+            f"constant weights sum to {totals['constant']:g}, expected less than 1: early and late share the rest"
+        )
+    else:
+        rest = 1 - totals["constant"]
+        parts = {"constant": torch.full_like(curve, totals["constant"]), "early": rest * curve}
+        parts["late"] = rest * (1 - curve)
+    columns = [
+        parts[schedule] * (weight / totals[schedule]) for schedule, weight in zip(schedules, weights, strict=True)
+    ]
+    return torch.stack(columns, dim=-1).float()
 
 
 def weigh_advantages(
@@ -255,6 +297,41 @@ def weigh_advantages(
     return weighed if valid is None else torch.where(valid.all(dim=-1, keepdim=True), weighed, 0.0)
 
 
+def violations(rewards: Tensor, at_least: Sequence[float | None], at_most: Sequence[float | None]) -> Tensor:
+    """Return how far rewards `[P, G, C]` are outside of their bounds, `[P, G, C]` >= 0; None is no bound."""
+    low = torch.tensor([-torch.inf if bound is None else bound for bound in at_least], dtype=rewards.dtype)
+    high = torch.tensor([torch.inf if bound is None else bound for bound in at_most], dtype=rewards.dtype)
+    return (low - rewards).clamp(min=0) + (rewards - high).clamp(min=0)
+
+
+def hold_constraints(advantages: Tensor, violations: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Return advantages `[P, G, T]` that push samples back within their bounds, by their `violations [P, G, C]`.
+
+    With m the share of a group's samples that violate some constraint, and z the z-score of minus the violation within
+    the group (of the sum of the z-scores, for several constraints):
+
+        `A' = A` if m = 0, else `A' = (1 - m) A / max(1, std_G A) + z`
+
+    A group that holds every constraint is unchanged, to the last bit. If all samples of a group break one, it learns
+    nothing but to hold it. In between, the covariance of A' with minus the violation is at least m times the standard
+    deviation of the violation, whatever A says: A, scaled to a standard deviation of at most 1, cannot outweigh z,
+    whose standard deviation is 1. A gated hinge, as in lexicographic or feasibility-first selection (Deb 2000).
+
+    Samples that are not `valid [P, G]` keep advantage 0 and count in no group.
+    """
+    known = torch.ones_like(violations[..., 0], dtype=torch.bool) if valid is None else valid
+    each = known.unsqueeze(-1).expand_as(violations)
+    holding = group_advantages(-violations, each)
+    if violations.shape[-1] > 1:
+        holding = group_advantages(holding.sum(-1, keepdim=True), each[..., :1])
+    broken = ((violations > 0).any(-1) & known).sum(1) / known.sum(1).clamp(min=1)
+    m = broken[:, None, None].to(advantages.dtype)
+    counts = each[..., :1].expand_as(advantages)
+    gated = (1 - m) * advantages / _std(advantages, counts, dims=(1,)).clamp(min=1)
+    pushed = torch.where(known.unsqueeze(-1), gated + holding.to(advantages.dtype), 0.0)
+    return torch.where(m > 0, pushed, advantages)
+
+
 def clamp_advantages(advantages: Tensor, clamp: float = 5.0) -> Tensor:
     """Limit advantages to `[-clamp, clamp]` (published: 5). Raises ValueError if `clamp <= 0`."""
     if not clamp > 0:
@@ -272,14 +349,16 @@ def combine_advantages(
     gamma: float = 0.4,
     gamma_penalty: float | None = None,
     thresholds: Sequence[float] | Tensor | None = None,
+    violations: Tensor | None = None,
     clamp: float = 5.0,
 ) -> Tensor:
     """Return advantages `[P, G, T]` of rewards `[P, G, R]`, by the named stages.
 
     `normalise` is a key of NORMALISERS, `shape` of SHAPERS; `weights` are as in `weigh_advantages`. `gamma` is the
     strength of SARS (published: 0.4), read by `shape="sars"` only, and `gamma_penalty` the strength of its penalties
-    if it is set. `thresholds` switches the hinge on, before everything else. Raises ValueError on an unknown name,
-    listing the known ones, on a `gamma_penalty` that `shape` does not read, and as the stages do.
+    if it is set. `thresholds` switches the hinge on, before everything else; `violations [P, G, C]` of constraints
+    switch `hold_constraints` on. Raises ValueError on an unknown name, listing the known ones, on a `gamma_penalty`
+    that `shape` does not read, and as the stages do.
     """
     normaliser = _named(NORMALISERS, normalise, "normaliser")
     shaper = _named(SHAPERS, shape, "shaper")
@@ -291,7 +370,10 @@ def combine_advantages(
     if thresholds is not None:
         rewards = hinge_rewards(rewards, thresholds)
     shaped = shaper(normaliser(rewards, valid), valid, *strengths)
-    return clamp_advantages(weigh_advantages(shaped.advantages, weights, shaped.bonus, valid), clamp)
+    advantages = weigh_advantages(shaped.advantages, weights, shaped.bonus, valid)
+    if violations is not None and violations.shape[-1]:
+        advantages = hold_constraints(advantages, violations, valid[..., 0])
+    return clamp_advantages(advantages, clamp)
 
 
 def step_advantages(
@@ -330,11 +412,17 @@ def _checked(rewards: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _zscore(values: Tensor, valid: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return _centred(values, valid, dims) / (_std(values, valid, dims) + EPS)
+
+
+def _std(values: Tensor, valid: Tensor, dims: tuple[int, ...]) -> Tensor:
+    squares = torch.where(valid, _centred(values, valid, dims).square(), 0.0).sum(dims, keepdim=True)
+    return torch.sqrt(squares / (valid.sum(dims, keepdim=True) - 1).clamp(min=1))
+
+
+def _centred(values: Tensor, valid: Tensor, dims: tuple[int, ...]) -> Tensor:
     count = valid.sum(dims, keepdim=True)
-    mean = torch.where(valid, values, 0.0).sum(dims, keepdim=True) / count.clamp(min=1)
-    centred = values - mean
-    squares = torch.where(valid, centred.square(), 0.0).sum(dims, keepdim=True)
-    return centred / (torch.sqrt(squares / (count - 1).clamp(min=1)) + EPS)
+    return values - torch.where(valid, values, 0.0).sum(dims, keepdim=True) / count.clamp(min=1)
 
 
 def _all_equal(rewards: Tensor, valid: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from customized_grpo.benchmark.config import PUBLISHED_GUIDANCE, BenchmarkConfig
 from customized_grpo.benchmark.items import Item, pictures_made_elsewhere, read_items
 from customized_grpo.benchmark.page import write_page
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.rewards import RewardsConfig, ToyBoxRewardConfig
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.config.training import DistributedConfig
 from customized_grpo.data import load_image, save_image
@@ -26,9 +25,8 @@ from customized_grpo.evaluation.evaluator import Sampling, draw, json_number
 from customized_grpo.evaluation.metrics import Metric, measure
 from customized_grpo.evaluation.statistics import bootstrap_interval
 from customized_grpo.factory.data import check_prompts, encode_rows, raise_problems
-from customized_grpo.factory.metrics import build_metrics, has_own_metrics, load_metrics
+from customized_grpo.factory.metrics import build_own_metrics, has_own_metrics, load_metrics
 from customized_grpo.factory.policy import build_policy, check_shard, resolve_policy_config, with_guidance
-from customized_grpo.factory.rewards import build_rewards
 from customized_grpo.io.files import check_folder, file_sha256, write_whole, writing
 from customized_grpo.policies.policy import Policy
 from customized_grpo.runtime.device import configure
@@ -237,9 +235,7 @@ def _metrics(config: BenchmarkConfig, policy: PolicyConfig, run: Config | None, 
     if _has_own_metrics(config, policy):
         if given := [name for name in sorted(MEASURED) if config.differs_from_default(name)]:
             raise UserError(f"{', '.join(given)}: ToyBox is measured by its own rewards and judge; leave it out")
-        toybox = run.rewards.toybox if run else ToyBoxRewardConfig()
-        scored = Config(policy=policy, rewards=RewardsConfig(toybox=toybox))
-        return build_metrics(scored, build_rewards(scored))
+        return build_own_metrics(policy, (run or Config()).rewards)
     return load_metrics(config.metrics, pictures.layouts, hpsv3_as_published=config.hpsv3_as_published)
 
 

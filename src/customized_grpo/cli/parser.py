@@ -1,12 +1,15 @@
 """The parser of the command line and of each command. Nothing here loads torch."""
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
+from customized_grpo.cli.kinds import reset_other_kinds
 from customized_grpo.config.files import check_file
+from customized_grpo.config.messages import annotation_at, default_at, field_names, named_section
 from customized_grpo.config.recipes import find_config
 from customized_grpo.config.section import Section
 from customized_grpo.errors import UserError
@@ -38,6 +41,17 @@ class Parser(ArgumentParser):
         self.settings = settings
         self.add_argument("--config", action="config", help=help)
 
+    def add_fields(self, settings: type[Section], skip: Collection[str] = ()) -> None:
+        """Add the fields of `settings` as options, without those to `skip`."""
+        self.add_class_arguments(settings, skip=set(skip))
+        # As plain trees: an option for one field of a section with a name of the user's would replace a whole object.
+        for place in (name for name in field_names(settings) if name.split(".")[0] not in skip):
+            if named_section(annotation_at(settings, place)):
+                sections = default_at(settings, place)
+                self.set_defaults(
+                    {place: {n: s.model_dump(mode="json", exclude_unset=True) for n, s in sections.items()}}
+                )
+
     def options(self) -> list[str]:
         """Return the names of all options that the help shows, without those with "+", which append to a list."""
         shown = [action for action in self._actions if action.help != argparse.SUPPRESS]
@@ -61,13 +75,18 @@ class Parser(ArgumentParser):
                 resolved[index] = f"--config={self._resolve_config(argument.removeprefix('--config='))}"
             elif index and arguments[index - 1] == "--config":
                 resolved[index] = self._resolve_config(argument)
-        return resolved
+        return resolved if self.settings is None else reset_other_kinds(resolved, self.settings)
 
     def _resolve_config(self, source: str) -> str:
         assert self.settings is not None
         path = find_config(source)
         check_file(path, self.settings)
         return str(path)
+
+    def format_help(self, formatter: argparse.HelpFormatter | None = None) -> str:
+        """Return the help; fields of sections with names of the user's have NAME in place of one."""
+        text = super().format_help(formatter)
+        return re.sub(r"--(\S*\b(?:rewards|evaluation\.metrics))\.(?!help\b|NAME\b)(?=\w)", r"--\1.NAME.", text)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise `BadArguments`."""

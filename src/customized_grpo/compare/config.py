@@ -7,14 +7,15 @@ from pydantic import Field, ValidationError, model_validator
 
 from customized_grpo.config.advantages import AdvantagesConfig
 from customized_grpo.config.messages import format_validation_error
-from customized_grpo.config.presets import BASE, CALIBRATED, HINGE, PRESETS
+from customized_grpo.config.presets import BASE, CALIBRATED, HINGE, PRESETS, preset_settings
+from customized_grpo.config.rewards import objectives
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.config.section import Section
 from customized_grpo.errors import UserError
 
 OF_THE_GRID = {
-    "seed", "output", "advantages.normalize", "advantages.shape", "advantages.thresholds", "advantages.weights",
-    "advantages.lookup", "advantages.table",
+    "seed", "output", "advantages.normalize", "advantages.shape", "advantages.weights", "advantages.lookup",
+    "advantages.table",
 }  # fmt: skip
 """Fields of `train` that a grid sets itself, run by run."""
 
@@ -29,11 +30,11 @@ class CompareConfig(Section):
     presets: dict[str, int] = Field(default_factory=lambda: dict.fromkeys([BASE, *PRESETS], 3) | {HINGE: 0})
     """Seeds of each preset: 3 means seeds 0, 1, 2; 0 leaves it out."""
     settings: dict[str, dict[str, Any]] = Field(default_factory=lambda: dict[str, dict[str, Any]]({"": {}}))
-    """Named variations of `train`, each crossed with all presets: {name: {rewards: {toybox: {identity_leak: low}}}}."""
+    """Named variations of `train`, each crossed with all presets: {name: {optimizer: {learning_rate: 1e-4}}}."""
     intervals: bool = True
     """State 95 % intervals over seeds, which takes two seeds of every preset; false allows a single one."""
-    hinge_thresholds: tuple[float | None, float | None] | None = None
-    """Of preset 'hinge': (prompt, identity) rewards count only up to these; null for no limit."""
+    hinge_thresholds: dict[str, float] = Field({})
+    """Of preset 'hinge': rewards by name count only up to these, as {identity: 0.36}."""
     calibration_prompts: int = Field(48, ge=2)
     """Prompts on which the time weights of 'customized-calibrated' are measured."""
     jobs: int = Field(1, ge=1)
@@ -55,13 +56,16 @@ class CompareConfig(Section):
                 )
         if not self.trained:
             raise ValueError(f"presets: nothing to train; add some of {', '.join(PRESETS)}")
-        if HINGE in self.trained and self.hinge_thresholds is None:
-            raise ValueError("hinge_thresholds: preset 'hinge' needs them; give [prompt, identity], null for no limit")
+        if HINGE in self.trained and not self.hinge_thresholds:
+            raise ValueError("hinge_thresholds: preset 'hinge' needs them; give some, as {identity: 0.36}")
+        if unknown := sorted({*self.hinge_thresholds} - {*objectives(self.train.rewards)}):
+            known = ", ".join(objectives(self.train.rewards))
+            raise ValueError(f"hinge_thresholds: no reward '{unknown[0]}' is an objective; choose among {known}")
         if not self.settings:
             raise ValueError('settings: empty; leave it out, or write {"": {}} for a single variation')
         shared = flatten(self.train.model_dump(mode="json"))
         usual = flatten(Config().model_dump(mode="json"))
-        places = {"train": {name for name, value in shared.items() if value != usual[name]}}
+        places = {"train": {name for name in OF_THE_GRID & {*usual} if shared.get(name) != usual[name]}}
         places |= {f"settings '{name}'": set(flatten(changes)) for name, changes in self.settings.items()}
         for place, names in places.items():
             if taken := sorted(names & OF_THE_GRID):
@@ -78,7 +82,7 @@ class CompareConfig(Section):
 
 
 def run_settings(
-    config: CompareConfig, setting: str, preset: str | None, seed: int, table: list[list[float]] | None = None
+    config: CompareConfig, setting: str, preset: str | None, seed: int, table: dict[str, list[float]] | None = None
 ) -> dict[str, Any]:
     """Return the settings of one run (of none of the presets, if None), as the tree that `train --config` reads.
 
@@ -90,20 +94,24 @@ def run_settings(
         if shared.data.test is None:
             raise UserError("data.test: presets are compared on test data; name its folder in train.data.test")
         if preset is not None:
-            tree = _merged(tree, PRESETS[preset])
+            tree = _merged(tree, preset_settings(PRESETS[preset], shared))
         if preset == HINGE:
-            tree = _merged(tree, {"advantages": {"thresholds": list(config.hinge_thresholds or ())}})
+            limits = {name: {"up_to": limit} for name, limit in config.hinge_thresholds.items()}
+            tree = _merged(tree, {"rewards": limits})
         if preset == CALIBRATED:
             # Before the calibration is measured, any table of the right length stands for it.
-            table = table or [list(shared.advantages.constant)] * shared.rollout.num_steps
+            table = table or {name: [1.0] * shared.rollout.num_steps for name in objectives(shared.rewards)}
             tree = _merged(tree, {"advantages": {"table": table}})
-        # Drop shared settings that a preset does not use, such as gamma without SARS.
+        # Drop shared settings that a preset does not use, such as gamma without SARS, or TDW's without schedules.
         unread = AdvantagesConfig.unread(tree["advantages"])
+        if preset is not None and PRESETS[preset].constant is not None:
+            unread.append("tdw")
         advantages = {name: value for name, value in tree["advantages"].items() if name not in unread}
         return Config.model_validate(tree | {"seed": seed, "advantages": advantages}).model_dump(mode="json")
-    except ValidationError as error:
+    except ValueError as error:  # pydantic's too
         where = f"settings '{setting}', preset '{preset}'" if setting else f"preset '{preset}'"
-        raise UserError(f"{where}: {format_validation_error(error)}") from error
+        reason = format_validation_error(error) if isinstance(error, ValidationError) else str(error)
+        raise UserError(f"{where}: {reason}") from error
 
 
 def _merged(tree: dict[str, Any], changes: Any) -> dict[str, Any]:

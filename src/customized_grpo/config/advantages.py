@@ -1,13 +1,13 @@
 """From rewards to advantages: normalization, shaping, weights over time."""
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from customized_grpo.config.section import Pair, Section, Share, Switches
+from customized_grpo.config.section import Section, Share, Switches
 
 Shape = Literal["none", "sars", "min", "max", "harmonic", "product"]
-Weights = Literal["constant", "tdw", "table"]
+Weights = Literal["schedules", "table"]
 
 
 class TimeWeightsConfig(Section):
@@ -53,46 +53,38 @@ class AdvantagesConfig(Section):
     normalize: Literal["group", "group_then_batch", "rank"] = "group"
     """group: z-score within the group (GRPO). group_then_batch: over the batch too (GDPO). rank: z-score of ranks."""
     shape: Shape = "sars"
-    """How to combine the two advantages of a sample; sars is the paper's synergy-aware reward shaping."""
+    """How to combine the advantages of a sample; sars is the paper's synergy-aware reward shaping."""
     sars: SarsConfig = SarsConfig()
     """Settings for advantages.shape=sars."""
-    thresholds: tuple[float | None, float | None] | None = None
-    """Hinge: cut (prompt, identity) rewards off at these values, with every shape; null for no limit."""
-    weights: Weights = "tdw"
-    """Weights of the rewards over the denoising steps; tdw is the paper's time-aware dynamic weighting."""
-    constant: Pair = (0.5, 0.5)
-    """(prompt, identity) weights for weights='constant', to whose mean `diagnose` calibrates; naive 1:1 is [0.5, 0.5];
-    the paper's tuned 1:1.5, which is identity:prompt, is [0.6, 0.4]."""
+    weights: Weights = "schedules"
+    """Weights of the rewards over the denoising steps: by rewards.NAME.schedule, whose early and late are the paper's
+    time-aware dynamic weighting (TDW); or a table in their place."""
     lookup: Literal["step", "counter"] = "step"
     """Look weights up by the true denoising step; or by the loop counter over each sample's shuffled steps, as the
     published code does (docs/differences.md, 1), to reproduce it."""
     tdw: TimeWeightsConfig = TimeWeightsConfig()
-    """Settings for advantages.weights=tdw."""
-    table: tuple[Pair, ...] | None = None
-    """One (prompt, identity) row per denoising step for weights='table'."""
+    """The curve of TDW, for advantages.weights=schedules."""
+    table: dict[str, tuple[float, ...]] | None = None
+    """Weights of each reward by its name, one per denoising step, for advantages.weights=table."""
     clip: float = Field(5.0, gt=0)
     """Clip advantages to [-clip, clip] (paper: 5)."""
 
     SWITCHES: ClassVar[Switches] = {"shape": get_args(Shape), "weights": get_args(Weights)}
-    SHARED: ClassVar[Switches] = {
-        "constant": ("constant", "table"),  # calibrated tables start from it
-        "lookup": ("tdw", "table"),
-    }
+    SHARED: ClassVar[Switches] = {"tdw": ("schedules",)}
 
-    @field_validator("constant", "table")
+    @field_validator("table")
     @classmethod
-    def _not_negative(cls, weights: Any) -> Any:
-        rows = weights if weights and isinstance(weights[0], tuple) else [weights or ()]
-        if any(weight < 0 for row in rows for weight in row):
-            raise ValueError("weights must be greater than or equal to 0")
-        return weights
+    def _not_negative(cls, table: dict[str, tuple[float, ...]] | None) -> dict[str, tuple[float, ...]] | None:
+        for name, column in (table or {}).items():
+            if any(weight < 0 for weight in column):
+                raise ValueError(f"{name}: weights must be greater than or equal to 0, found {min(column)}")
+        return table
 
     @model_validator(mode="after")
     def _some_weight(self) -> "AdvantagesConfig":
         """Check that some reward has weight: nothing would be learned without."""
-        rows = {"constant": [self.constant], "table": self.table or ()}.get(self.weights, ())
-        if rows and not any(prompt or identity for prompt, identity in rows):
-            raise ValueError(
-                f"{self.weights}: all weights are 0, so nothing would be learned; give one of the rewards some"
-            )
+        if self.weights == "table" and not self.table:
+            raise ValueError("table: missing; give the weights of each reward by its name, one per denoising step")
+        if self.weights == "table" and not any(any(column) for column in (self.table or {}).values()):
+            raise ValueError("table: all weights are 0, so nothing would be learned; give one of the rewards some")
         return self

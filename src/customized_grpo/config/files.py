@@ -6,7 +6,15 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from customized_grpo.config.messages import field_names, format_validation_error, section_at, unknown
+from customized_grpo.config.messages import (
+    annotation_at,
+    field_names,
+    format_validation_error,
+    named_section,
+    section_at,
+    unknown,
+)
+from customized_grpo.config.renamed import describe_rename
 from customized_grpo.errors import UserError
 
 MERGE = "tag:yaml.org,2002:merge"
@@ -52,18 +60,20 @@ def _duplicate_keys(node: yaml.Node, prefix: str) -> Iterator[Problem]:
 
 def _unknown_keys(node: yaml.MappingNode, model: type[BaseModel], prefix: str) -> Iterator[Problem]:
     """Yield names that are not fields, and fields that are not sections."""
-    names = field_names(model)
     for key, value in node.value:
         if key.tag == MERGE:
             continue
         name = f"{prefix}{key.value}"
-        section, (first, dot, rest) = section_at(model, name), str(key.value).partition(".")
-        if name not in names:
-            yield key.start_mark, unknown(name, names)
+        first, dot, rest = str(key.value).partition(".")
+        annotation = annotation_at(model, name)
+        section, named = section_at(model, name), named_section(annotation)
+        told = None if isinstance(value, yaml.MappingNode) else describe_rename(name)
+        if annotation is None or told:
+            yield key.start_mark, told or unknown(name, field_names(model))
         elif dot:
             yield key.start_mark, f"{name}: write `{first}:` and below it, indented, `{rest}:`"
-        elif section is not None and not isinstance(value, yaml.MappingNode):
-            fields = ", ".join(section.model_fields)
-            yield key.start_mark, f"{name}: expected its fields below it, of {fields}; or remove the line"
-        elif section is not None:
+        elif (section or named) and not isinstance(value, yaml.MappingNode):
+            fields = f"its fields below it, of {', '.join(section.model_fields)}" if section else "names below it"
+            yield key.start_mark, f"{name}: expected {fields}; or remove the line"
+        elif section or named:
             yield from _unknown_keys(value, model, f"{name}.")

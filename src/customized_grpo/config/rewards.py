@@ -2,37 +2,36 @@
 
 import json
 import re
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from customized_grpo.config.section import Section, Share, Switches
+from customized_grpo.config.section import Section, Share, Switches, Weight
 
-OWN = r"python:\w+(\.\w+)+"
-"""Pattern of the name of a custom reward."""
-PROMPT_REWARDS = ("toybox", "hpsv3", "hpsv2", "pickscore", "clip_t", "siglip", "vlm_judge", "remote")
-IDENTITY_REWARDS = ("toybox", "dino", "clip_i", "vlm_judge", "remote")
+PROMPT_KINDS = ("toybox_prompt", "hpsv3", "hpsv2", "pickscore", "clip_t", "siglip", "vlm_prompt")
+IDENTITY_KINDS = ("toybox_identity", "dino", "clip_i", "vlm_identity")
+VLM_KINDS = ("vlm_prompt", "vlm_identity")
+TOYBOX_KINDS = ("toybox_prompt", "toybox_identity")
 IDENTITY_ENCODERS = ("dino", "clip_i")
 ENCODERS = (*IDENTITY_ENCODERS, "clip_t", "siglip", "pickscore", "hpsv2")
-"""Rewards that are cosines in a pretrained encoder's space."""
+"""Kinds that are cosines in a pretrained encoder's space."""
 PRETRAINED = (*ENCODERS, "hpsv3")
-"""Rewards whose pretrained model runs in the training processes."""
-
-
+"""Kinds whose pretrained model runs in the training processes."""
+KINDS = (*PROMPT_KINDS, *IDENTITY_KINDS, "texture", "remote", "python")
+Reference = Literal["whole", "segmented"]
 Timeout = Annotated[float, Field(gt=0)]
 
 
-def _known(rewards: Sequence[str], name: str) -> str:
-    if name not in rewards and not re.fullmatch(OWN, name):
-        raise ValueError(f"expected one of {', '.join(rewards)}, or python:module.function")
-    return name
+def kind_hue(kind: str) -> Literal["prompt", "identity", "plain"]:
+    """Return what a kind measures, as far as it says: how an image follows the prompt, or keeps the identity."""
+    return "prompt" if kind in PROMPT_KINDS else "identity" if kind in IDENTITY_KINDS else "plain"
 
 
 class VlmJudgeConfig(Section):
-    """A vision-language model that scores both rewards from 0 to 4, on a server that speaks OpenAI's chat protocol."""
+    """A vision-language model that scores prompt and subject from 0 to 4, on a server that speaks OpenAI's chat
+    protocol. Rewards with equal settings share its answers."""
 
     url: str | None = None
     """Where its /chat/completions is, as http://host:port/v1; needed. The key comes from the environment variable
@@ -83,15 +82,31 @@ class VlmJudgeConfig(Section):
 
 
 class RemoteConfig(Section):
-    """Rewards served by `customized-grpo serve-reward` or another server of its protocol (docs/rewards.md)."""
+    """A reward served by `customized-grpo serve-reward` or another server of its protocol (docs/rewards.md)."""
 
-    prompt_url: str | None = None
-    """URL of the server of a remote prompt reward, http://host:port; required there."""
-    identity_url: str | None = None
-    """URL of the server of a remote identity reward, http://host:port; required there."""
+    url: str | None = None
+    """URL of the server, http://host:port; required."""
     timeout: Timeout = 120.0
     """Timeout of each answer in seconds, retries included; a later answer is no score. A server that has answered
     nothing for so long is asked no more in that scoring (a batch of images)."""
+    reference: Reference = "whole"
+    """segmented: the server receives the masks of the references too; all data must have some."""
+
+
+class PythonConfig(Section):
+    """A function of your own (docs/rewards.md)."""
+
+    function: str | None = None
+    """module.function, found from the folder in which the command runs; required."""
+    reference: Reference = "whole"
+    """segmented: the function receives the masks of the references too; all data must have some."""
+
+    @field_validator("function")
+    @classmethod
+    def _named(cls, function: str | None) -> str | None:
+        if function is not None and not re.fullmatch(r"\w+(\.\w+)+", function):
+            raise ValueError("expected module.function")
+        return function
 
 
 class PromptEncoderConfig(Section):
@@ -106,6 +121,9 @@ class IdentityEncoderConfig(Section):
 
     model: str | None = None
     """Folder or hub id of the model; unset: the usual one (docs/rewards.md)."""
+    reference: Reference = "whole"
+    """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented); segmented: all data
+    must have masks."""
     several_references: Literal["mean", "max"] = "mean"
     """Identity to several references is the mean of the cosines, or the largest."""
     background: Share = 1.0
@@ -134,11 +152,13 @@ class HPSv3Config(Section):
     """Positions of its tokens: 0, 1, 2, ... as in the published scorer, or Qwen2-VL's own (M-RoPE)."""
 
 
-class ToyBoxRewardConfig(Section):
-    """ToyBox's rewards."""
+class ToyBoxIdentityConfig(Section):
+    """ToyBox's identity reward."""
 
-    identity_leak: Literal["low", "medium", "high"] = "high"
-    """Identity encoder, by how much of the reference's background and pose it takes for identity."""
+    leak: Literal["low", "medium", "high"] = "high"
+    """Encoder, by how much of the reference's background and pose it takes for identity."""
+    reference: Reference = "whole"
+    """Compare with the whole reference, or with the subject cut out by its mask."""
 
 
 class LocalConfig(Section):
@@ -152,80 +172,187 @@ class LocalConfig(Section):
     """Images that go through a model at once: bounds memory, does not change the result."""
 
 
-class RewardsConfig(Section):
-    """The two rewards, in the order (prompt, identity)."""
+class ScoreConfig(Section):
+    """What scores images: a kind, and the section named as the kind."""
 
-    prompt: Annotated[str, AfterValidator(partial(_known, PROMPT_REWARDS))] = "toybox"
-    """Prompt reward: hpsv3 (paper); cosine of image and prompt in the encoder of toybox, hpsv2, pickscore, clip_t or
-    siglip; a judge, vlm_judge; a server, remote; or python:module.function of your own (docs/rewards.md)."""
-    identity: Annotated[str, AfterValidator(partial(_known, IDENTITY_REWARDS))] = "toybox"
-    """Identity reward: cosine to the reference in the encoder of toybox, dino (paper: DINOv2) or clip_i; a judge,
-    vlm_judge; a server, remote; or python:module.function of your own (docs/rewards.md)."""
-    identity_reference: Literal["whole", "segmented"] = "whole"
-    """Compare with the whole reference, or with the subject cut out by its mask (paper: segmented). segmented: all data
-    must have masks, and custom and remote rewards receive them."""
-    max_invalid_share: Share = 0.5
-    """Stop when more than this share of an iteration's scores of one of the rewards could not be computed."""
-    toybox: ToyBoxRewardConfig = ToyBoxRewardConfig()
-    """Settings for rewards.prompt=toybox and rewards.identity=toybox."""
+    kind: str
     hpsv3: HPSv3Config = HPSv3Config()
-    """Settings for rewards.prompt=hpsv3."""
+    """Settings for kind=hpsv3."""
     hpsv2: HPSv2Config = HPSv2Config()
-    """Settings for rewards.prompt=hpsv2."""
+    """Settings for kind=hpsv2."""
     pickscore: PromptEncoderConfig = PromptEncoderConfig()
-    """Settings for rewards.prompt=pickscore."""
+    """Settings for kind=pickscore."""
     clip_t: PromptEncoderConfig = PromptEncoderConfig()
-    """Settings for rewards.prompt=clip_t."""
+    """Settings for kind=clip_t."""
     siglip: PromptEncoderConfig = PromptEncoderConfig()
-    """Settings for rewards.prompt=siglip."""
+    """Settings for kind=siglip."""
     dino: IdentityEncoderConfig = IdentityEncoderConfig()
-    """Settings for rewards.identity=dino."""
+    """Settings for kind=dino."""
     clip_i: IdentityEncoderConfig = IdentityEncoderConfig()
-    """Settings for rewards.identity=clip_i."""
+    """Settings for kind=clip_i."""
+    toybox_identity: ToyBoxIdentityConfig = ToyBoxIdentityConfig()
+    """Settings for kind=toybox_identity."""
     vlm_judge: VlmJudgeConfig = VlmJudgeConfig()
-    """Settings for rewards.prompt=vlm_judge and rewards.identity=vlm_judge."""
+    """Settings for kind=vlm_prompt and kind=vlm_identity."""
     remote: RemoteConfig = RemoteConfig()
-    """Settings for rewards.prompt=remote and rewards.identity=remote."""
+    """Settings for kind=remote."""
+    python: PythonConfig = PythonConfig()
+    """Settings for kind=python."""
     local: LocalConfig = LocalConfig()
-    """Settings for rewards with a pretrained model in the training processes: dino, clip_i, clip_t, siglip, pickscore,
-    hpsv2, hpsv3."""
+    """Where and how a pretrained model runs: of dino, clip_i, clip_t, siglip, pickscore, hpsv2, hpsv3."""
 
-    SWITCHES: ClassVar[Switches] = {"prompt": PROMPT_REWARDS, "identity": IDENTITY_REWARDS}
-    SHARED: ClassVar[Switches] = {"local": PRETRAINED}
+    SWITCHES: ClassVar[Switches] = {"kind": KINDS}
+    SHARED: ClassVar[Switches] = {"local": PRETRAINED, "vlm_judge": VLM_KINDS}
 
-    def model_of(self, kind: str) -> str | None:
-        """Return the model that the section of a pretrained reward names, None if it names none."""
-        section: PromptEncoderConfig | IdentityEncoderConfig | HPSv2Config | HPSv3Config = getattr(self, kind)
-        return section.model
+    @property
+    def model(self) -> str | None:
+        """The model that the section of a pretrained kind names; None if it names none, and for other kinds."""
+        return getattr(self.section, "model", None) if self.kind in PRETRAINED else None
+
+    @property
+    def section(self) -> Section | None:
+        """The section of the kind; None for a kind without settings."""
+        name = "vlm_judge" if self.kind in VLM_KINDS else self.kind
+        found = getattr(self, name, None)
+        return found if isinstance(found, Section) else None
+
+    def same_score(self, other: "ScoreConfig") -> bool:
+        """Return whether the two score alike, wherever they run."""
+        return self.kind == other.kind and self.section == other.section
+
+    @property
+    def segmented(self) -> bool:
+        """Whether references are compared, or handed on, with their masks."""
+        return getattr(self.section, "reference", "whole") == "segmented"
 
     @model_validator(mode="after")
-    def _check_remote(self) -> "RewardsConfig":
-        for side, kind in (("prompt", self.prompt), ("identity", self.identity)):
-            field, url = f"remote.{side}_url", getattr(self.remote, f"{side}_url")
-            if kind == "remote":
-                _check_address(field, url)
-            if kind == "remote" and not (url or "").startswith(("http://", "https://")):
-                raise ValueError(f"{field}: a remote reward needs its URL, http://host:port (found {url!r})")
-            if kind != "remote" and url is not None:
-                raise ValueError(f"{field}: only for {side}=remote (found {side}={kind}); leave it out")
-        return self
-
-    @model_validator(mode="after")
-    def _check_needed(self) -> "RewardsConfig":
-        if self.prompt == "hpsv2" and self.hpsv2.model is None:
+    def _check_needed(self) -> "ScoreConfig":
+        if self.kind == "hpsv2" and self.hpsv2.model is None:
             raise ValueError(
                 "hpsv2.model: HPSv2 has no usual model, since its published weights are a pickle; name a safetensors "
                 "file made of them, or a CLIP's folder or hub id (docs/rewards.md)"
             )
-        _check_address("vlm_judge.url", self.vlm_judge.url)
-        if self.is_read("vlm_judge") and None in (self.vlm_judge.url, self.vlm_judge.model):
-            raise ValueError("vlm_judge.url, vlm_judge.model: name the judge's server and its model there")
-        for kind in IDENTITY_ENCODERS:
-            if getattr(self, kind).differs_from_default("background") and self.identity_reference != "segmented":
+        if self.kind == "remote":
+            _check_address("remote.url", self.remote.url)
+            if not (self.remote.url or "").startswith(("http://", "https://")):
                 raise ValueError(
-                    f"{kind}.background: only behind segmented references; set identity_reference to segmented"
+                    f"remote.url: a remote reward needs its URL, http://host:port (found {self.remote.url!r})"
+                )
+        if self.kind == "python" and self.python.function is None:
+            raise ValueError("python.function: name the function, as module.function")
+        if self.kind in VLM_KINDS:
+            _check_address("vlm_judge.url", self.vlm_judge.url)
+            if None in (self.vlm_judge.url, self.vlm_judge.model):
+                raise ValueError("vlm_judge.url, vlm_judge.model: name the judge's server and its model there")
+        if self.kind in IDENTITY_ENCODERS:
+            settings: IdentityEncoderConfig = getattr(self, self.kind)
+            if settings.differs_from_default("background") and settings.reference != "segmented":
+                raise ValueError(
+                    f"{self.kind}.background: only behind segmented references; set {self.kind}.reference to segmented"
                 )
         return self
+
+
+class RewardConfig(ScoreConfig):
+    """A reward: what it scores by, and how it counts."""
+
+    kind: Literal[
+        "toybox_prompt", "toybox_identity", "hpsv3", "hpsv2", "pickscore", "clip_t", "siglip", "dino", "clip_i",
+        "vlm_prompt", "vlm_identity", "texture", "remote", "python"
+    ]  # fmt: skip
+    """Prompt following: hpsv3 (paper), or the cosine of image and prompt in the encoder of toybox_prompt, hpsv2,
+    pickscore, clip_t or siglip. Identity: cosine to the reference in the encoder of toybox_identity, dino (paper:
+    DINOv2) or clip_i. A judge: vlm_prompt, vlm_identity. Roughness against the reference: texture (a constraint). A
+    server: remote. A function of your own: python (docs/rewards.md)."""
+    role: Literal["objective", "constraint"] = "objective"
+    """objective: more is better. constraint: must keep its bounds, and counts only in groups that break them."""
+    schedule: Literal["constant", "early", "late"] = "constant"
+    """Weight over the denoising steps: early follows TDW's curve for the prompt, late its complement (paper: prompt
+    early, identity late); constant: `weight` at every step."""
+    weight: Weight = 1.0
+    """Share among the rewards of one schedule, relative to theirs; beside early and late, a constant weight is a share
+    of the whole. 0: scored and logged, and nothing else."""
+    up_to: float | None = None
+    """Count no further than this value of the reward (hinge); unset: no limit."""
+    at_least: float | None = None
+    """Lower bound of a constraint, in the reward's units."""
+    at_most: float | None = None
+    """Upper bound of a constraint, in the reward's units."""
+    max_invalid_share: Share = 0.5
+    """Stop when more than this share of an iteration's scores could not be computed."""
+
+    SWITCHES: ClassVar[Switches] = {**ScoreConfig.SWITCHES, "role": ("objective", "constraint")}
+    SHARED: ClassVar[Switches] = {
+        **ScoreConfig.SHARED,
+        **dict.fromkeys(("schedule", "weight", "up_to"), ("objective",)),
+        **dict.fromkeys(("at_least", "at_most"), ("constraint",)),
+    }
+
+    @property
+    def is_objective(self) -> bool:
+        """Whether training follows the reward."""
+        return self.role == "objective" and self.weight > 0
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> "RewardConfig":
+        if self.role == "constraint" and self.at_least is None and self.at_most is None:
+            raise ValueError("role: a constraint needs a bound; set at_least or at_most")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least={self.at_least} is more than at_most={self.at_most}; nothing would hold both")
+        return self
+
+
+Rewards = Mapping[str, RewardConfig]
+NAME = re.compile("[a-z][a-z0-9_]*")
+
+
+def objectives(rewards: Rewards) -> dict[str, RewardConfig]:
+    """Return the rewards that training follows, by name."""
+    return {name: reward for name, reward in rewards.items() if reward.is_objective}
+
+
+def constraints(rewards: Rewards) -> dict[str, RewardConfig]:
+    """Return the rewards that are constraints, by name."""
+    return {name: reward for name, reward in rewards.items() if reward.role == "constraint"}
+
+
+def wants_masks(scores: Mapping[str, ScoreConfig]) -> str | None:
+    """Return the name of the first score that reads the references' masks, None if none does."""
+    return next((name for name, score in scores.items() if score.segmented), None)
+
+
+def check_rewards(rewards: Rewards) -> None:
+    """Raise ValueError for names that cannot be shown, and where none of the rewards is an objective."""
+    for name in rewards:
+        check_name(name)
+    if not objectives(rewards):
+        raise ValueError("no reward is an objective with a weight above 0, so nothing would be learned; add one")
+
+
+def check_schedules(rewards: Rewards) -> None:
+    """Raise ValueError for schedules and weights that do not fit together."""
+    followed = objectives(rewards).values()
+    weights = {
+        schedule: sum(reward.weight for reward in followed if reward.schedule == schedule)
+        for schedule in ("constant", "early", "late")
+    }
+    if bool(weights["early"]) != bool(weights["late"]):
+        there, missing = ("early", "late") if weights["early"] else ("late", "early")
+        raise ValueError(
+            f"schedule: a reward is {there} and none is {missing}; the two divide the weight between them. Give "
+            f"another reward schedule={missing}, or let all be constant"
+        )
+    if weights["early"] and weights["constant"] >= 1:
+        raise ValueError(
+            f"weight: the constant weights come to {weights['constant']:g}, expected less than 1: the rewards with "
+            "schedule early and late share the rest"
+        )
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError for a name of a reward or metric that is no lower-case word."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"'{name}' is no name; expected lower-case letters, digits and _, as identity or my_reward")
 
 
 def _check_address(field: str, url: str | None) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich import box
 from rich.table import Table
 
-from customized_grpo.algorithm import constant_weights, time_weights
+from customized_grpo.algorithm import schedule_weights
+from customized_grpo.config.rewards import check_schedules, objectives
 from customized_grpo.config.run import Config
 from customized_grpo.data import batch_indices
 from customized_grpo.diagnosis.figure import write_figure
@@ -23,10 +25,11 @@ from customized_grpo.evaluation.statistics import t_interval
 from customized_grpo.factory.config import resolve_config
 from customized_grpo.factory.data import encode_ahead, load_dataset, warn_truncated_prompts
 from customized_grpo.factory.policy import build_policy, build_start
-from customized_grpo.factory.rewards import build_rewards
+from customized_grpo.factory.rewards import reward_loader
 from customized_grpo.io.files import UNFINISHED, check_folder, write_whole, writing
 from customized_grpo.runtime.device import configure
 from customized_grpo.tracking.console import Display
+from customized_grpo.training.advantages import step_weights
 from customized_grpo.training.run_dir import load_run_config
 
 RECORD, FIGURE, WEIGHTS = "diagnosis.json", "diagnosis", "weights.yaml"
@@ -63,7 +66,8 @@ def diagnose(
     dataset = load_dataset(config.data.path, config, policy)
     if prompts > len(dataset):
         raise UserError(f"--prompts: {prompts} were asked for, but {config.data.path} holds {len(dataset)}")
-    rewards = build_rewards(config)
+    loader, followed = reward_loader(config), objectives(config.rewards)
+    rewards = {name: loader.load(f"rewards.{name}", reward) for name, reward in followed.items()}
     # Both measurements take the first samples of the order in which training would.
     drawn = max(prompts, batches * config.rollout.prompts_per_iteration)
     used = {dataset: [dataset[index] for index in sorted(set(batch_indices(len(dataset), drawn, config.seed, 0)))]}
@@ -74,7 +78,8 @@ def diagnose(
             config, policy, rewards, dataset, prompts=prompts, group_size=group_size,
             on_progress=lambda done, of: stages.update("sensitivity", done, of),
         )  # fmt: skip
-        weights = calibrated_weights(sensitivity.shares(), config.advantages.constant)
+        constant = mean_weights(config)
+        weights = calibrated_weights(sensitivity.shares(), constant, sensitivity.names)
         conflict = measure_conflict(
             config, policy, rewards, dataset, batches=batches,
             on_progress=lambda done, of: stages.update("gradients", done, of),
@@ -82,9 +87,10 @@ def diagnose(
     counts = {"prompts": prompts, "group_size": group_size, "batches": batches}
     record: Record = {
         "settings": _settings(config, run) | counts,
+        "rewards": {name: reward.kind for name, reward in followed.items()},
         "sigmas": policy.sigmas(config.rollout.num_steps, config.rollout.shift).tolist(),
         **make_record(conflict, sensitivity),
-        "weights": _weight_tables(config, weights),
+        "weights": {"calibrated": weights.tolist(), **_weight_tables(config, constant)},
         "findings": find(conflict, sensitivity),
     }
     measured = f"{record['settings']['generator']}, {prompts} prompts of {config.data.path}, groups of {group_size}"
@@ -92,21 +98,27 @@ def diagnose(
         write_whole(output / RECORD, json.dumps(_clean(record), indent=1) + "\n")
         write_figure(_clean(record), output / FIGURE)
         # Last: who finds it takes the diagnosis for done.
-        write_whole(output / WEIGHTS, weights_yaml(weights, measured))
+        write_whole(output / WEIGHTS, weights_yaml(weights, sensitivity.names, measured))
     _show(record, tuple(rewards), display)
     return output / RECORD
 
 
-def weights_yaml(table: npt.NDArray[np.float64], measured: str) -> str:
-    """Return a configuration file that makes `train` use the time weights `table` [T, 2]; `measured` says of what."""
-    rows = "".join(f"    - [{prompt:.6f}, {identity:.6f}]\n" for prompt, identity in table)
+def weights_yaml(table: npt.NDArray[np.float64], names: Sequence[str], measured: str) -> str:
+    """Return a configuration file that makes `train` use the time weights `table` [T, R] of the rewards `names`.
+
+    `measured` says of what.
+    """
+    columns = "".join(
+        f"    {name}: [{', '.join(f'{weight:.6f}' for weight in column)}]\n"
+        for name, column in zip(names, table.T, strict=True)
+    )
     return (
         "# Calibrated time weights: each reward is weighted at a denoising step in proportion to its share of the\n"
         "# sensitivity measured there; over the trainable steps the mean equals the constant weights.\n"
         f"# Measured on: {' '.join(measured.split())}\n"
         "# Use: customized-grpo train --config YOUR.yaml --config weights.yaml\n"
-        f"# One row (prompt, identity) a step, noisiest first: rollout.num_steps must be {len(table)}.\n"
-        f"advantages:\n  weights: table\n  table:\n{rows}"
+        f"# One weight a step, noisiest first: rollout.num_steps must be {len(table)}.\n"
+        f"advantages:\n  weights: table\n  table:\n{columns}"
     )
 
 
@@ -194,22 +206,39 @@ def _check(config: Config | None, run: Path | None, output: Path, counts: Mappin
         raise UserError("diagnose measures a finished run (--run) or a configuration (--config): give one of the two")
     _check_output(output)
     config = config or load_run_config(run or Path())
+    if len(followed := objectives(config.rewards)) < 2:
+        raise UserError(
+            f"diagnose: the only objective is {next(iter(followed))}, and conflict is between two; add another"
+        )
+    try:
+        check_schedules(config.rewards)
+    except ValueError as error:
+        raise UserError(f"rewards: {error}; calibrated weights keep the share of each") from error
     return resolve_config(config)
+
+
+def mean_weights(config: Config) -> list[float]:
+    """Return the weight of each objective where early and late have equal halves of what the constants leave."""
+    halves = torch.full((1,), 0.5)
+    followed = objectives(config.rewards).values()
+    weights: list[float] = schedule_weights(halves, [r.schedule for r in followed], [r.weight for r in followed])[
+        0
+    ].tolist()
+    return weights
 
 
 def _settings(config: Config, run: Path | None) -> Record:
     parts = config.model_dump(mode="json", include={"seed", "policy", "data", "rewards", "rollout"})
     generator = "the generator as configured" if run is None else f"the generator tuned by {run}"
-    return {"generator": generator, **parts, "constant": list(config.advantages.constant)}
+    return {"generator": generator, **parts}
 
 
-def _weight_tables(config: Config, calibrated: npt.NDArray[np.float64]) -> Record:
-    settings, steps = config.advantages, config.rollout.num_steps
-    return {
-        "calibrated": calibrated.tolist(),
-        "tdw": time_weights(steps, **settings.tdw.model_dump()).tolist(),
-        "constant": constant_weights(steps, settings.constant).tolist(),
-    }
+def _weight_tables(config: Config, constant: Sequence[float]) -> Record:
+    """Return the weights that calibrated ones are compared with: TDW's, if the schedules have it, and constants."""
+    schedules = config.model_copy(update={"advantages": config.advantages.model_copy(update={"weights": "schedules"})})
+    varies = any(reward.schedule != "constant" for reward in objectives(config.rewards).values())
+    tdw = {"tdw": step_weights(schedules).tolist()} if varies else {}
+    return {**tdw, "constant": [list(constant)] * config.rollout.num_steps}
 
 
 def _show(record: Mapping[str, Any], names: Sequence[str], display: Display) -> None:

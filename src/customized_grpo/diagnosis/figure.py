@@ -12,9 +12,10 @@ from matplotlib.lines import Line2D
 
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import write_whole
-from customized_grpo.report.style import IDENTITY, INK, MUTED, PROMPT, grid, new_figure, rc, save_png, svg_text
+from customized_grpo.report.frame import HUES
+from customized_grpo.report.style import INK, MUTED, grid, new_figure, rc, save_png, svg_text
+from customized_grpo.tracking.metric_info import REWARD_PREFIX, score_infos
 
-HUES = {"prompt": PROMPT, "identity": IDENTITY}
 HEIGHT = 3.5
 """Inches."""
 LINES: dict[str, dict[str, Any]] = {
@@ -32,8 +33,9 @@ def write_figure(record: Mapping[str, Any], stem: Path) -> tuple[Path, Path]:
         figure = new_figure(HEIGHT)
         conflict, share, weight = figure.subplots(1, 3)
         _draw_conflict(conflict, record["gradients"])
-        _draw_shares(share, record["sensitivity"])
-        _draw_weights(weight, record["weights"])
+        colors = _colors(record)
+        _draw_shares(share, record["sensitivity"], colors)
+        _draw_weights(weight, record["weights"], colors)
         svg, png = stem.with_suffix(".svg"), stem.with_suffix(".png")
         write_whole(svg, svg_text(figure))
         save_png(figure, png, dpi=2 * figure.dpi)
@@ -72,26 +74,33 @@ def _draw_conflict(axes: Axes, gradients: Mapping[str, Any]) -> None:
     _legend(axes, lines)
 
 
-def _draw_shares(axes: Axes, sensitivity: Mapping[str, Any]) -> None:
-    _frame(axes, "Share of the reward's variance", len(sensitivity["prompt"]["share"]))
-    for name, hue in HUES.items():
+def _colors(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return a color for each reward that was measured."""
+    infos = score_infos({f"{REWARD_PREFIX}{name}": kind for name, kind in record["rewards"].items()})
+    return {name.removeprefix(REWARD_PREFIX): HUES[info.hue] for name, info in infos.items()}
+
+
+def _draw_shares(axes: Axes, sensitivity: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+    _frame(axes, "Share of the reward's variance", max(len(sensitivity[name]["share"]) for name in colors))
+    for name, hue in colors.items():
         _curve(axes, sensitivity[name]["share"], hue)
     axes.set_ylim(bottom=0)
     grid(axes)
     options: dict[str, Any] = {"linewidth": 2.0, "marker": "o", "markersize": 3.6}
-    _legend(axes, [Line2D([], [], color=hue, label=name, **options) for name, hue in HUES.items()])
+    _legend(axes, [Line2D([], [], color=hue, label=name, **options) for name, hue in colors.items()])
 
 
-def _draw_weights(axes: Axes, weights: Mapping[str, Any]) -> None:
+def _draw_weights(axes: Axes, weights: Mapping[str, Any], colors: Mapping[str, str]) -> None:
     trainable = len(weights["calibrated"]) - 1
     _frame(axes, "Weight of the reward", trainable)
-    for order, (kind, style) in enumerate(reversed(LINES.items())):
-        for index, hue in enumerate(HUES.values()):
+    lines = {kind: style for kind, style in LINES.items() if kind.lower() in weights}
+    for order, (kind, style) in enumerate(reversed(lines.items())):
+        for index, hue in enumerate(colors.values()):
             values = [row[index] for row in weights[kind.lower()][:trainable]]
             axes.plot(values, color=hue, zorder=2 + order, **style)
     axes.set_ylim(bottom=0)
     grid(axes, share=False)
-    _legend(axes, [Line2D([], [], color=MUTED, label=kind, **style) for kind, style in LINES.items()])
+    _legend(axes, [Line2D([], [], color=MUTED, label=kind, **style) for kind, style in lines.items()])
 
 
 def _frame(axes: Axes, title: str, steps: int) -> None:

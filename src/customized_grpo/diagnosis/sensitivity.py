@@ -21,7 +21,6 @@ from customized_grpo.evaluation.statistics import Array, t_interval
 from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import Scorer
-from customized_grpo.training.advantages import PAIR
 from customized_grpo.training.rollout import Plan, encode_samples, iteration_samples, sample_groups
 
 RESAMPLES = 2000
@@ -148,16 +147,16 @@ def group_variances(rewards: Tensor, valid: Tensor) -> Array:
     return np.where(count < 2, np.nan, np.where(spread <= rounding, 0.0, variance))
 
 
-def calibrated_weights(shares: npt.ArrayLike, constant: Sequence[float]) -> Array:
-    """Return time weights [T, 2] from shares of sensitivity [T - 1, 2] and constant weights (prompt, identity).
+def calibrated_weights(shares: npt.ArrayLike, constant: Sequence[float], names: Sequence[str]) -> Array:
+    """Return time weights [T, R] from shares of sensitivity [T - 1, R] and constant weights of the rewards `names`.
 
-    `w_k(i)` is proportional to `s_k(i) / (s_prompt(i) + s_identity(i))`, and over the T - 1 trainable steps its mean is
-    `constant[k]`: the total pull of each reward stays, its place in time moves. A step where neither reward has a share
-    gets `constant`, and so does the deterministic last one, which is never trained. Raises `UserError` for a reward
-    whose shares are all zero or unknown.
+    `w_k(i)` is proportional to `s_k(i) / sum_j s_j(i)`, and over the T - 1 trainable steps its mean is `constant[k]`:
+    the total pull of each reward stays, its place in time moves. A step where no reward has a share gets `constant`,
+    and so does the deterministic last one, which is never trained. Raises `UserError` for a reward whose shares are all
+    zero or unknown.
     """
     share, weights = np.asarray(shares, dtype=np.float64), np.asarray(constant, dtype=np.float64)
-    for name, column in zip(PAIR, share.T, strict=True):
+    for name, column in zip(names, share.T, strict=True):
         if not np.isfinite(column).all() or not column.any():
             raise UserError(
                 f"the {name} reward does not vary within the groups measured, or could not be computed: no time "

@@ -18,6 +18,8 @@ from customized_grpo.tracking.metric_info import REWARD_PREFIX, MetricInfo, metr
 from customized_grpo.types import PromptBatch
 
 COPY = "copy"
+SAME = 1 - 1e-5
+"""Two pictures whose layouts correlate more than this are one picture."""
 
 
 class Metric(Protocol):
@@ -66,19 +68,26 @@ def metric_names(metrics: Sequence[Metric]) -> list[str]:
     return [info.name for metric in metrics for info in metric.infos]
 
 
-class RewardMetric(Metric):
-    """Measures by rewards: `reward/NAME` is the score of the reward with that name."""
+class ScoreMetric(Metric):
+    """Measures by scorers, which are rewards or of their kind; each scores once, whatever number of figures it has."""
 
-    def __init__(self, rewards: Mapping[str, Reward]) -> None:
-        self._rewards = {f"{REWARD_PREFIX}{name}": reward for name, reward in rewards.items()}
-        self.infos = [metric_info(name) for name in self._rewards]
+    def __init__(self, scorers: Mapping[str, Reward]) -> None:
+        """Take the `scorers` by the name of the figure."""
+        self._scorers = scorers
+        self.infos = [metric_info(name) for name in scorers]
+
+    @classmethod
+    def of_rewards(cls, rewards: Mapping[str, Reward]) -> "ScoreMetric":
+        """Return the metric of `rewards`: `reward/NAME` is the score of the reward with that name."""
+        return cls({f"{REWARD_PREFIX}{name}": reward for name, reward in rewards.items()})
 
     def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
         """Score `images` [N, 3, H, W]."""
-        groups = images.unsqueeze(1)  # one tensor for all rewards: a judge of several is asked once
-        found = {name: reward.score(groups, batch) for name, reward in self._rewards.items()}
+        groups = images.unsqueeze(1)  # one tensor for all: a judge of several is asked once, an encoder runs once
+        each = {id(scorer): scorer for scorer in self._scorers.values()}
+        found = {key: scorer.score(groups, batch) for key, scorer in each.items()}
         self.reasons = [scores.reason for scores in found.values()]
-        return {name: known(scores) for name, scores in found.items()}
+        return {name: known(found[id(scorer)]) for name, scorer in self._scorers.items()}
 
 
 class PromptMetric(Metric):
@@ -125,16 +134,20 @@ class CopyMetric(Metric):
     """Measures copy-paste: how far an image is from other subjects' pictures (0) towards being its reference (1).
 
     Closeness is the correlation of two pictures' 8 x 8 layouts. The closeness to expect of an image that is no copy is
-    how close the reference is to the pictures of all other subjects; without other subjects, 0.
+    how close the reference is to the pictures of all other subjects; without other subjects, 0. A subject is another
+    one if it has another name and does not have the reference among its pictures.
     """
 
     def __init__(self, layouts: Mapping[str, Tensor]) -> None:
-        """Take the `layouts` [K, ...] of all pictures of each subject, by subject."""
+        """Take the `layouts` [K, ...] of all pictures of each subject, by subject; see `reference_layouts`."""
         self.infos = [metric_info(COPY)]
-        self._layouts = layouts
+        self._layouts = torch.cat(list(layouts.values())) if layouts else torch.zeros(0)
+        self._numbers = {subject: number for number, subject in enumerate(layouts)}
+        counts = torch.tensor([len(each) for each in layouts.values()], dtype=torch.long)
+        self._owners = torch.arange(len(layouts)).repeat_interleave(counts)
 
     def measure(self, images: Tensor, batch: PromptBatch) -> Mapping[str, Tensor]:
-        """Hold `images` [N, 3, H, W] against the references of `batch`, which names its subjects."""
+        """Hold `images` [N, 3, H, W] against the references of `batch`, which names its subjects if it knows them."""
         subjects = batch.subjects or [None] * len(images)
         parts = [
             self._towards(images[rows], references, subjects[rows.start])
@@ -144,10 +157,20 @@ class CopyMetric(Metric):
 
     def _towards(self, images: Tensor, references: Sequence[Tensor], subject: str | None) -> Tensor:
         targets = torch.cat([layout(reference[None]) for reference in references])
-        others = [each for name, each in self._layouts.items() if name != subject]
-        expected = (targets @ torch.cat(others).T).mean(1) if others else torch.zeros(len(targets))
-        towards = (layout(images) @ targets.T - expected) / (1 - expected).clamp(min=1e-3)
+        expected = self._expected(targets, subject)
+        towards = (layout(images.cpu()) @ targets.T - expected) / (1 - expected).clamp(min=1e-3)
         return towards.amax(1)
+
+    def _expected(self, targets: Tensor, subject: str | None) -> Tensor:
+        """Return the mean closeness [K] of the references' layouts `targets` [K, ...] to other subjects' pictures."""
+        if not self._numbers:
+            return torch.zeros(len(targets))
+        closeness = targets @ self._layouts.T
+        own = self._owners[(closeness > SAME).any(0)]
+        if subject in self._numbers:
+            own = torch.cat([own, torch.tensor([self._numbers[subject]])])
+        others = ~torch.isin(self._owners, own)
+        return closeness[:, others].mean(1) if bool(others.any()) else torch.zeros(len(targets))
 
 
 def known(found: Scores) -> Tensor:

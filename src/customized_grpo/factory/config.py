@@ -1,22 +1,34 @@
 """From a configuration to the parts of a run."""
 
+from typing import TypeVar
+
+from customized_grpo.config.rewards import ScoreConfig
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import check_shard, resolve_policy_config
-from customized_grpo.factory.rewards import reward_device
+from customized_grpo.factory.rewards import RewardLoader, reward_loader
+
+ScoreT = TypeVar("ScoreT", bound=ScoreConfig)
 
 
 def resolve_config(config: Config) -> Config:
-    """Return `config` with the precisions that this machine uses: they decide the result.
+    """Return `config` with the precisions that this machine uses: they decide the result."""
+    loader = reward_loader(config)
+    rewards = {name: _with_precision(f"rewards.{name}", reward, loader) for name, reward in config.rewards.items()}
+    metrics = {
+        name: _with_precision(f"evaluation.metrics.{name}", metric, loader)
+        for name, metric in config.evaluation.metrics.items()
+    }
+    evaluation = config.evaluation.model_copy(update={"metrics": metrics})
+    policy = resolve_policy_config(config.policy)
+    return config.model_copy(update={"policy": policy, "rewards": rewards, "evaluation": evaluation})
 
-    The rewards' precision stays "auto" if it means two: HPSv3 in bf16, on CUDA, beside an encoder in fp32.
-    """
-    rewards = config.rewards
-    if rewards.is_read("local") and rewards.local.precision == "auto":
-        two = rewards.prompt == "hpsv3" and reward_device(config).type == "cuda"
-        local = rewards.local.model_copy(update={"precision": "auto" if two else "fp32"})
-        rewards = rewards.model_copy(update={"local": local})
-    return config.model_copy(update={"policy": resolve_policy_config(config.policy), "rewards": rewards})
+
+def _with_precision(field: str, score: ScoreT, loader: RewardLoader) -> ScoreT:
+    if not score.is_read("local") or score.local.precision != "auto":
+        return score
+    local = score.local.model_copy(update={"precision": "bf16" if loader.bf16(field, score) else "fp32"})
+    return score.model_copy(update={"local": local})
 
 
 def check_shares(config: Config, world: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from customized_grpo.config.rewards import wants_masks
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset, batch_indices
 from customized_grpo.distributed.env import local_rank, local_world
@@ -23,8 +24,9 @@ def read_dataset(path: Path, config: Config) -> SubjectDataset:
     wrong. Raises `UserError` listing that.
     """
     dataset = SubjectDataset.open(path, max_pixels=config.data.max_pixels, decode=local_rank() == 0)
-    if config.rewards.identity_reference == "segmented":
-        remedy = "but rewards.identity_reference is 'segmented'; add masks or set it to 'whole'"
+    if field := wants_masks(config.scores):
+        kind = config.scores[field].kind
+        remedy = f"but {field}.{kind}.reference is 'segmented'; add masks or set it to 'whole'"
         raise_problems(
             path, "samples", [f"sample '{each.id}': has no mask, {remedy}" for each in dataset if not each.masks]
         )
@@ -60,10 +62,10 @@ def warn_truncated_prompts(
     used: Mapping[SubjectDataset, Sequence[Sample]],
     display: Display,
 ) -> None:
-    """Warn about used prompts longer than the generator's or the prompt reward's token limit."""
+    """Warn about used prompts longer than the generator's or a reward's token limit."""
     readers = {
         "policy.kind": (config.policy.kind, policy.prompt_lengths),
-        "rewards.prompt": (config.rewards.prompt, rewards["prompt"].prompt_lengths),
+        **{f"rewards.{name}": (config.rewards[name].kind, reward.prompt_lengths) for name, reward in rewards.items()},
     }
     for field, (name, prompt_lengths) in readers.items():
         for dataset, samples in used.items():

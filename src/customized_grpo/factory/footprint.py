@@ -1,60 +1,58 @@
-"""What rewards hold in memory, by the headers of their files: nothing is loaded and nothing downloaded."""
+"""What rewards and metrics hold in memory, by the headers of their files: nothing is loaded and nothing downloaded."""
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from customized_grpo.config.rewards import ENCODERS, RewardsConfig
+from customized_grpo.config.rewards import PRETRAINED, TOYBOX_KINDS, VLM_KINDS, ScoreConfig
 from customized_grpo.errors import UserError
+from customized_grpo.factory.rewards import RewardLoader, model_name
 from customized_grpo.io.files import read_header
 from customized_grpo.toybox.weights import shipped_folder
 
+NOTHING = (*VLM_KINDS, "remote", "texture")
+"""Kinds that hold nothing in memory here."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ELSEWHERE = ("vlm_judge", "remote")
-"""Rewards of other machines: nothing of them is here."""
 
 
-def reward_bytes(
-    config: RewardsConfig, device: torch.device, toybox_weights: Path | None
+def score_bytes(
+    scores: Mapping[str, ScoreConfig], device: torch.device, loader: RewardLoader, toybox_weights: Path | None
 ) -> tuple[dict[str, float], list[str]]:
-    """Return the weights that the rewards keep on `device`, in bytes by the reward's field, and the uncounted rewards.
+    """Return the weights that the `scores`, by field, keep on `device`: bytes by field, and the scores not counted.
 
-    A reward is not counted if its files are not on this machine.
+    A model that several share counts once. A score is not counted if its files are not on this machine.
     """
     counted: dict[str, float] = {}
-    unknown = []
-    for side, kind in (("prompt", config.prompt), ("identity", config.identity)):
-        if kind in ELSEWHERE:
+    unknown, seen = [], set()
+    for field, score in scores.items():
+        if score.kind in NOTHING or (score.kind in PRETRAINED and loader.device(field, score) != device):
             continue
-        name = f"rewards.{side} ({kind})"
-        files = _files(side, kind, config, toybox_weights)
+        name, files, bf16 = f"{field} ({score.kind})", _files(score, toybox_weights), loader.bf16(field, score)
+        if (*files, bf16) in seen:
+            continue
         if not files:
             unknown.append(name)
         else:
-            bf16 = config.local.precision == "bf16" or (
-                config.local.precision == "auto" and kind == "hpsv3" and device.type == "cuda"
-            )
+            seen.add((*files, bf16))
             counted[name] = float(sum(_numbers(path) for path in files) * (2 if bf16 else 4))
     return counted, unknown
 
 
-def _files(side: str, kind: str, config: RewardsConfig, toybox_weights: Path | None) -> list[Path]:
-    """Return the safetensors files of a reward that are on this machine; none where one of them is not."""
-    if kind == "toybox":
-        name = "prompt_encoder" if side == "prompt" else f"identity_encoder_{config.toybox.identity_leak}"
-        return _there([(toybox_weights or shipped_folder()) / f"{name}.safetensors"])
-    if kind == "hpsv3":
-        from customized_grpo.rewards.hpsv3 import WEIGHTS as PUBLISHED
-
-        return _single(config.hpsv3.model or PUBLISHED)
-    if kind not in ENCODERS:
+def _files(score: ScoreConfig, toybox_weights: Path | None) -> list[Path]:
+    """Return the safetensors files of a score that are on this machine; none where one of them is not."""
+    if score.kind in TOYBOX_KINDS:
+        identity = f"identity_encoder_{score.toybox_identity.leak}"
+        encoder = "prompt_encoder" if score.kind == "toybox_prompt" else identity
+        return _there([(toybox_weights or shipped_folder()) / f"{encoder}.safetensors"])
+    name = model_name(score)
+    if name is None:
         return []  # of one's own
-    from customized_grpo.rewards.pretrained import MODELS
-
-    name = config.model_of(kind) or MODELS.get(kind, "")
+    if score.kind == "hpsv3":
+        return _single(name)
     if name.endswith(".safetensors"):
         return _single(name)
     index = _part(name, INDEX)

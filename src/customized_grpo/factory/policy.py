@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from customized_grpo.config.messages import format_validation_error
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.distributed.env import processes_here
 from customized_grpo.errors import UserError
@@ -90,6 +92,21 @@ def with_guidance(config: PolicyConfig, guidance_scale: float | None, usual: flo
     if guidance_scale is None and config.kind != "flux2-klein":  # its distilled models take none
         guidance_scale = usual
     return config.model_copy(update={"pipeline": config.pipeline.model_copy(update={"guidance_scale": guidance_scale})})
+
+
+def policy_with(config: PolicyConfig, **changes: Any) -> PolicyConfig:
+    """Return the settings of a run's generator with `changes` of its fields, or of the fields of its pipeline.
+
+    None changes nothing. Raises `UserError` for settings that the generator does not take, as options of a command.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    pipeline = {name: given.pop(name) for name in list(given) if name in type(config.pipeline).model_fields}
+    settings = config.model_dump()
+    try:
+        return PolicyConfig.model_validate(settings | given | {"pipeline": settings["pipeline"] | pipeline})
+    except ValidationError as error:
+        told = format_validation_error(error).replace("pipeline: ", "").replace("pipeline.", "")
+        raise UserError(f"--{told}") from error
 
 
 def save_adapter(config: PolicyConfig, parameters: Iterable[tuple[str, Tensor]], folder: Path) -> None:

@@ -10,8 +10,7 @@ from markupsafe import Markup
 from customized_grpo.evaluation.statistics import Array, Interval
 from customized_grpo.report.formats import power_of_ten
 from customized_grpo.report.frame import Frame, nice_ticks, tick_text
-
-QUADRANTS = ("both_good", "only_prompt", "only_identity", "both_bad")
+from customized_grpo.tracking.metric_info import MetricInfo
 
 
 @dataclass(frozen=True)
@@ -79,12 +78,14 @@ def line_chart(
     include: Sequence[float] = (),
     band: tuple[Array, Array, Array] | None = None,
     rules: Sequence[Rule] = (),
+    marked: Sequence[tuple[float, float]] = (),
     small: bool = False,
     height: int = 250,
 ) -> Chart | None:
     """Draw curves over iterations; return None if there is no finite value to draw.
 
-    `include`: values that the vertical range must contain; `band`: x, low, high of a shaded range.
+    `include`: values that the vertical range must contain; `band`: x, low, high of a shaded range;
+    `marked`: iterations that are shaded as over-optimized.
     """
     values = np.concatenate([s.y for s in series] + (list(band[1:]) if band else []))
     if not np.isfinite(values).any():
@@ -98,6 +99,8 @@ def line_chart(
     frame.x_axis(_inner_ticks(x_range, 5 if small else 6), "iteration")
     if band:
         frame.area(*band, series[0].hue, 0.16)
+    for start, end in marked:
+        frame.area(np.array([start, end]), np.full(2, y_ticks[0]), np.full(2, y_ticks[-1]), "alarm", 0.1)
     for rule in rules:
         frame.rule(rule.value, rule.label, rule.hue)
     for one in series:
@@ -108,6 +111,7 @@ def line_chart(
                     tip = f"{one.label}, iteration {a:g}: {tick_text(round(float(b), 4), percent)}"
                     frame.dot(float(a), float(b), one.hue, tip=tip)
     keys = tuple(Key(s.label, s.hue, s.style) for s in series if s.label)
+    keys += (Key("over-optimized", "alarm", "area"),) if marked else ()
     unit += f", in units of {power_of_ten(power)}" if power else ""
     return Chart(title, unit, frame.svg(f"{title}. {_describe(series, percent)}"), keys)
 
@@ -121,7 +125,7 @@ def plane(
     """Draw the prompt-identity plane.
 
     `path`: iteration, identity and prompt values of the validations; `tests`: identity and prompt intervals
-    of "base" and "tuned"; `names`: what the horizontal (identity) and vertical (prompt) axes show.
+    of "base", "best" and "tuned"; `names`: what the horizontal (identity) and vertical (prompt) axes show.
     """
     iterations, across, up = (column[np.isfinite(path[1]) & np.isfinite(path[2])] for column in path)
     xs = np.concatenate([across, *(np.array(pair[0]) for pair in tests.values())])
@@ -156,70 +160,81 @@ def plane(
 
 
 def _test_points(frame: Frame, tests: Mapping[str, tuple[Interval, Interval]]) -> None:
-    if "base" in tests and "tuned" in tests:
-        (before, before_up), (after, after_up) = tests["base"], tests["tuned"]
+    kept = next((name for name in ("best", "tuned") if name in tests), None)
+    if "base" in tests and kept:
+        (before, before_up), (after, after_up) = tests["base"], tests[kept]
         frame.arrow((before[0], before_up[0]), (after[0], after_up[0]), "joint")
     for name, ((x, x_low, x_high), (y, y_low, y_high)) in tests.items():
         if all(map(math.isfinite, (x_low, x_high, y_low, y_high))):
             frame.bar((x_low, x_high), (y, y), "joint", width=1.0)
             frame.bar((x, x), (y_low, y_high), "joint", width=1.0)
         frame.dot(x, y, "joint", radius=5.5, hollow=name == "base")
-        offset, anchor = ((7, 7), "left") if name == "tuned" else ((-7, -13), "right")
+        offset, anchor = ((7, 7), "left") if name == kept else ((-7, -13), "right")
         frame.text(name, x, y, "joint", offset, anchor, bold=True)
 
 
-def quadrant_chart(x: Array, shares: Mapping[str, Array], conflict: Array) -> Chart | None:
-    """Draw the shares of the four quadrants stacked over iterations, smoothed, with the conflict rate as a line."""
-    known = [np.isfinite(shares[name]) for name in QUADRANTS if name in shares]
-    if len(known) < len(QUADRANTS) or not np.logical_and.reduce(known).any():
+def quadrant_chart(
+    x: Array, shares: Sequence[Array], pair: tuple[MetricInfo, MetricInfo], conflict: Array | None = None
+) -> Chart | None:
+    """Draw the shares of the four quadrants of a pair of rewards stacked over iterations, smoothed.
+
+    `shares`: both good, only the first of the pair, only the second, both bad. `conflict`: their rate, as a line.
+    """
+    keep = np.logical_and.reduce([np.isfinite(column) for column in shares])
+    if not keep.any():
         return None
-    keep = np.logical_and.reduce(known)
     x_kept = x[keep]
-    columns = [smooth(shares[name][keep]) for name in QUADRANTS]
+    columns = [smooth(column[keep]) for column in shares]
     if len(x_kept) == 1:
         x_kept = np.array([x_kept[0] - 0.5, x_kept[0] + 0.5])
         columns = [np.repeat(column, 2) for column in columns]
     frame = Frame((float(x_kept[0]), float(x_kept[-1])), (0.0, 1.0), height=300)
+    keys = [
+        Key("both good", "joint", "area"),
+        *(Key(f"only {info.label.removesuffix(' reward')}", info.hue, "area") for info in pair),
+        Key("both bad", "bad", "area"),
+    ]
     # Best at the bottom: the height of the lowest band is then read straight off the axis.
     floor = np.zeros_like(x_kept)
-    for name, column in zip(QUADRANTS, columns, strict=True):
-        frame.area(x_kept, floor, floor + column, name, 1.0 if name == "both_bad" else 0.8)
+    for key, column in zip(keys, columns, strict=True):
+        frame.area(x_kept, floor, floor + column, key.hue, 1.0 if key.hue == "bad" else 0.8)
         floor = floor + column
     frame.y_axis([0, 0.25, 0.5, 0.75, 1], percent=True)
     frame.x_axis(_inner_ticks(frame.x_range, 6), "iteration")
-    frame.curve(x[keep], smooth(conflict[keep]), "conflict", "dash", halo=True)
-    keys = [Key(name.replace("_", " "), name, "area") for name in QUADRANTS]
     ends = ", ".join(f"{k.label} {c[0]:.0%} to {c[-1]:.0%}" for k, c in zip(keys, columns, strict=True))
+    if conflict is not None:
+        frame.curve(x[keep], smooth(conflict[keep]), "conflict", "dash", halo=True)
+        keys.append(Key("conflict rate", "conflict", "dash"))
     return Chart(
         "Quadrants of the rollouts",
         "share of rollouts, by sign of their two group advantages",
         frame.svg(f"Quadrant shares from first to last iteration: {ends}"),
-        (*keys, Key("conflict rate", "conflict", "dash")),
+        tuple(keys),
     )
 
 
-def weight_chart(sigmas: Array, weights: Array, trained: Sequence[int]) -> Chart:
-    """Draw the time weights [T, 2] (prompt, identity) per denoising step; filled dots are trained steps."""
+def weight_chart(sigmas: Array, weights: Array, trained: Sequence[int], rewards: Sequence[MetricInfo]) -> Chart:
+    """Draw the weights [T, R] of the `rewards` by denoising step; filled dots are trained steps."""
     steps = np.arange(len(weights), dtype=np.float64)
     frame = Frame((-0.5, len(weights) - 0.5), (0.0, 1.0), height=300, bottom=52)
     frame.y_axis([0, 0.25, 0.5, 0.75, 1])
     ticks = [t for t in nice_ticks(0, max(len(weights) - 1, 1), 6) if t == int(t) and t <= len(weights) - 1]
     frame.x_axis(ticks, "denoising step and its \u03c3, noisiest first")
     frame.under_ticks(ticks, [f"\u03c3 {sigmas[int(tick)]:.2f}" for tick in ticks])
-    for column, hue in enumerate(("prompt", "identity")):
-        frame.curve(steps, weights[:, column], hue)
-        for step, weight in enumerate(weights[:, column]):
-            tip = f"step {step}, \u03c3 {sigmas[step]:.3f}: {hue} {weight:.4f}"
-            frame.dot(step, float(weight), hue, radius=3.4, hollow=step not in trained, tip=tip)
+    names = [info.label.removesuffix(" reward") for info in rewards]
+    for name, info, column in zip(names, rewards, weights.T, strict=True):
+        frame.curve(steps, column, info.hue)
+        for step, weight in enumerate(column):
+            tip = f"step {step}, \u03c3 {sigmas[step]:.3f}: {name} {weight:.4f}"
+            frame.dot(step, float(weight), info.hue, radius=3.4, hollow=step not in trained, tip=tip)
     keys = (
-        Key("prompt", "prompt", "dots"),
-        Key("identity", "identity", "dots"),
+        *(Key(name, info.hue, "dots") for name, info in zip(names, rewards, strict=True)),
         Key("never trained", "muted", "ring"),
     )
-    told = (
-        f"Weights over {len(weights)} steps: prompt {weights[0, 0]:.2f} to {weights[-1, 0]:.2f}, "
-        f"identity {weights[0, 1]:.2f} to {weights[-1, 1]:.2f}"
+    ends = ", ".join(
+        f"{name} {column[0]:.2f} to {column[-1]:.2f}" for name, column in zip(names, weights.T, strict=True)
     )
+    told = f"Weights over {len(weights)} steps: {ends}"
     return Chart("Time weights at the steps used", "weight of each reward in the advantage", frame.svg(told), keys)
 
 

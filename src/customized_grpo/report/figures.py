@@ -1,13 +1,14 @@
 """The figures of a report: which columns of a run go into which chart."""
 
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
+from customized_grpo.evaluation.against_base import HELD_OUT_GAIN, INTERVALS, REWARD_GAIN
 from customized_grpo.evaluation.statistics import Array
 from customized_grpo.report.charts import (
-    QUADRANTS,
     Chart,
     Rule,
     Series,
@@ -30,12 +31,44 @@ def reward_charts(run: Run) -> list[Chart]:
     charts = []
     for name in run.metrics.reward_names():
         x, y = run.metrics["iteration"], run.metrics[f"reward/{name}/mean"]
-        series = _raw_and_smooth(x, y, metric_info(f"reward/{name}").hue)
+        info = run.info(f"reward/{name}")
+        series = _raw_and_smooth(x, y, info.hue)
         if run.evaluations.has(f"reward/{name}"):
             checks = run.evaluations
             series.append(Series("validation", checks["iteration"], checks[f"reward/{name}"], "joint", "dots"))
-        charts.append(line_chart(f"{name.capitalize()} reward", "mean over the rollouts of an iteration", series))
+        charts.append(
+            line_chart(
+                info.heading,
+                "mean over the rollouts of an iteration",
+                series,
+                rules=_bounds(run, name),
+                marked=run.over_optimized,
+            )
+        )
     return [chart for chart in charts if chart]
+
+
+def gain_chart(run: Run) -> Chart | None:
+    """Draw what validations gained on held-out metrics, with the interval, and on the rewards."""
+    checks = run.evaluations
+    if not checks.has(HELD_OUT_GAIN):
+        return None
+    x = checks["iteration"]
+    bounds = [(row.get(INTERVALS) or {}).get(HELD_OUT_GAIN) or (None, None) for row in run.validations]
+    low, high = np.array(bounds, dtype=np.float64).T
+    series = [Series("held out", x, checks[HELD_OUT_GAIN], "joint", "dots")]
+    if checks.has(REWARD_GAIN):
+        series.append(Series("rewards", x, checks[REWARD_GAIN], "muted", "dots"))
+    return line_chart(
+        "Gain over the base", "in standard deviations of the base, on validation pairs", series, band=(x, low, high),
+        rules=[Rule(0.0, "")], marked=run.over_optimized,
+    )  # fmt: skip
+
+
+def _bounds(run: Run, name: str) -> list[Rule]:
+    """Return the bounds of a reward that is a constraint."""
+    bounds = {side: run.settings.get(f"rewards.{name}.{side}") for side in ("at_least", "at_most")}
+    return [Rule(float(bound), side.replace("_", " ")) for side, bound in bounds.items() if bound is not None]
 
 
 def judge_chart(run: Run) -> Chart | None:
@@ -46,33 +79,53 @@ def judge_chart(run: Run) -> Chart | None:
     if not series:
         return None
     return line_chart(
-        "Judge on the validation pairs", "share of pairs", series, percent=True, include=(0.0,), height=400
-    )
+        "Judge on the validation pairs", "share of pairs", series, percent=True, include=(0.0,), height=400,
+        marked=run.over_optimized,
+    )  # fmt: skip
 
 
 def plane_chart(run: Run) -> Chart | None:
     """Draw the plane of the oracle's two verdicts, or of the two rewards without an oracle."""
     judged = run.evaluations.has("identity_kept") or any("identity_kept" in e.intervals for e in run.final.values())
-    across, up = ("identity_kept", "prompt_satisfied") if judged else ("reward/identity", "reward/prompt")
-    names = (metric_info(across).label, metric_info(up).label)
+    across, up = ("identity_kept", "prompt_satisfied") if judged else _prompt_and_identity(run)
+    if not (across and up):
+        return None
+    names = (run.info(across).label, run.info(up).label)
     checks = run.evaluations
     tests = {
         name: (found.intervals[across], found.intervals[up])
-        for name, found in run.final.items()
+        for name, found in run.sides.items()
         if across in found.intervals and up in found.intervals
     }
     return plane((checks["iteration"], checks[across], checks[up]), tests, names, percent=judged)
 
 
-def quadrants(run: Run) -> Chart | None:
-    metrics = run.metrics
-    shares = {name: metrics[f"quadrant/{name}"] for name in QUADRANTS}
-    return quadrant_chart(metrics["iteration"], shares, metrics["conflict_rate"])
+def _prompt_and_identity(run: Run) -> tuple[str, str]:
+    """Return the figures of the first rewards that measure the identity and the prompt, "" where none does."""
+    infos = [run.info(f"reward/{name}") for name in run.metrics.reward_names()]
+    across, up = (next((info.name for info in infos if info.hue == hue), "") for hue in ("identity", "prompt"))
+    return across, up
+
+
+def quadrants(run: Run) -> list[Chart]:
+    """Draw the quadrants of each pair of objectives."""
+    metrics, names = run.metrics, run.objectives
+    charts = []
+    for first, second in combinations(names, 2):
+        prefix = "quadrant/" if len(names) == 2 else f"quadrant/{first}-{second}/"
+        shares = [metrics[prefix + name] for name in ("both_good", f"only_{first}", f"only_{second}", "both_bad")]
+        pair = (run.info(f"reward/{first}"), run.info(f"reward/{second}"))
+        charts.append(quadrant_chart(metrics["iteration"], shares, pair, metrics["conflict_rate"]))
+    return [chart for chart in charts if chart]
 
 
 def weights(run: Run) -> Chart | None:
+    """Draw the weights of the objectives at each step."""
     found = run.weights
-    return weight_chart(found.sigmas, found.weights, found.trained_steps) if found else None
+    if not found:
+        return None
+    infos = [run.info(f"reward/{name}") for name in found.names]
+    return weight_chart(found.sigmas, found.weights, found.trained_steps, infos)
 
 
 def first_ratio_error(metrics: Columns) -> dict[str, Any] | None:
@@ -89,11 +142,12 @@ def first_ratio_error(metrics: Columns) -> dict[str, Any] | None:
     }
 
 
-def health_charts(metrics: Columns) -> list[Chart]:
+def health_charts(run: Run) -> list[Chart]:
     """Draw small charts of the signs that show first when training goes wrong."""
+    metrics = run.metrics
     x = metrics["iteration"]
     spread = [
-        Series(name, x, smooth(metrics[f"reward/{name}/std"]), metric_info(f"reward/{name}").hue)
+        Series(name, x, smooth(metrics[f"reward/{name}/std"]), run.info(f"reward/{name}").hue)
         for name in metrics.reward_names()
     ]
     charts = [
@@ -126,6 +180,30 @@ def health_charts(metrics: Columns) -> list[Chart]:
         ),
         line_chart("Loss", "clipped surrogate and KL term", _plain(metrics, "loss"), small=True, height=190),
     ]
+    broken = [
+        Series(
+            name.removeprefix("violated/"), x, smooth(metrics[name]), run.info(name.replace("violated", "reward")).hue
+        )
+        for name in metrics.values
+        if name.startswith("violated/")
+    ]
+    if broken:
+        charts.append(
+            line_chart(
+                "Constraints broken", "share of samples outside of the bounds", broken, percent=True, include=(0.0,),
+                small=True, height=190,
+            )
+        )  # fmt: skip
+    checks = run.evaluations
+    for name, title, unit, rules in (
+        ("texture", "Texture", "of validation images, in units of the base's", (0.8, 1.25)),
+        ("diversity", "Diversity", "mean distance of images of one prompt", ()),
+    ):
+        if checks.has(name):
+            series = [Series("", checks["iteration"], checks[name], "plain", "dots")]
+            drawn = [Rule(rule, "", "alarm") for rule in rules]
+            include = (0.0,) if name == "diversity" else (1.0,)
+            charts.append(line_chart(title, unit, series, include=include, rules=drawn, small=True, height=190))
     for name, title, unit in (
         ("kl", "KL to the base", "mean over the trained steps"),
         ("invalid_share", "Invalid rewards", "share of samples left out"),

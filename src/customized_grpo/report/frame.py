@@ -21,6 +21,10 @@ from customized_grpo.report.style import (
     IDENTITY,
     INK,
     MUTED,
+    OTHER1,
+    OTHER2,
+    OTHER3,
+    OTHER4,
     PAPER,
     PROMPT,
     RULE,
@@ -30,7 +34,7 @@ from customized_grpo.report.style import (
 
 HUES = {
     "prompt": PROMPT, "identity": IDENTITY, "joint": INK, "plain": INK, "conflict": INK, "muted": MUTED, "alarm": ALARM,
-    "both_good": INK, "only_prompt": PROMPT, "only_identity": IDENTITY, "both_bad": BAD,
+    "other1": OTHER1, "other2": OTHER2, "other3": OTHER3, "other4": OTHER4, "bad": BAD,
 }  # fmt: skip
 """Colors by the page's class names."""
 STYLES: dict[str, dict[str, Any]] = {

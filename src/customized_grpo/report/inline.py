@@ -8,7 +8,22 @@ from customized_grpo.report import style
 
 COLOURS = {
     getattr(style, name): f"var(--{name.lower()})"
-    for name in ("PAPER", "INK", "MUTED", "RULE", "AXIS", "PROMPT", "IDENTITY", "CONFLICT", "BAD", "ALARM")
+    for name in (
+        "PAPER",
+        "INK",
+        "MUTED",
+        "RULE",
+        "AXIS",
+        "PROMPT",
+        "IDENTITY",
+        "CONFLICT",
+        "BAD",
+        "ALARM",
+        "OTHER1",
+        "OTHER2",
+        "OTHER3",
+        "OTHER4",
+    )
 }
 
 

@@ -11,9 +11,11 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from customized_grpo.evaluation.against_base import HELD_OUT_GAIN
 from customized_grpo.evaluation.statistics import Array, Interval, paired_difference
 from customized_grpo.io.files import write_whole
 from customized_grpo.report import figures
+from customized_grpo.report.best import describe_best
 from customized_grpo.report.charts import strip
 from customized_grpo.report.formats import (
     duration,
@@ -24,13 +26,14 @@ from customized_grpo.report.formats import (
     reward,
     scientific,
 )
-from customized_grpo.report.records import Columns, Evaluation, Run, data_uri, metrics_in, read_run
-from customized_grpo.tracking.metric_info import HEADLINE, MetricInfo
+from customized_grpo.report.records import Columns, Evaluation, Run, data_uri, read_run
+from customized_grpo.tracking.metric_info import HEADLINE, REWARD_PREFIX, MetricInfo
 
 FACTS = (
     ("Policy", "policy.kind"),
     ("Trained", "policy.toybox.adapter"),
     ("Data", "data.path"),
+    ("Rewards", "rewards"),
     ("Shaping", "advantages.shape"),
     ("SARS \u03b3", "advantages.sars.gamma"),
     ("SARS \u03b3 of penalties", "advantages.sars.gamma_penalty"),
@@ -77,29 +80,33 @@ def render_page(templates: Path, content: Mapping[str, Any], path: Path) -> Path
 
 def page_content(run: Run) -> dict[str, Any]:
     """Return the variables of the template, by name."""
-    table = result_rows(run.final)
-    evaluation = run.final.get("tuned") or run.final.get("base")
+    table = result_rows(run)
+    evaluation = run.final.get(run.kept or "base")
     return {
         "name": run.folder.resolve().name,
         "command": f"customized-grpo evaluate --run {shlex.quote(str(run.folder))}",
         "facts": facts(run),
         "split": evaluation.split if evaluation else "test",
         "pairs": len(evaluation.records) if evaluation else 0,
+        "lead": describe_best(run.validations, str(run.settings.get("evaluation.select", HELD_OUT_GAIN))),
         "has_base": "base" in run.final,
-        "has_tuned": "tuned" in run.final,
-        "same_noise": len({side.seed for side in run.final.values()}) == 1 and len(run.final) == 2,
+        "has_tuned": run.kept is not None,
+        "sides": {name: side_label(run, name) for name in run.sides},
+        "kept": run.kept,
+        "same_noise": len({side.seed for side in run.final.values()}) == 1 and len(run.final) > 1,
         "judged": any(row["info"].is_share for row in table),
         "rows": table,
         "headline": next((r for r in table if r["info"].name == HEADLINE and r["difference"]), None),
         "secondary": [r for r in table if r["info"].name != HEADLINE and r["difference"]],
-        "last_validation": last_validation(run.evaluations),
+        "last_validation": last_validation(run),
         "remarks": remarks(run),
         "reward_charts": figures.reward_charts(run),
+        "gain_chart": figures.gain_chart(run),
         "judge_chart": figures.judge_chart(run),
         "plane": figures.plane_chart(run),
         "quadrants": figures.quadrants(run),
         "weights": figures.weights(run),
-        "health": figures.health_charts(run.metrics),
+        "health": figures.health_charts(run),
         "first_ratio": figures.first_ratio_error(run.metrics),
         "timing": timing(run.metrics),
         "gallery": gallery(run),
@@ -110,10 +117,10 @@ def page_content(run: Run) -> dict[str, Any]:
 
 def facts(run: Run) -> list[tuple[str, str]]:
     """Return the facts of a run as label and value, from its configuration and its metrics."""
-    settings = dict(_flatten(run.config))
-    shown = [(label, settings[name]) for label, name in FACTS if name in settings]
-    done, asked = int(run.metrics["iteration"].max()), settings.get("iterations")
-    shown.append(("Iterations", f"{done} of {asked}" if asked and asked != str(done) else str(done)))
+    shown = [(label, _shown(run, name)) for label, name in FACTS]
+    shown = [(label, text) for label, text in shown if text]
+    done, asked = int(run.metrics["iteration"].max()), run.settings.get("iterations")
+    shown.append(("Iterations", f"{done} of {asked}" if asked and asked != done else str(done)))
     seconds = np.nansum(run.metrics["seconds/total"])
     if seconds > 0:
         shown.append(("Training time", duration(float(seconds))))
@@ -122,11 +129,25 @@ def facts(run: Run) -> list[tuple[str, str]]:
     return shown
 
 
-def result_rows(final: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
+def _shown(run: Run, field: str) -> str:
+    """Return the value of a setting as text, "" without one; of the rewards their kinds and what is special."""
+    if field != "rewards":
+        value = run.settings.get(field)
+        return "" if value is None or isinstance(value, list) else str(value)
+    told = []
+    for name in run.metrics.reward_names():
+        settings = {key: run.settings.get(f"rewards.{name}.{key}") for key in ("kind", "role", "schedule", "weight")}
+        special = settings["role"] if settings["role"] == "constraint" else settings["schedule"]
+        if settings["kind"]:
+            told.append(f"{name}: {settings['kind']}, {special if settings['weight'] != 0 else 'only logged'}")
+    return "; ".join(told)
+
+
+def result_rows(run: Run) -> list[dict[str, Any]]:
     """Return rows of the before/after table: the metrics at least one evaluation has, joint success first."""
-    base, tuned = final.get("base"), final.get("tuned")
+    base, tuned = run.final.get("base"), run.final.get(run.kept or "")
     rows = []
-    for info in metrics_in(name for side in (base, tuned) if side for name in side.intervals):
+    for info in run.metrics_in(dict.fromkeys(name for side in run.sides.values() for name in side.intervals)):
         metric = info.name
         sides = [side.intervals.get(metric) if side else None for side in (base, tuned)]
         known = [side for side in (tuned, base) if side]
@@ -142,6 +163,7 @@ def result_rows(final: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
                 "share": info.is_share,
                 "base": sides[0],
                 "tuned": sides[1],
+                "sides": [(name, side.intervals.get(metric)) for name, side in run.sides.items()],
                 "chance": chance,
                 "ceiling": ceiling,
                 "strip": strip(sides[0], sides[1], chance, ceiling, info.hue) if info.is_share else Markup(""),
@@ -149,6 +171,14 @@ def result_rows(final: Mapping[str, Evaluation]) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def side_label(run: Run, name: str) -> str:
+    """Return the heading of a final evaluation in the table of results."""
+    iteration = run.sides[name].iteration
+    if name == "base" or iteration is None or len(run.sides) < 3:
+        return {"base": "Base", "best": "Best", "tuned": "Tuned"}[name]
+    return f"{'Best' if name == 'best' else 'Last'}, iteration {iteration}"
 
 
 def _difference(base: Evaluation | None, tuned: Evaluation | None, info: MetricInfo) -> dict[str, Any]:
@@ -186,11 +216,12 @@ def _verb(difference: Interval) -> str:
     return "fell" if high < 0 else "did not change measurably"
 
 
-def last_validation(evaluations: Columns) -> dict[str, Any] | None:
+def last_validation(run: Run) -> dict[str, Any] | None:
     """Return the last validation's values by metric name, or None without a validation."""
+    evaluations = run.evaluations
     if evaluations.length == 0:
         return None
-    last = {info: float(evaluations[info.name][-1]) for info in metrics_in(evaluations.values)}
+    last = {info: float(evaluations[info.name][-1]) for info in run.metrics_in(evaluations.values)}
     return {
         "iteration": int(evaluations["iteration"][-1]),
         "values": [{"info": info, "value": value} for info, value in last.items() if math.isfinite(value)],
@@ -234,6 +265,7 @@ def remarks(run: Run) -> list[tuple[str, str]]:
             "or missing."
         )
         found.append(("WARNING", text))
+    found += _held_out_remarks(run)
     base, tuned = run.final.get("base"), run.final.get("tuned")
     done = int(metrics["iteration"].max())
     if tuned and tuned.iteration is not None and tuned.iteration != done:
@@ -250,6 +282,40 @@ def remarks(run: Run) -> list[tuple[str, str]]:
         )
         found.append(("Note", text))
     return found
+
+
+def _held_out_remarks(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield what validations and clipping show that rewards do not, as (WARNING, text)."""
+    for first, last in run.over_optimized:
+        text = (
+            f"Over-optimized from iteration {first} to {last}: training rewards rose, and the held-out gain was "
+            "significantly below its best. The curves mark it; keep the best adapter."
+        )
+        yield "WARNING", text
+    checks = run.evaluations
+    texture = checks["texture"]
+    if checks.has("texture") and not 0.8 <= (final := float(texture[np.isfinite(texture)][-1])) <= 1.25:
+        what = "dots, noise or ringing" if final > 1 else "blur"
+        yield (
+            "WARNING",
+            f"The last validation's images had {final:.2f} times the base's texture: {what}.",
+        )
+    spread = checks["diversity"]
+    if checks.has("diversity") and spread[-1] < spread[0] / 2:
+        text = (
+            f"Images of one prompt differ less than half as much as the base's: {spread[-1]:.3f}, and {spread[0]:.3f}."
+        )
+        yield "WARNING", text
+    for name in ("copied", "copy"):
+        if checks.has(name) and checks[name][-1] > checks[name][0]:
+            values = [metric_value(run.info(name), float(checks[name][place])) for place in (-1, 0)]
+            text = f"The {run.info(name).label} of the last validation, {values[0]}, is above the base's, {values[1]}."
+            yield "Note", text
+            break
+    clipped = run.metrics["clip_fraction"]
+    if run.metrics.has("clip_fraction") and (count := int((clipped == 1).sum())):
+        text = f"In {count} of {run.metrics.length} iterations every ratio was clipped: the learning rate is too high."
+        yield "WARNING", text
 
 
 def timing(metrics: Columns) -> list[dict[str, Any]]:
@@ -273,16 +339,16 @@ def timing(metrics: Columns) -> list[dict[str, Any]]:
 def gallery(run: Run) -> list[dict[str, Any]]:
     """Return the first pairs of the final evaluation that have pictures, in their order: nothing is selected."""
     folder = run.folder / "evaluation" / "images"
-    sides = {name: run.final[name].records for name in ("base", "tuned") if name in run.final}
-    ordered = sides.get("tuned") or sides.get("base") or {}
+    sides = {name: side.records for name, side in run.sides.items()}
+    ordered = sides.get(run.kept or "base") or {}
     cards: list[dict[str, Any]] = []
     for key, record in ordered.items():
         if len(cards) == GALLERY_SIZE:
             break
-        shots = [(name, data_uri(folder / f"{key}_{name}.png", folder)) for name in ("reference", "base", "tuned")]
+        shots = [(name, data_uri(folder / f"{key}_{name}.png", folder)) for name in ("reference", *sides)]
         if not any(uri for _, uri in shots):
             continue
-        pictures = [{"name": name, "uri": uri, **_verdict(sides.get(name, {}).get(key))} for name, uri in shots]
+        pictures = [{"name": name, "uri": uri, **_verdict(run, sides.get(name, {}).get(key))} for name, uri in shots]
         cards.append(
             {
                 "id": key,
@@ -294,13 +360,23 @@ def gallery(run: Run) -> list[dict[str, Any]]:
     return cards
 
 
-def _verdict(record: Mapping[str, Any] | None) -> dict[str, Any]:
-    lines = []
-    for hue, verdict in (("prompt", "prompt_satisfied"), ("identity", "identity_kept")):
-        passed, score = (record or {}).get(verdict), (record or {}).get(f"reward/{hue}")
-        if passed is not None or score is not None:
-            lines.append({"hue": hue, "passed": passed, "score": score})
-    return {"lines": lines, "joint": bool((record or {}).get("joint_success"))}
+def _verdict(run: Run, record: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a line for each reward of a picture, with the verdict of an oracle where one is of the same."""
+    record = record or {}
+    verdicts = {"prompt": record.get("prompt_satisfied"), "identity": record.get("identity_kept")}
+    scores = [run.info(name) for name in record if name.startswith(REWARD_PREFIX)]
+    lines = [
+        {
+            "hue": info.hue,
+            "label": info.name.removeprefix(REWARD_PREFIX),
+            "passed": verdicts.pop(info.hue, None),
+            "score": record[info.name],
+        }
+        for info in scores
+    ]
+    lines += [{"hue": hue, "label": hue, "passed": p, "score": None} for hue, p in verdicts.items() if p is not None]
+    lines = [line for line in lines if line["passed"] is not None or line["score"] is not None]
+    return {"lines": lines, "joint": bool(record.get("joint_success"))}
 
 
 def validation_gallery(folder: Path) -> dict[str, str] | None:
@@ -311,11 +387,3 @@ def validation_gallery(folder: Path) -> dict[str, str] | None:
         "iteration": pictures[-1].stem.lstrip("0") or "0",
         "uri": data_uri(pictures[-1], folder, limit=1600),
     }
-
-
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        elif value is not None and not isinstance(value, list):
-            yield f"{prefix}{key}", str(value)

@@ -5,8 +5,10 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,22 @@ import numpy as np
 import yaml
 from PIL import Image, UnidentifiedImageError
 
+from customized_grpo.config.run import flatten
 from customized_grpo.errors import UserError
+from customized_grpo.evaluation.selection import over_optimized
 from customized_grpo.evaluation.statistics import Array, Interval, mean_interval
 from customized_grpo.io.jsonl import is_number, read_lines
-from customized_grpo.tracking.metric_info import MetricInfo, headline_first, in_order, overview
+from customized_grpo.tracking.metric_info import (
+    REWARD_PREFIX,
+    MetricInfo,
+    headline_first,
+    in_order,
+    metric_info,
+    overview,
+    score_infos,
+)
 
-NOT_METRICS = ("id", "prompt", "subject", "iteration", "pairs")
+NOT_METRICS = ("id", "prompt", "subject", "iteration", "pairs", "intervals", "gains", "over_optimized")
 """Fields of the records of an evaluation and of the rows of evaluations.jsonl that are no metrics."""
 
 
@@ -59,8 +71,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Weights:
-    """Time weights [T, 2] (prompt, identity), the sigmas [T + 1], and the steps that were trained."""
+    """Weights [T, R] of the rewards `names`, the sigmas [T + 1], and the steps that were trained."""
 
+    names: tuple[str, ...]
     sigmas: Array
     weights: Array
     trained_steps: tuple[int, ...]
@@ -72,9 +85,60 @@ class Run:
     config: Mapping[str, Any]
     config_text: str
     metrics: Columns
+    validations: Sequence[Mapping[str, Any]]
     evaluations: Columns
     final: Mapping[str, Evaluation]
     weights: Weights | None
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Return the settings of the run by dotted name."""
+        return flatten(dict(self.config))
+
+    @property
+    def kept(self) -> str | None:
+        """Return the name of the final evaluation of the adapter to keep: the best validation's, else the last one."""
+        return next((name for name in ("best", "tuned") if name in self.final), None)
+
+    @property
+    def sides(self) -> dict[str, Evaluation]:
+        """Return the final evaluations to show, the base first; the last adapter is left out where it is the best."""
+        best, tuned = self.final.get("best"), self.final.get("tuned")
+        same = best and tuned and best.iteration == tuned.iteration
+        return {name: side for name, side in self.final.items() if not (same and name == "tuned")}
+
+    @property
+    def over_optimized(self) -> list[tuple[int, int]]:
+        """Return the stretches of iterations in which rewards rose and the held-out gain had fallen.
+
+        A stretch begins at the validation before the first that shows it.
+        """
+        before = {row["iteration"]: earlier["iteration"] for earlier, row in pairwise(self.validations)}
+        return [(before.get(first, first), last) for first, last in over_optimized(self.validations)]
+
+    @property
+    def objectives(self) -> list[str]:
+        """Return the rewards that training follows; all that were logged, where weights.json is missing."""
+        if self.weights:
+            return list(self.weights.names)
+        return self.metrics.reward_names()
+
+    @cached_property
+    def infos(self) -> dict[str, MetricInfo]:
+        """Return what is shown of the run's rewards and metrics, by figure."""
+        kinds: dict[str, str] = {}
+        for prefix, field in ((REWARD_PREFIX, "rewards"), ("", "evaluation.metrics")):
+            found = (re.fullmatch(rf"{field}\.(\w+)\.kind", name) for name in self.settings)
+            kinds |= {prefix + match[1]: str(self.settings[match[0]]) for match in found if match}
+        return score_infos(kinds)
+
+    def info(self, name: str) -> MetricInfo:
+        """Return what is shown of the metric `name`."""
+        return metric_info(name, self.infos)
+
+    def metrics_in(self, names: Iterable[str]) -> list[MetricInfo]:
+        """Return the metrics among the fields of records or rows, in the order in which a report shows them."""
+        return headline_first(overview((name for name in names if name not in NOT_METRICS), self.infos))
 
 
 def read_run(folder: Path) -> Run:
@@ -90,9 +154,10 @@ def read_run(folder: Path) -> Run:
         config = yaml.safe_load(config_text) if config_text else {}
     except yaml.YAMLError as error:
         raise UserError(f"{folder / 'config.yaml'}: not readable as YAML ({error}); restore the file") from error
+    validations = read_lines(folder / "evaluations.jsonl")
     final = {
         name: _evaluation(folder / "evaluation" / f"{name}.json")
-        for name in ("base", "tuned")
+        for name in ("base", "best", "tuned")
         if (folder / "evaluation" / f"{name}.json").is_file()
     }
     return Run(
@@ -100,15 +165,11 @@ def read_run(folder: Path) -> Run:
         config=config if isinstance(config, dict) else {},
         config_text=config_text,
         metrics=to_columns(lines),
-        evaluations=to_columns(read_lines(folder / "evaluations.jsonl")),
+        validations=validations,
+        evaluations=to_columns(validations),
         final=final,
         weights=_weights(folder / "weights.json", lines),
     )
-
-
-def metrics_in(names: Iterable[str]) -> list[MetricInfo]:
-    """Return the metrics among the fields of records or rows, in the order in which a report shows them."""
-    return headline_first(overview(name for name in names if name not in NOT_METRICS))
 
 
 def to_columns(rows: list[dict[str, Any]]) -> Columns:
@@ -174,13 +235,14 @@ def _weights(path: Path, rows: list[dict[str, Any]]) -> Weights | None:
     content = _object(path)
     sigmas = np.asarray(content.get("sigmas"), dtype=np.float64)
     weights = np.asarray(content.get("weights"), dtype=np.float64)
-    if weights.ndim != 2 or weights.shape[1] != 2 or sigmas.shape != (len(weights) + 1,):
+    names = content.get("names", ["prompt", "identity"])
+    if weights.ndim != 2 or weights.shape[1] != len(names) or sigmas.shape != (len(weights) + 1,):
         raise UserError(
-            f"{path}: found weights of shape {weights.shape} and sigmas of shape {sigmas.shape}; "
-            "expected weights [T, 2] (prompt, identity) and sigmas [T + 1]"
+            f"{path}: found weights of shape {weights.shape}, {len(names)} names and sigmas of shape {sigmas.shape}; "
+            "expected weights [T, R], R names and sigmas [T + 1]"
         )
     trained = sorted({step for row in rows for step in row.get("steps") or ()})
-    return Weights(sigmas, weights, tuple(trained))
+    return Weights(tuple(map(str, names)), sigmas, weights, tuple(trained))
 
 
 def _object(path: Path) -> dict[str, Any]:

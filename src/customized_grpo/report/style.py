@@ -20,6 +20,7 @@ from customized_grpo.evaluation.statistics import Interval
 from customized_grpo.io.files import replacing
 
 PAPER, INK, MUTED, RULE, AXIS = "#fcfbf8", "#1d1e22", "#63656d", "#e3e0d8", "#a9a79f"
+OTHER1, OTHER2, OTHER3, OTHER4 = "#2f7d55", "#8f6a14", "#a13f84", "#4f5aa8"
 PROMPT, IDENTITY, CONFLICT, BAD, ALARM = "#1a6cb0", "#bb4d12", "#8a62b0", "#c9c7c0", "#a3123a"
 FONTS = ("Liberation Sans", "Arial", "Helvetica", "DejaVu Sans")
 WIDTH, DPI = 9.375, 96

@@ -1,4 +1,4 @@
-"""A reward of the user's own: `python:module.function`, found from the folder in which the command runs."""
+"""A reward of the user's own: a function, found from the folder in which the command runs."""
 
 import importlib
 import sys
@@ -12,7 +12,6 @@ from customized_grpo.errors import UserError, first_line
 from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.types import PromptBatch
 
-PREFIX = "python:"
 Function = Callable[[Tensor, PromptBatch], Tensor | Scores]
 
 
@@ -22,15 +21,17 @@ class CustomReward(Reward):
     A value that is not finite is invalid: its sample leaves the group.
     """
 
-    def __init__(self, name: str, function: Function) -> None:
-        self._name, self._function = name, function
+    def __init__(self, name: str, function: Function, *, masks: bool = False) -> None:
+        """Wrap a `function`; `masks`: it wants the masks of references that have some."""
+        self._name, self._function, self._masks = name, function, masks
 
     @classmethod
-    def load(cls, field: str, name: str) -> "CustomReward":
-        """Load the function named `python:module.function`. Raises `UserError` if there is none."""
-        module_name, _, function_name = name.removeprefix(PREFIX).rpartition(".")
+    def load(cls, field: str, name: str, *, masks: bool = False) -> "CustomReward":
+        """Load the function `module.function` that the configuration's `field` names. Raises `UserError` if there is
+        none."""
+        module_name, _, function_name = name.rpartition(".")
         if not module_name:
-            raise UserError(f"{field}: '{name}' names no function; write python:module.function")
+            raise UserError(f"{field}: '{name}' names no function; write module.function")
         folder = str(Path.cwd())
         if folder not in sys.path:
             sys.path.insert(0, folder)
@@ -44,14 +45,14 @@ class CustomReward(Reward):
         function = getattr(module, function_name, None)
         if not callable(function):
             raise UserError(f"{field}: {module_name} ({module.__file__}) has no function '{function_name}'")
-        return cls(name, function)
+        return cls(name, function, masks=masks)
 
     @torch.no_grad()
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`. Raises `UserError` where the function raises, or answers anything but a number for each
         image."""
         try:
-            found = self._function(images, batch)
+            found = self._function(images, batch if self._masks else batch.without_masks())
         except Exception as error:  # it is the user's: anything may come out of it
             raise UserError(
                 f"{self._name} raised {type(error).__name__}: {first_line(error)}; mend the function, or have it "

@@ -103,18 +103,18 @@ class HPSv3Reward(Reward):
 
 
 def load_hpsv3(
-    weights: str | None, backbone: str, instruction: Path | None, *, sequential: bool, micro_batch: int,
+    weights: str | None, backbone: str, instruction: Path | None, *, field: str, sequential: bool, micro_batch: int,
     device: torch.device, bf16: bool,
 ) -> HPSv3Reward:  # fmt: skip
-    """Return the reward.
+    """Return the reward, whose settings stand at the configuration's `field` (rewards.prompt.hpsv3).
 
     `weights`: a file, or owner/name/file on the hub; `backbone`: a folder or hub id; `bf16`: compute in it, all but the
     head.
 
     Raises `UserError` where a part cannot be had, or its tensors are not those of HPSv3.
     """
-    text = read_instruction(instruction)
-    path = resolve_file(weights or WEIGHTS, "rewards.hpsv3.model")
+    text = read_instruction(instruction, f"{field}.instruction")
+    path = resolve_file(weights or WEIGHTS, f"{field}.model")
     if not Path(backbone).exists():
         check_hub()
     try:
@@ -124,16 +124,16 @@ def load_hpsv3(
             config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"rewards.hpsv3.backbone: {backbone} could not be loaded ({first_line(error)}); name a folder, or a hub id "
+            f"{field}.backbone: {backbone} could not be loaded ({first_line(error)}); name a folder, or a hub id "
             "that can be reached"
         ) from error
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)
-    state = renamed(read_tensors(path, "rewards.hpsv3.model"))
+    state = renamed(read_tensors(path, f"{field}.model"))
     config.text_config.vocab_size = len(state.get("backbone.language_model.embed_tokens.weight", ()))
     # Tables of rotary frequencies are made, weights only outlined.
     with init_empty_weights(include_buffers=False):
         model = HPSv3(Qwen2VLModel(config), config.text_config.hidden_size)
-    _check_names(path, state, model.state_dict(), len(tokenizer))
+    _check_names(path, state, model.state_dict(), len(tokenizer), field)
     dtype = torch.bfloat16 if bf16 else torch.float32
     cast = {name: tensor.to(torch.float32 if "rm_head" in name else dtype) for name, tensor in state.items()}
     model.load_state_dict(cast, assign=True)
@@ -154,34 +154,32 @@ def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def read_instruction(path: Path | None) -> str:
-    """Return the instruction and the line with the reward token, from a file, or else the installed `hpsv3`
-    distribution."""
+def read_instruction(path: Path | None, field: str) -> str:
+    """Return the instruction and the line with the reward token, from the file that `field` names, or else the
+    installed `hpsv3` distribution."""
     if path is not None:
         if not path.is_file():
-            raise UserError(f"rewards.hpsv3.instruction: {path} is no file")
+            raise UserError(f"{field}: {path} is no file")
         text = path.read_text(encoding="utf-8-sig")
     else:
-        text = _published_instruction()
+        text = _published_instruction(field)
     for part in (PLACE, REWARD_TOKEN):
         if text.count(part) != 1:
-            raise UserError(
-                f"rewards.hpsv3.instruction: {path or SOURCE} has {part} {text.count(part)} times, expected once"
-            )
+            raise UserError(f"{field}: {path or SOURCE} has {part} {text.count(part)} times, expected once")
     return text
 
 
-def _published_instruction() -> str:
+def _published_instruction(field: str) -> str:
     try:
         files = metadata.distribution("hpsv3").files or []
     except metadata.PackageNotFoundError as error:
         raise UserError(
-            "rewards.hpsv3.instruction: HPSv3's own instruction is wanted; `pip install --no-deps hpsv3` brings it "
+            f"{field}: HPSv3's own instruction is wanted; `pip install --no-deps hpsv3` brings it "
             "(its code is not run), or name a file that has it"
         ) from error
     source = next((file for file in files if str(file).endswith(SOURCE)), None)
     if source is None:
-        raise UserError(f"rewards.hpsv3.instruction: the installed hpsv3 has no {SOURCE}; name a file with the text")
+        raise UserError(f"{field}: the installed hpsv3 has no {SOURCE}; name a file with the text")
     tree = ast.parse(Path(str(source.locate())).read_text(encoding="utf-8"))
     texts = {
         target.id: node.value.value
@@ -193,16 +191,18 @@ def _published_instruction() -> str:
     return "".join(str(texts.get(name, "")) for name in ("INSTRUCTION", "prompt_with_special_token"))
 
 
-def _check_names(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor], vocabulary: int) -> None:
+def _check_names(
+    path: Path, state: dict[str, Tensor], expected: dict[str, Tensor], vocabulary: int, field: str
+) -> None:
     wrong = mismatch(state, expected)
     if wrong:
         raise UserError(
-            f"rewards.hpsv3.model: {path} does not hold HPSv3 on this backbone ({wrong}); name HPSv3.safetensors, "
-            "and Qwen2-VL-7B-Instruct in rewards.hpsv3.backbone"
+            f"{field}.model: {path} does not hold HPSv3 on this backbone ({wrong}); name HPSv3.safetensors, "
+            f"and Qwen2-VL-7B-Instruct in {field}.backbone"
         )
     rows = len(state["backbone.language_model.embed_tokens.weight"])
     if rows < vocabulary:
         raise UserError(
-            f"rewards.hpsv3.model: {path} has {rows} rows of token embeddings, and the backbone's tokenizer with "
+            f"{field}.model: {path} has {rows} rows of token embeddings, and the backbone's tokenizer with "
             f"{REWARD_TOKEN} {vocabulary} tokens; name the backbone that it was trained on"
         )

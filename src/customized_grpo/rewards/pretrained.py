@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, BaseImageProcessor
 from transformers.utils.hub import cached_file
 
-from customized_grpo.config.rewards import IDENTITY_ENCODERS
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.connection import check_hub
 from customized_grpo.io.hub import check_shards, forbid_pickles, from_hub, resolve_file
 from customized_grpo.rewards.open_clip import load_open_clip
 from customized_grpo.rewards.preprocessing import Letterbox, Preprocessing
-from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.similarity import IdentitySimilarity, PictureEncoder, PromptSimilarity, pooled
 from customized_grpo.types import PromptLengths
 
@@ -82,11 +81,14 @@ class PretrainedEncoder:
         self._dtype = torch.bfloat16 if bf16 else torch.float32
         self._model: Any = model.requires_grad_(False).eval().to(device, self._dtype)
 
-    def reward(self, *, segmented: bool, background: float, several: str) -> Reward:
-        """Build the reward. The arguments apply to identity rewards only; see `IdentitySimilarity`."""
-        if self._kind in IDENTITY_ENCODERS:
-            return IdentitySimilarity(self.encoder(), segmented=segmented, background=background, several=several)
-        return self.to_prompt()
+    def to_identity(self, *, segmented: bool, background: float, several: str) -> IdentitySimilarity:
+        """Return the cosine of images with references; see `IdentitySimilarity`."""
+        return IdentitySimilarity(self.own_encoder, segmented=segmented, background=background, several=several)
+
+    @cached_property
+    def own_encoder(self) -> PictureEncoder:
+        """Return the encoder with the model's own image processor, shared with the references it keeps."""
+        return self.encoder()
 
     def encoder(self, preprocess: Preprocessing | None = None, half: str = "down") -> PictureEncoder:
         """Return the function from pictures to features.
@@ -132,7 +134,7 @@ class PretrainedEncoder:
         def measure(prompts: Sequence[str]) -> PromptLengths:
             return PromptLengths([len(each) for each in tokenizer(list(prompts), verbose=False)["input_ids"]], most)
 
-        return PromptSimilarity(self.encoder(half=half), read, measure)
+        return PromptSimilarity(self.own_encoder if half == "down" else self.encoder(half=half), read, measure)
 
     def _class_token(self, pixels: Tensor) -> Tensor:
         hidden: Tensor = self._model(pixel_values=pixels.to(self._dtype)).last_hidden_state

@@ -45,14 +45,15 @@ ENVELOPE = 128
 class RemoteReward(Reward):
     """Asks a server for scores, with as many images at once as it takes."""
 
-    def __init__(self, transport: Transport) -> None:
-        """Raise `UserError` if no reward server answers."""
-        self._transport = transport
+    def __init__(self, transport: Transport, *, masks: bool = False) -> None:
+        """Raise `UserError` if no reward server answers. `masks`: it receives the masks of the references."""
+        self._transport, self._masks = transport, masks
         self._limit = _limits(transport)
 
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`: what the server could not score in time is invalid."""
-        work = _Work(_EncodedBatch.of(images, batch), self._transport.scoring())
+        sent = batch if self._masks else batch.without_masks()
+        work = _Work(_EncodedBatch.of(images, sent), self._transport.scoring())
         shared, each = work.batch.sizes()
         for group, sizes in zip(shared, each, strict=True):
             self._check(group, sizes)

@@ -1,6 +1,7 @@
 """Rewards that are cosines in a pretrained encoder's space: DINO, CLIP, SigLIP, PickScore, HPSv2."""
 
 import hashlib
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class PictureEncoder:
         self._encode, self._preprocess = encode, preprocess
         self._device, self._micro_batch = device, micro_batch
         self._kept: dict[bytes, Tensor] = {}
+        self._last: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -36,6 +38,14 @@ class PictureEncoder:
             for part in images.split(self._micro_batch)
         ]
         return torch.cat(parts)
+
+    def groups(self, images: Tensor) -> Tensor:
+        """Return features [P, G, E] of `images` [P, G, 3, H, W]; those of the last call are kept for another reward."""
+        if self._last is not None and self._last[0]() is images and self._last[1] == images._version:
+            return self._last[2]
+        features = self(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        self._last = (weakref.ref(images), images._version, features)
+        return features
 
     def reference(self, picture: Tensor) -> Tensor:
         """Return features [E] of a reference [3, h, w], computed once however often it comes."""
@@ -62,9 +72,13 @@ class IdentitySimilarity(Reward):
         self._encoder, self._segmented, self._background, self._several = encoder, segmented, background, several
         self._kept: dict[Hashable, Tensor] = {}
 
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features [N, E] of `images` [N, 3, H, W] in which subjects are compared: unit vectors."""
+        return self._encoder(images)
+
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`."""
-        features = self._encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        features = self._encoder.groups(images)
         values = torch.stack([self._to(group, self._targets(batch, p)) for p, group in enumerate(features)])
         return Scores(values, values.isfinite())
 
@@ -110,7 +124,7 @@ class PromptSimilarity(Reward):
     @torch.no_grad()
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`."""
-        features = self._encoder(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        features = self._encoder.groups(images)
         words = F.normalize(self._read(batch.prompts).float(), dim=-1)
         values = torch.einsum("pge,pe->pg", features, words)
         return Scores(values, values.isfinite())

@@ -30,7 +30,7 @@ WARMER = 0.7
 TOLD = 3
 """Number of reasons that are given for the missing scores of one rating."""
 NOTHING = (float("nan"), float("nan"))
-ADJUST = "servers differ, see max_tokens, max_tokens_field, temperature, omit and extra_body of rewards.vlm_judge"
+ADJUST = "servers differ, see max_tokens, max_tokens_field, temperature, omit and extra_body of"
 TRIAL_SIDE, TRIAL_PROMPT = 224, "a red square on a white table"
 
 
@@ -64,9 +64,9 @@ class Rating:
 class VlmJudge:
     """Rates images; a `JudgeReward` is one of its two scores."""
 
-    def __init__(self, transport: Transport, settings: VlmJudgeConfig) -> None:
-        """Wrap a server; no question is asked before `check`."""
-        self._transport, self._settings = transport, settings
+    def __init__(self, transport: Transport, settings: VlmJudgeConfig, field: str = "vlm_judge") -> None:
+        """Wrap a server; no question is asked before `check`. Errors name settings at the configuration's `field`."""
+        self._transport, self._settings, self._field = transport, settings, field
         self._last: Asked | None = None
 
     def check(self) -> None:
@@ -75,7 +75,8 @@ class VlmJudge:
         rating = Rating(self._transport.scoring(), probed=True)
         image, references = _trial()
         if self._ask(image, references, TRIAL_PROMPT, rating) is NOTHING:
-            raise UserError(f"{'; '.join(rating.failures)}. This was a trial question, before any work; {ADJUST}")
+            told = "; ".join(rating.failures)
+            raise UserError(f"{told}. This was a trial question, before any work; {ADJUST} {self._field}")
 
     def rate(self, images: Tensor, batch: PromptBatch) -> Ratings:
         """Return the ratings of `images` [P, G, 3, H, W].
@@ -154,7 +155,7 @@ class VlmJudge:
         try:
             self._post(encoded(image), references, TRIAL_PROMPT, 0, None, rating.scoring)
         except Refused as error:
-            raise UserError(f"{refusal}; a trial question was refused too: {error}; {ADJUST}") from error
+            raise UserError(f"{refusal}; a trial question was refused too: {error}; {ADJUST} {self._field}") from error
         except Unavailable:
             pass  # it is busy, which says nothing of the refusal
 
@@ -167,8 +168,8 @@ class VlmJudge:
         remedy = ""
         if last.cut:
             remedy = (
-                f"; raise rewards.vlm_judge.max_tokens (now {self._most_tokens()}), or have it think less by "
-                "rewards.vlm_judge.extra_body"
+                f"; raise {self._field}.max_tokens (now {self._most_tokens()}), or have it think less by "
+                f"{self._field}.extra_body"
             )
         return (
             f"{self._transport.field_name}: {self._settings.model} gave {attempts} answers without two whole numbers "

@@ -9,7 +9,7 @@ MARKS = ("out of memory", "you tried to allocate", "ALLOC_FAILED")
 """What torch writes where an allocation fails: on CUDA, on the CPU, and in cuBLAS."""
 
 DRAWING = "Lower rollout.micro_batch (and, for a first-pass ratio of 1, optimizer.micro_batch with it)"
-SCORING = "Lower rewards.local.micro_batch, or set rewards.local.device to another GPU"
+SCORING = "Lower local.micro_batch of a reward, or set its local.device to another GPU"
 UPDATING = (
     "Lower optimizer.micro_batch (and rollout.micro_batch with it), or set "
     "policy.pipeline.gradient_checkpointing to true"

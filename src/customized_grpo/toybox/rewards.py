@@ -47,14 +47,19 @@ class IdentityReward(Reward):
         self._segmented = reference == "segmented"
 
     @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features [N, E] of `images` [N, 3, 32, 32] in which subjects are compared: unit vectors."""
+        return _in_chunks(self._encoder, images)
+
+    @torch.no_grad()
     def score(self, images: Tensor, batch: PromptBatch) -> Scores:
         """See `Reward.score`. Raises `UserError` when it is to segment and the data has no masks."""
         references = torch.stack([resize_square(row[0], SIZE) for row in batch.references])
         if self._segmented:
             if batch.masks is None:
                 raise UserError(
-                    "rewards.identity_reference is 'segmented', but the data has no masks; "
-                    'add "masks" to its metadata.jsonl or set rewards.identity_reference=whole'
+                    "toybox_identity.reference is 'segmented', but the data has no masks; "
+                    'add "masks" to its metadata.jsonl or set toybox_identity.reference=whole'
                 )
             masks = torch.stack([resize_square(row[0], SIZE) for row in batch.masks])
             references = torch.lerp(torch.full_like(references, BACKDROP), references, masks)

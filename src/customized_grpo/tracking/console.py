@@ -28,7 +28,7 @@ from customized_grpo.tracking.metric_info import (
     overview,
 )
 
-NOT_METRICS = ("iteration", "pairs")
+NOT_METRICS = ("iteration", "pairs", "intervals", "gains", "over_optimized")
 """Fields of a validation's row that are no metrics."""
 
 
@@ -44,9 +44,11 @@ class TrainingProgress:
 
     def iteration(self, metrics: Mapping[str, Any]) -> None:
         """Show an iteration's figures: on the bar of a terminal, else as a line."""
-        conflict, silent = metrics["conflict_rate"], metrics["silent_groups"]
-        figures = "".join(f"{name} {mean:.3f}  " for name, mean in _reward_means(metrics))
-        figures += f"conflict {'-' if math.isnan(conflict) else f'{conflict:.0%}'}"
+        conflict, silent = metrics.get("conflict_rate"), metrics["silent_groups"]
+        parts = [f"{name} {mean:.3f}" for name, mean in _reward_means(metrics)]
+        if conflict is not None:
+            parts.append(f"conflict {'-' if math.isnan(conflict) else f'{conflict:.0%}'}")
+        figures = "  ".join(parts)
         if silent > 0:
             figures += f"  silent groups {silent:.0%}"
         self._progress.update(self._task, completed=metrics["iteration"], figures=figures)
@@ -136,13 +138,14 @@ class Display:
 
     def comparison(self, results: Mapping[str, Mapping[str, Any]]) -> None:
         """Show the results of an evaluation before and after as a table, with chance levels and ceilings if known."""
-        base, tuned = results["base"], results["tuned"]
         table = Table(title="before and after, with 95 % intervals", title_justify="left", box=box.SIMPLE_HEAD)
-        for column in ("", "base", "tuned", "chance", "ceiling"):
+        for column in ("", *results, "chance", "ceiling"):
             table.add_column(column)
-        for info in overview(base["summary"]):
-            intervals = (_interval(info, side["summary"][info.name]) for side in (base, tuned))
-            levels = (tuned[level].get(info.name) for level in ("chance", "ceiling"))
+        last = list(results.values())[-1]
+        for info in overview(dict.fromkeys(name for side in results.values() for name in side["summary"])):
+            found = (side["summary"].get(info.name) for side in results.values())
+            intervals = ("" if value is None else _interval(info, value) for value in found)
+            levels = (last[level].get(info.name) for level in ("chance", "ceiling"))
             table.add_row(info.label, *intervals, *("" if level is None else _figure(info, level) for level in levels))
         self.console.print(table)
 

@@ -4,14 +4,23 @@ A new metric needs one row in `METRIC_INFOS`; the terminal, reports, comparisons
 without a row is shown by its own name, as a plain number.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Literal
+
+from customized_grpo.config.rewards import kind_hue
 
 REWARD_PREFIX = "reward/"
 """The metric `reward/NAME` is the score of the reward with that name."""
 HEADLINE = "joint_success"
 """The metric that decides: pages show it first."""
+
+
+Hue = Literal["prompt", "identity", "joint", "plain", "other1", "other2", "other3", "other4"]
+OTHERS: tuple[Hue, ...] = ("other1", "other2", "other3", "other4")
+"""Classes of color for further scores than one of the prompt and one of the identity."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class MetricInfo:
     name: str
     label: str
     """In running text: "prompt reward"."""
-    hue: Literal["prompt", "identity", "joint", "plain"] = "plain"
+    hue: Hue = "plain"
     """Class of color."""
     unit: Literal["number", "share", "seconds"] = "number"
     """A share lies in [0, 1] and is shown in percent, its differences in percentage points."""
@@ -32,6 +41,8 @@ class MetricInfo:
     """Left out of overviews of a run."""
     digits: int | None = None
     """Decimals of a number; None: as many as its size wants."""
+    signed: bool = False
+    """A difference to the base, shown with its sign."""
 
     @property
     def heading(self) -> str:
@@ -52,14 +63,21 @@ METRIC_INFOS = {
         MetricInfo("joint_success", "joint success", "joint", "share", verdict=True),
         MetricInfo("copied", "copy-paste rate", "plain", "share", higher_is_better=False, verdict=True),
         MetricInfo("copy_score", "copy-paste meter", higher_is_better=False, minor=True),
+        MetricInfo("held_out_gain", "held-out gain", "joint", digits=2, signed=True),
+        MetricInfo("reward_gain", "reward gain", digits=2, signed=True),
         MetricInfo("reward/prompt", "prompt reward", "prompt"),
         MetricInfo("reward/identity", "identity reward", "identity"),
         MetricInfo("dino", "DINO", "identity"),
         MetricInfo("dinov2", "DINOv2", "identity"),
         MetricInfo("clip_i", "CLIP-I", "identity"),
         MetricInfo("clip_t", "CLIP-T", "prompt"),
+        MetricInfo("siglip", "SigLIP", "prompt"),
         MetricInfo("hpsv3", "HPSv3", "prompt", digits=2),
+        MetricInfo("hpsv2", "HPSv2", "prompt"),
+        MetricInfo("pickscore", "PickScore", "prompt"),
         MetricInfo("copy", "copy-paste meter", higher_is_better=False),
+        MetricInfo("texture", "texture", higher_is_better=False, digits=2),
+        MetricInfo("diversity", "diversity"),
         MetricInfo("conflict_rate", "conflict rate", unit="share", higher_is_better=False),
         MetricInfo("seconds", "training time", unit="seconds", higher_is_better=False),
     )
@@ -67,29 +85,54 @@ METRIC_INFOS = {
 """Metrics by name, in the order in which they are shown."""
 
 
+Infos = Mapping[str, MetricInfo]
+NONE: Infos = MappingProxyType({})
+
+
 def is_metric(name: str) -> bool:
     """Return whether `name` has a row, or is the score of a reward."""
     return name in METRIC_INFOS or name.startswith(REWARD_PREFIX)
 
 
-def metric_info(name: str) -> MetricInfo:
-    """Return the row of the metric `name`; a metric without a row is shown by its own name."""
+def metric_info(name: str, known: Infos = NONE) -> MetricInfo:
+    """Return what is shown of the metric `name`: `known` of a run, else its row, else its own name."""
+    if name in known:
+        return known[name]
     if name in METRIC_INFOS:
         return METRIC_INFOS[name]
     reward = name.removeprefix(REWARD_PREFIX)
-    return MetricInfo(name, name if reward == name else f"{reward} reward")
+    return MetricInfo(name, reward.replace("_", " ") + ("" if reward == name else " reward"))
 
 
-def in_order(names: Iterable[str]) -> list[MetricInfo]:
+def score_infos(kinds: Mapping[str, str]) -> dict[str, MetricInfo]:
+    """Return what is shown of a run's scores, by figure: `kinds` are the kinds of its rewards and metrics.
+
+    A reward (`reward/NAME`) has a color of its own: of the prompt or the identity for the first that measures it. A
+    metric has the color of what its kind measures.
+    """
+    infos: dict[str, MetricInfo] = {}
+    free = itertools.cycle(OTHERS)
+    taken: set[str] = set()
+    for name, kind in kinds.items():
+        info = metric_info(name)
+        hue: Hue = info.hue if info.hue != "plain" else kind_hue(kind)
+        if name.startswith(REWARD_PREFIX) and (hue == "plain" or hue in taken):
+            hue = next(free)
+        taken.add(hue)
+        infos[name] = replace(info, hue=hue)
+    return infos
+
+
+def in_order(names: Iterable[str], known: Infos = NONE) -> list[MetricInfo]:
     """Return the infos of `names` in the order of `METRIC_INFOS`; names without a row follow as they come."""
     given = dict.fromkeys(names)
-    known = [info for name, info in METRIC_INFOS.items() if name in given]
-    return known + [metric_info(name) for name in given if name not in METRIC_INFOS]
+    rows = [name for name in METRIC_INFOS if name in given]
+    return [metric_info(name, known) for name in (*rows, *(name for name in given if name not in METRIC_INFOS))]
 
 
-def overview(names: Iterable[str]) -> list[MetricInfo]:
+def overview(names: Iterable[str], known: Infos = NONE) -> list[MetricInfo]:
     """Return the infos of `names` in order, without minor metrics."""
-    return [info for info in in_order(names) if not info.minor]
+    return [info for info in in_order(names, known) if not info.minor]
 
 
 def headline_first(infos: Iterable[MetricInfo]) -> list[MetricInfo]:

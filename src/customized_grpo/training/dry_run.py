@@ -17,7 +17,7 @@ from customized_grpo.factory.config import check_shares
 from customized_grpo.factory.data import read_samples
 from customized_grpo.factory.pipelines import MODELS, PIPELINES, settings_of
 from customized_grpo.factory.policy import load_toybox, policy_device
-from customized_grpo.factory.rewards import reward_device
+from customized_grpo.factory.rewards import reward_loader
 from customized_grpo.io.hub import DAMAGED
 from customized_grpo.policies.conditions import ConditionCache, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
@@ -139,13 +139,11 @@ def _outlined(config: Config) -> tuple[Sequence[Sample] | None, list[str]]:
 
 
 def _with_rewards(config: Config, estimated: Estimate) -> Estimate:
-    """Return `estimated`, with what the rewards keep on the generator's device."""
-    device = reward_device(config)
-    if device != policy_device(config.policy):
-        return estimated
-    from customized_grpo.factory.footprint import reward_bytes
+    """Return `estimated`, with what the rewards and metrics keep on the generator's device."""
+    from customized_grpo.factory.footprint import score_bytes
 
-    counted, unknown = reward_bytes(config.rewards, device, config.policy.toybox.weights)
+    device, loader = policy_device(config.policy), reward_loader(config)
+    counted, unknown = score_bytes(config.scores, device, loader, config.policy.toybox.weights)
     unknown = [f"weights of {name}: not on this machine" for name in unknown]
     others = ["activations of the rewards", "what an allocator adds"]
     return replace(

@@ -211,7 +211,9 @@ def checkpoint_disk(config: Config, parameters: Iterable[tuple[str, Tensor]]) ->
     made = -(-last // settings.every)
     for_good = last // settings.keep_every if settings.keep_every else 0
     count = min(made, settings.keep_last + 1 + for_good)
-    adapters = float((copies - 2) * NUMBER_BYTES * sum(parameter.numel() for _, parameter in found))
+    # The last one, the averaged one where it is kept, and the best validation's.
+    kept = copies - 2 + (config.select is not None)
+    adapters = float(kept * NUMBER_BYTES * sum(parameter.numel() for _, parameter in found))
     return {"a checkpoint": one, f"at most {count} checkpoints": count * one, "adapters at the end": adapters}
 
 

@@ -14,15 +14,18 @@ from customized_grpo.training.checkpoint import MANIFEST, TENSORS, read_manifest
 from customized_grpo.training.run_dir import CHECKPOINTS, finished_adapter, load_run_config
 
 
-def export(source: Path, out: Path, *, ema: bool = False) -> Path:
+def export(source: Path, out: Path, *, ema: bool = False, best: bool = False) -> Path:
     """Write the adapter of `source`, a checkpoint or a finished run, with the run's settings, into the folder `out`.
 
-    The adapter has the tensors and settings that `train` writes; with `ema`, the averaged weights. Returns `out`. The
-    generator is not loaded. Raises `UserError` if `source` is neither, or `out` is not empty.
+    The adapter has the tensors and settings that `train` writes; with `ema`, the averaged weights; with `best`, those
+    of the best validation of a run. Returns `out`. The generator is not loaded. Raises `UserError` if `source` is
+    neither, or `out` is not empty.
     """
     check_folder(out, "OUT")
     if out.exists() and any(out.iterdir()):
         raise UserError(f"OUT: {out} is not empty; name a new folder, or delete it first")
+    if best and (source / MANIFEST).is_file():
+        raise UserError(f"--best: {source} is a checkpoint; name its run, or leave --best out")
     if (source / MANIFEST).is_file():
         config = _config_beside(source).model_copy(update={"iterations": read_manifest(source).iteration})
         tensors = read_weights(source, flatten(config.model_dump(mode="json")), average=ema)
@@ -35,7 +38,7 @@ def export(source: Path, out: Path, *, ema: bool = False) -> Path:
         )
     else:
         config = load_run_config(source)
-        folder = finished_adapter(source, "SOURCE", "export its newest checkpoint,", ema=ema)
+        folder = finished_adapter(source, "SOURCE", "export its newest checkpoint,", ema=ema, best=best)
         adapters = sorted(folder.glob("*.safetensors"))
         if not adapters:
             raise UserError(f"SOURCE: {folder} has no adapter; go on with the run with train --resume")

@@ -10,11 +10,10 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from customized_grpo.config.policy import PolicyConfig
-from customized_grpo.config.rewards import PRETRAINED
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import init_adapter, policy_weights
-from customized_grpo.factory.rewards import reward_weights
+from customized_grpo.factory.rewards import model_name
 from customized_grpo.io.files import file_sha256, read_header
 from customized_grpo.policies.lora_files import PEFT_SETTINGS
 
@@ -54,18 +53,18 @@ def fingerprint(name: str | Path, files: str = f"{CONFIGURATIONS}|{WEIGHTS}") ->
 
 def _named(config: Config) -> Iterator[tuple[str, str | Path | None, str]]:
     """Yield the fields that name weights, what they name, and which files of it decide."""
-    policy, rewards = config.policy, config.rewards
+    policy = config.policy
     either = f"{CONFIGURATIONS}|{WEIGHTS}"
     field, name, files = policy_weights(policy)
     yield field, name, files or either
-    for kind in (rewards.prompt, rewards.identity):
-        if kind in PRETRAINED:
-            yield f"rewards.{kind}.model", reward_weights(kind, rewards.model_of(kind)), either
-    if rewards.prompt == "hpsv2" and (rewards.hpsv2.model or "").endswith(".safetensors"):
-        yield "rewards.hpsv2.backbone", rewards.hpsv2.backbone, CONFIGURATIONS
-    if rewards.prompt == "hpsv3":
-        yield "rewards.hpsv3.backbone", rewards.hpsv3.backbone, CONFIGURATIONS
-        yield "rewards.hpsv3.instruction", rewards.hpsv3.instruction, either
+    for field, score in config.scores.items():
+        place = f"{field}.{score.kind}"
+        yield f"{place}.model", model_name(score), either
+        if score.kind == "hpsv2" and (score.hpsv2.model or "").endswith(".safetensors"):
+            yield f"{place}.backbone", score.hpsv2.backbone, CONFIGURATIONS
+        if score.kind == "hpsv3":
+            yield f"{place}.backbone", score.hpsv3.backbone, CONFIGURATIONS
+            yield f"{place}.instruction", score.hpsv3.instruction, either
 
 
 def _adapters(policy: PolicyConfig) -> dict[str, Path]:

@@ -1,17 +1,18 @@
 """A training run under way: iterations, validations, checkpoints."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from customized_grpo.config.rewards import objectives
 from customized_grpo.config.run import Config
 from customized_grpo.distributed.launch import saving
 from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import WeightsDivergedError
-from customized_grpo.evaluation.before_after import write_evaluation
+from customized_grpo.evaluation.before_after import Side, write_evaluation
 from customized_grpo.evaluation.evaluator import Evaluation, Evaluator
 from customized_grpo.io.files import writing
 from customized_grpo.io.jsonl import Metrics, read_rows
@@ -25,11 +26,17 @@ from customized_grpo.training.checkpoint import State
 from customized_grpo.training.ema import EMA
 from customized_grpo.training.gallery import draw_gallery
 from customized_grpo.training.resume import Restorer, check_equal_weights, delete_after, truncate_logs
-from customized_grpo.training.run_dir import EVALUATIONS, GALLERIES, METRICS, RunDir
+from customized_grpo.training.run_dir import BEST, EVALUATIONS, GALLERIES, METRICS, RunDir
 from customized_grpo.training.saving import CheckpointSaver
 from customized_grpo.training.snapshot import Snapshot
 from customized_grpo.training.trainer import Trainer
-from customized_grpo.training.warnings import iteration_warnings, validation_warnings
+from customized_grpo.training.validation import Validation, forget_best_after
+from customized_grpo.training.warnings import (
+    ClippingWatch,
+    held_out_warnings,
+    iteration_warnings,
+    validation_warnings,
+)
 
 
 class TrainingLoop:
@@ -47,7 +54,7 @@ class TrainingLoop:
     ) -> None:
         """Take the parts of a run; `validation` and `test` evaluate its generator, `test` is None without test data."""
         self.config, self.trainer, self.display = config, trainer, display
-        self.validation, self.test = validation, test
+        self.test = test
         self.policy: Policy[Any] = trainer.policy
         self.termination = termination
         self.ranks = trainer.ranks
@@ -60,7 +67,10 @@ class TrainingLoop:
         self.trackers: list[Tracker] = []
         """Open in the first process alone."""
         self._open_trackers = open_trackers
-        self._base_images: torch.Tensor | None = None
+        self.validation = Validation(config, validation, self.run, self.ranks)
+        self._clipping = ClippingWatch(config.optimizer.num_minibatches)
+        self._told: set[str] = set()
+        """Warnings that are given once a run."""
 
     def start(self, fingerprint: dict[str, Any], *, resume: bool, resume_from: Path | None = None) -> None:
         """Begin the run's folder, or go back to its newest checkpoint, or to the checkpoint `resume_from`.
@@ -91,7 +101,8 @@ class TrainingLoop:
         with writing(self.run.path):
             self.run.write_config(self.config)  # first of all files: a folder without it is not taken for a run's
             truncate_logs(self.run, done, self.config)
-            self.run.write_weights(self.trainer.sigmas, self.trainer.weights)
+            forget_best_after(self.run.path, done)
+            self.run.write_weights(objectives(self.config.rewards), self.trainer.sigmas, self.trainer.weights)
         self.trackers = [open_tracker(self.run.path, done + 1) for open_tracker in self._open_trackers]
 
     def loop(self) -> None:
@@ -115,16 +126,19 @@ class TrainingLoop:
 
     def _loop(self) -> None:
         last = self.config.iterations
-        self._remember_base()
+        with explain_out_of_memory("evaluating the base", EVALUATING):
+            self.validation.remember_base(self.policy, self._poll)
         with self.display.training(last, self.trainer.iteration) as show:
             if self._validation_is_due():
                 self._validate()
-            while self.trainer.iteration < last:
+            over = self._is_over()
+            while self.trainer.iteration < last and not over:
                 self._iterate(show)
                 iteration = self.trainer.iteration
                 if self._validation_is_due() or iteration == last:
                     self._validate()
-                due = iteration % self.config.checkpoint.every == 0 or iteration == last
+                    over = self._is_over()
+                due = iteration % self.config.checkpoint.every == 0 or iteration == last or over
                 if due or iteration % self.config.distributed.check_weights_every == 0:
                     with self.ranks.synchronized():
                         self._check_equal(f"after iteration {iteration}; go on from the last checkpoint with --resume")
@@ -147,7 +161,15 @@ class TrainingLoop:
             self._take_snapshot()
         for warning in iteration_warnings(metrics, self.trainer.reasons):
             self.display.warn(warning)
+        self._warn_once(self._clipping.see(metrics))
         show.iteration(metrics)
+
+    def _warn_once(self, warnings: Iterable[tuple[str, str]]) -> None:
+        """Show each of the `warnings`, by what they are about, the first time in a run."""
+        for about, warning in warnings:
+            if about not in self._told:
+                self._told.add(about)
+                self.display.warn(warning)
 
     def _validation_is_due(self) -> bool:
         """Return whether this iteration is one to validate, and is not validated yet.
@@ -162,18 +184,30 @@ class TrainingLoop:
 
     def _validate(self) -> None:
         self.snapshot.wait()
-        with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
-            evaluation = self.validation.evaluate(self.config.evaluation.num_samples, self._poll)
         iteration = self.trainer.iteration
-        row = {"iteration": iteration, "pairs": len(evaluation.samples), **evaluation.means()}
-        with self.ranks.synchronized(), self.termination.critical_section():
-            # The gallery first: with the line in the log, a validation is done.
-            if self.ranks.is_main_process:
-                self._log_gallery(evaluation)
-            self._log(EVALUATIONS, row)
+        with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
+            evaluation, row = self.validation.evaluate(iteration, self._poll)
+            with self.ranks.synchronized(), self.termination.critical_section():
+                # With the line in the log, a validation is done: so the line comes last.
+                if self.ranks.is_main_process:
+                    self._log_gallery(evaluation)
+                    self.validation.keep_if_best(row, self.policy)
+                self._log(EVALUATIONS, row)
         self.display.validation(row)
+        if self.ranks.is_main_process and (told := self.validation.told()):
+            self.display.note(told)
         for warning in validation_warnings(evaluation, iteration):
             self.display.warn(warning)
+        self._warn_once(held_out_warnings(row, self.validation.rows(), self.validation.copies_more(evaluation)))
+
+    def _is_over(self) -> bool:
+        """Return whether the run ends here, as no validation was better for so long; all processes say the same."""
+        over = self.ranks.is_main_process and self.validation.is_over()
+        over = bool(self.ranks.gather(torch.tensor([over]))[0])
+        if over:
+            patience = self.config.evaluation.patience
+            self.display.note(f"no better one among the last {patience} validations: training ends here")
+        return over
 
     def finish(self) -> Path | None:
         """Write the adapter, the adapter of averaged weights if they are kept, the final evaluation and the report.
@@ -193,14 +227,28 @@ class TrainingLoop:
 
     def _compare_before_after(self, test: Evaluator) -> None:
         self.display.note("evaluating before and after on the test data ...")
-        pairs, iterations = self.config.evaluation.num_test_samples, self.config.iterations
-        with self._evaluated_weights(), self.ranks.synchronized():
-            results = write_evaluation(test, pairs, iterations, self.run.evaluation, self._poll)
+        last, best = self.trainer.iteration, self.validation.best()
+        adapters = {"tuned": Side(last, self._evaluated_weights)}
+        if best:  # at 0 it is the start, which is shown as the base
+            adapters = {"best": Side(best, self._best_weights)} | adapters
+        with self.ranks.synchronized():
+            results = write_evaluation(
+                test, self.config.evaluation.num_test_samples, adapters, self.run.evaluation,
+                held_out=self.config.held_out, on_progress=self._poll,
+            )  # fmt: skip
         self.display.comparison(results)
 
-    def _remember_base(self) -> None:
-        with self.policy.base_weights():
-            self._base_images = self.validation.evaluate(self.config.evaluation.gallery, self._poll).images
+    @contextmanager
+    def _best_weights(self) -> Iterator[None]:
+        """Use the adapter of the best validation inside this block."""
+        before = [parameter.detach().clone() for _, parameter in self.state.parameters]
+        try:
+            self.policy.load_adapter(self.run.path / BEST)
+            yield
+        finally:
+            with torch.no_grad():
+                for (_, parameter), value in zip(self.state.parameters, before, strict=True):
+                    parameter.copy_(value)
 
     def _evaluated_weights(self) -> AbstractContextManager[None]:
         """Give the generator the weights to evaluate: averaged ones if they are kept, unless `ema.evaluate` is off."""
@@ -213,8 +261,10 @@ class TrainingLoop:
             tracker.log(name, row, self.trainer.iteration)
 
     def _log_gallery(self, evaluation: Evaluation) -> None:
-        assert self._base_images is not None
-        gallery = draw_gallery(evaluation, self._base_images, self.config.evaluation.gallery, self.policy.size)
+        assert self.validation.base_images is not None
+        gallery = draw_gallery(
+            evaluation, self.validation.base_images, self.config.evaluation.gallery, self.policy.size
+        )
         for tracker in self.trackers:
             tracker.log_images(GALLERIES, gallery, self.trainer.iteration)
 

@@ -1,6 +1,7 @@
 """What a run may go on from: equal settings, data and weights, a whole checkpoint, and logs that are cut to it."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,18 +29,21 @@ from customized_grpo.training.fingerprints import fingerprints
 from customized_grpo.training.run_dir import RunDir
 from customized_grpo.training.saving import CheckpointSaver
 
+OF_A_SCORE = (
+    *(f"{kind}.model" for kind in PRETRAINED), "hpsv2.backbone", "hpsv3.backbone", "hpsv3.instruction", "local.device",
+    "local.micro_batch", "remote.url", "remote.timeout", "vlm_judge.url", "vlm_judge.timeout", "vlm_judge.concurrency",
+)  # fmt: skip
 MUTABLE_ON_RESUME = (
     "output", "iterations", "threads", "policy.pipeline.model", "policy.pipeline.base_adapter", "policy.init_from",
     "policy.toybox.weights",
     "policy.device", "policy.pipeline.text_encoders", "policy.pipeline.fsdp",
-    "policy.pipeline.gradient_checkpointing", "policy.pipeline.cache", "data.",
-    *(f"rewards.{kind}.model" for kind in PRETRAINED), "rewards.hpsv2.backbone", "rewards.hpsv3.backbone",
-    "rewards.hpsv3.instruction", "rewards.max_invalid_share", "rewards.local.device",
-    "rewards.local.micro_batch", "rewards.remote.", "rewards.vlm_judge.url", "rewards.vlm_judge.timeout",
-    "rewards.vlm_judge.concurrency", "rollout.micro_batch",
-    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.", "distributed.", "log.",
+    "policy.pipeline.gradient_checkpointing", "policy.pipeline.cache", "data.", "rewards.*.max_invalid_share",
+    *(f"{place}.*.{name}" for place in ("rewards", "evaluation.metrics") for name in OF_A_SCORE), "rollout.micro_batch",
+    "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.every", "evaluation.num_test_samples",
+    "evaluation.gallery", "evaluation.patience", "distributed.", "log.",
 )  # fmt: skip
-"""Fields in which a resumed run may differ from the one it resumes. The contents of data and weights may not."""
+"""Fields in which a resumed run may differ from the one it resumes, and sections, whose names end with a dot; * stands
+for a name of a reward or metric. The contents of data and weights may not."""
 
 
 def resume_fingerprint(config: Config, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -48,7 +52,8 @@ def resume_fingerprint(config: Config, hashes: Mapping[str, str]) -> dict[str, A
     The files themselves may be anywhere.
     """
     flat = flatten(config.model_dump(mode="json"))
-    fields = {name: value for name, value in flat.items() if not name.startswith(MUTABLE_ON_RESUME)}
+    mutable = re.compile("|".join(re.escape(name).replace(r"\*", "[^.]+") for name in MUTABLE_ON_RESUME))
+    fields = {name: value for name, value in flat.items() if not mutable.match(name)}
     return fields | {f"{field}.sha256": sha256 for field, sha256 in hashes.items()}
 
 

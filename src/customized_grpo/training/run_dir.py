@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from customized_grpo.config.messages import format_validation_error, renamed_fields
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError, truncated
+from customized_grpo.evaluation.selection import should_stop
 from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, write_whole, writing
 from customized_grpo.io.jsonl import read_lines
 from customized_grpo.policies.policy import Policy
@@ -28,6 +29,8 @@ METRICS, EVALUATIONS, GALLERIES = "metrics", "evaluations", "galleries"
 LOGS = (f"{METRICS}.jsonl", f"{EVALUATIONS}.jsonl")
 EMA_FOLDER = "ema"
 """Folder of the averaged weights in a run's folder."""
+BEST, BEST_RECORD = "best", "best.json"
+"""Folder of the adapter of the best validation in a run's folder, and the file in it that says which one."""
 CHECKPOINTS = "checkpoints"
 WRITTEN = (
     *LOGS,
@@ -39,6 +42,7 @@ WRITTEN = (
     CHECKPOINTS,
     "diagnosis",
     EMA_FOLDER,
+    BEST,
     "evaluation",
     GALLERIES,
     "tensorboard",
@@ -89,9 +93,10 @@ class RunDir:
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         write_whole(self.path / "config.yaml", text)
 
-    def write_weights(self, sigmas: Tensor, weights: Tensor) -> None:
-        """Write weights.json: the noise levels and the weights of the rewards at each step."""
-        write_whole(self.path / "weights.json", json.dumps({"sigmas": sigmas.tolist(), "weights": weights.tolist()}))
+    def write_weights(self, names: Iterable[str], sigmas: Tensor, weights: Tensor) -> None:
+        """Write weights.json: the noise levels, and the weights of the rewards `names` at each step."""
+        content = {"names": list(names), "sigmas": sigmas.tolist(), "weights": weights.tolist()}
+        write_whole(self.path / "weights.json", json.dumps(content))
 
     def write_adapters(self, policy: Policy[Any], average: EMA | None) -> None:
         """Write the adapter of the trained weights, and the adapter of the averaged weights if they are kept."""
@@ -102,13 +107,16 @@ class RunDir:
                 policy.save_adapter(self.path / EMA_FOLDER)
 
 
-def adapter_folder(run: Path, *, ema: bool) -> Path:
-    """Return the folder of the run's adapter, or of its averaged weights.
+def adapter_folder(run: Path, *, ema: bool, best: bool = False) -> Path:
+    """Return the folder of the run's adapter, of its averaged weights, or of the adapter of the `best` validation.
 
     Raises `UserError` if there is none, or only the adapter of an earlier end, from which the run went on.
     """
-    rows, last = read_lines(run / LOGS[0]), load_run_config(run).iterations
-    if rows and rows[-1]["iteration"] < last:
+    if best:
+        return _best_folder(run, ema=ema)
+    config = load_run_config(run)
+    rows, last = read_lines(run / LOGS[0]), config.iterations
+    if rows and rows[-1]["iteration"] < last and not _stopped_early(run, config):
         raise UserError(
             f"{run} is at iteration {rows[-1]['iteration']} of {last}, and its adapter is written in the end; go on "
             "with train --resume, or take a checkpoint with customized-grpo export"
@@ -123,12 +131,41 @@ def adapter_folder(run: Path, *, ema: bool) -> Path:
     return run / EMA_FOLDER
 
 
-def finished_adapter(run: Path, option: str, instead: str, *, ema: bool) -> Path:
-    """Return the folder of a finished run's adapter, or of its averaged weights.
+def _best_folder(run: Path, *, ema: bool) -> Path:
+    if ema:
+        raise UserError(
+            "--best: it has the weights that were validated, averaged if ema.decay is set; leave --ema out, or --best"
+        )
+    load_run_config(run)
+    if not (run / BEST / BEST_RECORD).is_file():
+        raise UserError(
+            f"--best: {run} has no best adapter (no folder {BEST}): train keeps it where evaluation.metrics has a "
+            "metric that is no reward, or evaluation.select names one. Leave --best out for the last one"
+        )
+    return run / BEST
+
+
+def best_iteration(run: Path) -> int | None:
+    """Return the iteration whose adapter is kept as the best one; None if no adapter is."""
+    record = run / BEST / BEST_RECORD
+    return int(json.loads(record.read_text(encoding="utf-8"))["iteration"]) if record.is_file() else None
+
+
+def _stopped_early(run: Path, config: Config) -> bool:
+    """Return whether the run ended before its last iteration, as no validation was better for so long."""
+    return config.select is not None and should_stop(
+        read_lines(run / LOGS[1]), config.select, config.evaluation.patience
+    )
+
+
+def finished_adapter(run: Path, option: str, instead: str, *, ema: bool, best: bool = False) -> Path:
+    """Return the folder of a finished run's adapter, of its averaged weights, or of the `best` validation's adapter.
 
     Raises `UserError` if the run is not finished; the message names the `option` that named the run, and what to do
-    `instead` with its newest checkpoint.
+    `instead` with its newest checkpoint. A best adapter is there before the end.
     """
+    if best:
+        return adapter_folder(run, ema=ema, best=True)
     checkpoints = list_checkpoints(run / CHECKPOINTS)
     if checkpoints and not any(run.glob("*.safetensors")):
         raise UserError(f"{option}: {run} is not finished, and has no adapter yet; {instead} {checkpoints[-1]}")

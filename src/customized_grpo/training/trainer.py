@@ -78,7 +78,7 @@ class Trainer(Generic[ConditionT]):
         self.objective = build_objective(self.config)
         self.scorer = Scorer(self.rewards, self.config.rewards)
         self.sigmas = self.policy.sigmas(rollout.num_steps, rollout.shift)
-        self.weights = step_weights(self.config.advantages, rollout.num_steps, self.scorer.names)
+        self.weights = step_weights(self.config)
 
     def train_step(
         self, on_phase: OnPhase = lambda phase, share: None, on_before_step: Callable[[], None] = lambda: None
@@ -101,12 +101,14 @@ class Trainer(Generic[ConditionT]):
         with timer.phase("update"):
             with self.ranks.synchronized():
                 self.scorer.check(rewards, f"after iteration {self.iteration}")
+                if self.iteration == 0:
+                    self.scorer.check_bounds(rewards)
             advantages = self.advantages(rewards, plan)
             updates = self.optimize(rollout, advantages, timer.progress, on_before_step)
         forwards = int(self.ranks.gather(torch.tensor([rollout.num_forward_evals])).sum())
         self.iteration += 1
         progress = {"iteration": self.iteration, "steps": list(plan.trained)}
-        signal = rewards.metrics() | {"silent_groups": silent_groups(advantages)}
+        signal = self.scorer.metrics(rewards) | {"silent_groups": silent_groups(advantages)}
         return progress | signal | updates | _cost(timer.seconds(), advantages[..., 0].numel(), forwards)
 
     @property
@@ -145,8 +147,7 @@ class Trainer(Generic[ConditionT]):
 
     def advantages(self, rewards: GroupRewards, plan: Plan) -> Tensor:
         """Return the advantages [P, G, S] of an iteration's `rewards`."""
-        settings, seed = self.config.advantages, self.config.seed
-        return compute_advantages(settings, rewards, self.weights, plan, seed=seed, iteration=self.iteration)
+        return compute_advantages(self.config, rewards, self.weights, plan, self.iteration)
 
     def optimize(
         self,

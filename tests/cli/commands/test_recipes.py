@@ -54,7 +54,7 @@ def test_paths_in_a_recipe_are_relative_to_the_folder_of_the_user(
 def test_recipes_and_files_are_merged_in_their_order(settings_file: Callable[..., Path]) -> None:
     path = settings_file({"iterations": 3})
     assert options_of("train", "--config", "toybox", "--config", str(path)).iterations == 3
-    assert options_of("train", "--config", str(path), "--config", "toybox").iterations == 50
+    assert options_of("train", "--config", str(path), "--config", "toybox").iterations == 30
 
 
 @pytest.mark.parametrize("command", ["train", "compare", "diagnose", "evaluate"])

@@ -16,7 +16,7 @@ def build_parser() -> Parser:
     )
     compare.add_config(CompareConfig)
     compare.add_argument("--report_only", action="store_true", help="run nothing; write the page of what is done")
-    compare.add_class_arguments(CompareConfig)
+    compare.add_fields(CompareConfig)
     return compare
 
 

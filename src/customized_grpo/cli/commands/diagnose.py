@@ -32,7 +32,7 @@ def build_parser() -> Parser:
         "--output", action=FileOnly, const="--output: diagnose writes to --out DIR; leave it out",
         default=Config.model_fields["output"].default, help=argparse.SUPPRESS,
     )  # fmt: skip
-    diagnose.add_class_arguments(Config, skip={"output"})
+    diagnose.add_fields(Config, skip={"output"})
     return diagnose
 
 

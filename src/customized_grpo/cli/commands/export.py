@@ -18,6 +18,7 @@ def build_parser() -> Parser:
     export.add_argument("source", type=Path, help="checkpoint RUN/checkpoints/000020, or the folder of a finished run")
     export.add_argument("out", type=Path, help="folder to write; new or empty")
     export.add_argument("--ema", action="store_true", help="write the averaged weights, of a run with ema.decay")
+    export.add_argument("--best", action="store_true", help="write the adapter of a run's best validation")
     return export
 
 
@@ -25,7 +26,7 @@ def run(options: Namespace) -> None:
     """Write the adapter, and print its folder."""
     from customized_grpo.training.export import export
 
-    print_path("adapter", export(options.source, options.out, ema=options.ema))
+    print_path("adapter", export(options.source, options.out, ema=options.ema, best=options.best))
 
 
 EXPORT = Command("export", "write the adapter of a checkpoint", build_parser, run)

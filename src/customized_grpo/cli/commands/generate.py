@@ -21,6 +21,7 @@ def build_parser() -> Parser:
     )
     generate.add_argument("--base", action="store_true", help="use the generator as it was before training")
     generate.add_argument("--ema", action="store_true", help="use the averaged weights, of a run with ema.decay")
+    generate.add_argument("--best", action="store_true", help="use the generator of the best validation")
     generate.add_argument(
         "--checkpoint", type=Path | None, help="use the generator as it was at RUN/checkpoints/000020"
     )

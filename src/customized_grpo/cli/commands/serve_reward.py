@@ -10,24 +10,28 @@ from pydantic import ValidationError
 
 from customized_grpo.cli.command import Command
 from customized_grpo.cli.parser import Parser
+from customized_grpo.config.evaluation import MetricConfig
 from customized_grpo.config.messages import format_validation_error
-from customized_grpo.config.rewards import ENCODERS, IDENTITY_ENCODERS, RewardsConfig
+from customized_grpo.config.rewards import IDENTITY_ENCODERS, PRETRAINED
 from customized_grpo.errors import UserError
 
 if TYPE_CHECKING:
     from customized_grpo.rewards.reward import Reward
 
+PREFIX = "python:"
 LOCAL = ("device", "precision", "micro_batch")
-"""Options that are settings of `RewardsConfig.local`."""
-PARTS = {"backbone": ("hpsv2", "hpsv3"), "instruction": ("hpsv3",)}
+"""Options that are settings of `ScoreConfig.local`."""
+PARTS = {
+    "model": PRETRAINED, "backbone": ("hpsv2", "hpsv3"), "instruction": ("hpsv3",), "reference": IDENTITY_ENCODERS,
+}  # fmt: skip
 """Options that only some rewards read, and those rewards."""
 
 
 def build_parser() -> Parser:
     """Return the parser of `serve-reward`."""
     serve = Parser(
-        description="Serve a reward over HTTP; a trainer reaches it by rewards.prompt (or identity) = remote and the "
-        "URL in rewards.remote.prompt_url (or identity_url). With the environment variable "
+        description="Serve a reward over HTTP; a trainer reaches it by a reward of kind remote, and its URL in "
+        "rewards.NAME.remote.url. With the environment variable "
         "CUSTOMIZED_GRPO_REWARD_TOKEN set on both sides, requests without that token are refused; needed wherever "
         "other machines reach the server.",
     )
@@ -52,10 +56,7 @@ def build_parser() -> Parser:
     serve.add_argument("--max_bytes", type=int, default=512 * 2**20, help="largest request in bytes")
     serve.add_argument("--micro_batch", type=int, default=32, help="images that go through the encoder at once")
     serve.add_argument(
-        "--identity_reference",
-        choices=("whole", "segmented"),
-        default="whole",
-        help="dino, clip_i: cut the subject out",
+        "--reference", choices=("whole", "segmented"), default="whole", help="dino, clip_i: cut the subject out"
     )
     return serve
 
@@ -66,58 +67,52 @@ def run(options: Namespace) -> None:
     from customized_grpo.rewards.server import check_server, serve
 
     local = {name: options[name] for name in LOCAL}
-    settings = {"identity_reference": options.identity_reference, "local": local}
+    own = {}
     for part, readers in PARTS.items():
-        if options[part] is not None:
+        if options[part] not in (None, "whole"):
             if options.name not in readers:
                 raise UserError(f"--{part}: only for {' or '.join(readers)}; leave it out")
-            settings.setdefault(options.name, {})[part] = options[part]
+            own[part] = options[part]
     address = (options.host, options.port)
     limits = Limits(options.max_images, options.max_pixels, options.max_bytes)
     check_server(address, limits)
-    reward = load_reward(options.name, options.model, settings)
+    reward = load_reward(options.name, own, local)
     serve(reward, options.name, address, limits, on_ready=lambda text: print(text, flush=True))
 
 
-def load_reward(name: str, model: str | None, settings: Mapping[str, Any]) -> "Reward":
-    """Return the reward `name`, loaded from `model`; `settings` are fields of `RewardsConfig`.
+def load_reward(name: str, own: Mapping[str, Any], local: Mapping[str, Any]) -> "Reward":
+    """Return the reward `name`; `own` are settings of its kind, `local` of where it runs.
 
     Raises `UserError` for a reward that does not exist or cannot be loaded, and for settings that it does not read.
     """
-    from customized_grpo.factory.rewards import load_hpsv3_reward, load_pretrained
-    from customized_grpo.rewards.custom import PREFIX, CustomReward
-    from customized_grpo.runtime.device import check_precision, resolve_device
+    from customized_grpo.factory.rewards import RewardLoader
+    from customized_grpo.rewards.custom import CustomReward
+    from customized_grpo.runtime.device import resolve_device
 
     if name.startswith(PREFIX):
-        if model is not None:
-            raise UserError(f"--model: {name} takes none; leave it out")
-        reward = CustomReward.load("serve-reward", name)
-        _config(name, None, settings)
-        return reward
-    if name not in (*ENCODERS, "hpsv3"):
-        raise UserError(
-            f"serve-reward: no reward '{name}'; choose hpsv3, {', '.join(ENCODERS)} or python:module.function"
-        )
-    config = _config(name, model, settings)
-    device = resolve_device(config.local.device, "--")
-    check_precision(config.local.precision, device, "--")
-    if name == "hpsv3":
-        return load_hpsv3_reward(config, device)
-    return load_pretrained(name, "--model", config, device)
-
-
-def _config(name: str, model: str | None, settings: Mapping[str, Any]) -> RewardsConfig:
-    """Return the configuration of the reward `name`. Raise `UserError` for settings that it does not read."""
-    side = "identity" if name in IDENTITY_ENCODERS else "prompt"
-    if side == "prompt" and settings.get("identity_reference", "whole") != "whole":
-        raise UserError(f"--identity_reference: only for {' or '.join(IDENTITY_ENCODERS)}; leave it out")
+        _config("python", {"function": name.removeprefix(PREFIX)}, local)
+        return CustomReward.load("serve-reward", name.removeprefix(PREFIX), masks=True)
+    if name not in PRETRAINED:
+        raise UserError(f"serve-reward: no reward '{name}'; choose {', '.join(PRETRAINED)} or {PREFIX}module.function")
+    config = _config(name, own, local)
     try:
-        part = {} if model is None else {name: {**settings.get(name, {}), "model": model}}
-        return RewardsConfig.model_validate({side: name, **settings, **part})
+        return RewardLoader(resolve_device(config.local.device, "--")).load("", config)
+    except UserError as error:
+        raise UserError(_as_options(name, str(error))) from error
+
+
+def _config(kind: str, own: Mapping[str, Any], local: Mapping[str, Any]) -> MetricConfig:
+    """Return the configuration of a reward of `kind`. Raise `UserError` for settings that it does not read."""
+    try:
+        return MetricConfig.model_validate({"kind": kind, kind: own, "local": local})
     except ValidationError as error:
-        message = format_validation_error(error)
-        option = re.sub(rf"\b({re.escape(name)}|local)\.", "", message)
-        raise UserError(f"--{option}") from error
+        raise UserError(_as_options(kind, format_validation_error(error))) from error
+
+
+def _as_options(kind: str, message: str) -> str:
+    """Return a `message` on fields with the options of this command in their place."""
+    names = "|".join((*PARTS, *LOCAL, "function"))
+    return re.sub(rf"(?<![\w/])\.?({re.escape(kind)}|local)\.({names})\b", r"--\2", message)
 
 
 SERVE_REWARD = Command("serve-reward", "serve a reward to trainers on other machines", build_parser, run)

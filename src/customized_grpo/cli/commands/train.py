@@ -32,7 +32,7 @@ def build_parser() -> Parser:
         "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
     )
     train.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
-    train.add_class_arguments(Config)
+    train.add_fields(Config)
     return train
 
 
