@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from customized_grpo.compare.results import Cell
+from customized_grpo.compare.runs import Cell
 
 SCENES = {
     "on the beach": (238, 214, 160),

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from customized_grpo.compare.page import verb, write_page
-from customized_grpo.compare.results import Cell, Result, read_results
+from customized_grpo.compare.results import Result
+from customized_grpo.compare.runs import Cell, read_results
 
 MakeGrid = Callable[..., list[Cell]]
 VOID = {"meta", "img"}

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from customized_grpo.compare.figures import draw_svgs, write_figures
-from customized_grpo.compare.results import Cell, Result, read_csv, read_results, write_csv
+from customized_grpo.compare.results import Result
+from customized_grpo.compare.runs import Cell, read_results
+from customized_grpo.compare.table import read_csv, write_csv
 from customized_grpo.report.style import _apart
 
 MakeGrid = Callable[..., list[Cell]]

@@ -16,7 +16,7 @@ from customized_grpo.compare import grid as grid_module
 from customized_grpo.compare.command import GridError, compare
 from customized_grpo.compare.config import CompareConfig, run_settings
 from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, run_grid
-from customized_grpo.compare.results import Cell
+from customized_grpo.compare.runs import Cell
 from customized_grpo.config.presets import PRESETS
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
@@ -302,7 +302,7 @@ def test_a_folder_that_another_process_works_on_is_refused(make: Make, display: 
     with (config.output / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"worked on by another compare, or by processes that a killed one left"):
-            run_grid(config, cells_of(config), display)
+            run_grid(config, cells_of(config), display, (), print)
     assert sorted(path.name for path in config.output.iterdir()) == [".lock"]
 
 

@@ -15,7 +15,8 @@ from customized_grpo.cli.main import main
 from customized_grpo.compare.config import CompareConfig
 from customized_grpo.compare.grid import cells_of, run_grid
 from customized_grpo.compare.page import write_page
-from customized_grpo.compare.results import Result, write_csv
+from customized_grpo.compare.results import Result
+from customized_grpo.compare.table import write_csv
 from customized_grpo.config.run import Config
 from customized_grpo.diagnosis.command import diagnose
 from customized_grpo.errors import UserError

@@ -145,7 +145,8 @@ def test_an_average_is_held_and_swapped_in() -> None:
     assert averaged.phases["evaluation"]["copy of the trained parameters"] == copy
     assert "evaluation" not in {**plain.phases, **unused.phases}
     assert averaged.disk["a checkpoint"] > plain.disk["a checkpoint"] + copy
-    assert averaged.disk["adapters at the end"] == 2 * plain.disk["adapters at the end"] == 2 * copy
+    # The last weights and the best validation's, and beside these the average.
+    assert (plain.disk["adapters at the end"], averaged.disk["adapters at the end"]) == (2 * copy, 3 * copy)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,9 @@ class CompareConfig(Section):
 
     output: Path = Path("runs/compare")
     """Folder of the grid, empty or absent; a grid already begun there goes on."""
+    results: Path | None = None
+    """Table of finished runs to go on from, on any machine: runs in it are not repeated, others are added as they end.
+    The settings of its grid stand beside it, as .yaml."""
     title: str = "Customized-GRPO against its parts and its rivals"
     """Headline of the page."""
     presets: dict[str, int] = Field(default_factory=lambda: dict.fromkeys([BASE, *PRESETS], 3) | {HINGE: 0})
@@ -61,6 +64,8 @@ class CompareConfig(Section):
         if unknown := sorted({*self.hinge_thresholds} - {*objectives(self.train.rewards)}):
             known = ", ".join(objectives(self.train.rewards))
             raise ValueError(f"hinge_thresholds: no reward '{unknown[0]}' is an objective; choose among {known}")
+        if self.results is not None and self.results.suffix != ".csv":
+            raise ValueError(f"results: found '{self.results}', expected the name of a table, as docs/results/runs.csv")
         if not self.settings:
             raise ValueError('settings: empty; leave it out, or write {"": {}} for a single variation')
         shared = flatten(self.train.model_dump(mode="json"))

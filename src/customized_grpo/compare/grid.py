@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import IO, Any
 import yaml
 
 from customized_grpo.compare.config import CompareConfig, run_settings
-from customized_grpo.compare.results import Cell
+from customized_grpo.compare.runs import Cell
 from customized_grpo.config.presets import CALIBRATED
 from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
@@ -73,22 +73,31 @@ def check_grid(config: CompareConfig, cells: Sequence[Cell], *, data: bool = Tru
             _check_run(cell, wanted)
 
 
-def run_grid(config: CompareConfig, cells: Sequence[Cell], display: Display) -> dict[Cell, str]:
-    """Run what is not finished, `config.jobs` at a time; returns the failed runs with their reasons.
+def run_grid(
+    config: CompareConfig, cells: Sequence[Cell], display: Display, done: Collection[Cell],
+    on_end: Callable[[Cell], object],
+) -> dict[Cell, str]:  # fmt: skip
+    """Run what is not `done`, `config.jobs` at a time; returns the failed runs with their reasons.
 
-    Raises `UserError` where another process works on this grid.
+    `on_end` is called with each run that has come to its end. Raises `UserError` where another process works on this
+    grid.
     """
     with writing(config.output):
         config.output.mkdir(parents=True, exist_ok=True)
     with locked(config.output, "another compare") as lock, _stop_on_sigterm():
-        _write_yaml(config.output / RECORD, _record(config))
-        failures = _calibrate(config, cells, display, lock)
-        return failures | _run_all(config, [cell for cell in cells if cell not in failures], display, lock)
+        for path in _records(config):
+            _write_yaml(path, _record(config))
+        failures = _calibrate(config, [cell for cell in cells if cell not in done], display, lock)
+        left = [cell for cell in cells if cell not in failures]
+        return failures | _run_all(config, left, display, done, on_end, lock)
 
 
-def _run_all(config: CompareConfig, cells: Sequence[Cell], display: Display, lock: int | None) -> dict[Cell, str]:
-    waiting = [cell for cell in cells if not cell.finished]
-    states = {cell: _observed(config, cell) for cell in cells}
+def _run_all(
+    config: CompareConfig, cells: Sequence[Cell], display: Display, done: Collection[Cell],
+    on_end: Callable[[Cell], object], lock: int | None,
+) -> dict[Cell, str]:  # fmt: skip
+    waiting = [cell for cell in cells if cell not in done]
+    states = {cell: _observed(config, cell, cell in done) for cell in cells}
     failures: dict[Cell, str] = {}
     running: dict[int, _Job] = {}
     with display.grid(list(states.values())) as show:
@@ -109,6 +118,8 @@ def _run_all(config: CompareConfig, cells: Sequence[Cell], display: Display, loc
                     state.status = "failed" if reason else "done"
                     if reason:
                         failures[job.cell] = state.note = reason
+                    else:
+                        on_end(job.cell)
                     job.log.close()
                 show()
                 time.sleep(POLL_SECONDS)
@@ -166,7 +177,7 @@ def _calibrate(config: CompareConfig, cells: Sequence[Cell], display: Display, l
     """Measure the time weights that preset 'customized-calibrated' needs, once for each setting; returns the runs that
     cannot be made because it failed."""
     failures: dict[Cell, str] = {}
-    for setting in dict.fromkeys(cell.setting for cell in cells if cell.preset == CALIBRATED and not cell.finished):
+    for setting in dict.fromkeys(cell.setting for cell in cells if cell.preset == CALIBRATED):
         folder = _calibration(config, setting)
         if (folder / "weights.yaml").is_file():
             continue
@@ -204,9 +215,9 @@ def _log_of(config: CompareConfig, name: str) -> Path:
     return config.output / "logs" / f"{name}.log"
 
 
-def _observed(config: CompareConfig, cell: Cell) -> RunState:
+def _observed(config: CompareConfig, cell: Cell, done: bool) -> RunState:
     total = run_settings(config, cell.setting, cell.preset, cell.seed)["iterations"]
-    return RunState(label(cell), "done" if cell.finished else "waiting", total, *_progress(cell))
+    return RunState(label(cell), "done" if done else "waiting", total, *_progress(cell))
 
 
 def _progress(cell: Cell) -> tuple[int, float | None]:
@@ -245,14 +256,30 @@ def _check_output(output: Path) -> None:
 
 def _check_record(config: CompareConfig) -> None:
     """Check that the settings with which a grid began are unchanged; settings may be added."""
-    path = config.output / RECORD
-    if not path.is_file():
-        return
-    try:
-        there = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, AttributeError) as error:
-        raise UserError(f"{path}: not the record that compare wrote ({error}); use another output") from error
-    _refuse(there, flatten(_record(config)), there, f"{config.output} holds another grid")
+    for path, what in _records(config).items():
+        if not path.is_file():
+            continue
+        try:
+            there = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, AttributeError) as error:
+            raise UserError(f"{path}: not the record that compare wrote ({error}); use another output") from error
+        _refuse(there, flatten(_record(config)), there, f"{what} holds another grid")
+    if config.results is not None and config.results.is_file() and not record_of(config.results).is_file():
+        raise UserError(
+            f"results: beside {config.results} there is no {record_of(config.results).name}, which says what its runs "
+            "were trained with; name a table that compare --results began"
+        )
+
+
+def record_of(table: Path) -> Path:
+    """Return the file beside a table of results that holds the settings of its grid."""
+    return table.with_suffix(".yaml")
+
+
+def _records(config: CompareConfig) -> dict[Path, Path]:
+    """Return the files with the settings of the grid, and what each speaks of."""
+    found = {config.output / RECORD: config.output}
+    return found if config.results is None else found | {record_of(config.results): config.results}
 
 
 def _check_run(cell: Cell, wanted: dict[str, Any]) -> None:

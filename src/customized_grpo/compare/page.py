@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 
 from customized_grpo.compare.figures import draw_svgs
-from customized_grpo.compare.results import Cell, Result, Row, presets_in, read_records, select, settings_in, summarise
+from customized_grpo.compare.guard import Guard, guards, stoppings
+from customized_grpo.compare.results import Result, Row, presets_in, select, settings_in, summarise
+from customized_grpo.compare.runs import Cell, read_records
+from customized_grpo.compare.table import run_of
 from customized_grpo.config.presets import BASE, BASELINE, METHOD
+from customized_grpo.evaluation.against_base import HELD_OUT_GAIN
 from customized_grpo.evaluation.statistics import Interval
 from customized_grpo.report.formats import duration, metric_change, metric_value
 from customized_grpo.report.inline import inline_svg
 from customized_grpo.report.page import SECRET, render_page
 from customized_grpo.report.records import data_uri
-from customized_grpo.tracking.metric_info import MetricInfo, headline_first, overview
+from customized_grpo.tracking.metric_info import HEADLINE, MetricInfo, headline_first, metric_info, overview
 
 FIGURES = {
     "settings": (
@@ -45,6 +49,8 @@ FIGURES = {
 }
 """By name, in the order of the page: heading and caption."""
 GALLERY_ROWS = 12
+GUARDED = (HEADLINE, "copied", "texture", HELD_OUT_GAIN)
+"""What is shown of the best adapters beside the last ones."""
 
 
 def write_page(
@@ -76,7 +82,7 @@ def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, 
     columns = headline_first(overview(name for row in rows for name in row.means))
     drawn = draw_svgs(results, order)
     return {
-        "done": sum(cell.finished for cell in cells),
+        "done": len({run_of(cell) for cell in cells} & {run_of(result) for result in results}),
         "asked": len(cells),
         "facts": facts(results),
         "headlines": headlines(results, rows),
@@ -88,6 +94,9 @@ def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, 
             [row for row in rows if row.differences],
             [difference_row(row, columns) for row in rows if row.differences],
         ),
+        "guards": [guard_row(guard) for guard in guards(results, GUARDED)],
+        "guarded": [metric_info(name) for name in GUARDED],
+        "stoppings": stoppings(results),
         "pairs": int(max((r.values.get("pairs", 0) for r in results), default=0)),
         "figures": [
             (name, heading, caption, inline_svg(name, drawn[name], heading))
@@ -172,6 +181,22 @@ def difference_row(row: Row, columns: Sequence[MetricInfo]) -> dict[str, Any]:
             {"hue": info.hue, "mean": metric_change(info, mean), "bounds": bounds, "apart": low > 0 or high < 0}
         )
     return {"preset": row.preset, "seeds": len(row.shared), "cells": cells}
+
+
+def guard_row(guard: Guard) -> dict[str, Any]:
+    """Return best and last adapters of a preset as text; a metric that a run lacks is a dash."""
+    cells = []
+    for info in map(metric_info, GUARDED):
+        mean, low, high = guard.differences.get(info.name, (math.nan,) * 3)
+        change = f"{metric_change(info, mean)}"
+        if math.isfinite(low):
+            change += f" ({metric_change(info, low)} to {metric_change(info, high)})"
+        best, last = (metric_value(info, side.get(info.name, (math.nan,))[0]) for side in (guard.best, guard.last))
+        cells.append({"hue": info.hue, "best": best, "last": last, "change": change, "apart": low > 0 or high < 0})
+    return {
+        "setting": guard.setting, "preset": guard.preset, "seeds": len(guard.iterations),
+        "iterations": ", ".join(map(str, guard.iterations)), "cells": cells,
+    }  # fmt: skip
 
 
 def gallery(cells: Sequence[Cell], setting: str, order: Sequence[str]) -> dict[str, Any] | None:
