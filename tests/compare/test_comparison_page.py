@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from customized_grpo.compare.page import verb, write_page
-from customized_grpo.compare.results import Result
+from customized_grpo.compare.results import Result, select
 from customized_grpo.compare.runs import Cell, read_results
 
 MakeGrid = Callable[..., list[Cell]]
@@ -86,8 +86,20 @@ def test_a_complete_grid(small_grid: MakeGrid) -> None:
     ):
         assert heading in found.text
     assert "With customized , joint success rose from" in found.text.replace("customized,", "customized ,")
+    assert "The best adapter against the last" not in found.text
     assert "Where it helps" not in found.text and "In progress" not in found.text and "FAILED" not in found.text
     assert "nan" not in found.text.lower()
+
+
+def test_the_best_adapters_stand_beside_the_last_ones(small_grid: MakeGrid) -> None:
+    cells = small_grid(("naive-1:1", "customized"), 2, best=10)
+    found = page(cells)
+    assert found.open == [] and "The best adapter against the last" in found.text
+    row = next(row for row in rows_of(found) if "10, 10" in row and "customized" in row)
+    text = " ".join(re.sub(r"<[^>]+>", " ", row).split())
+    last = select(read_results(cells), "", "customized")
+    mean = sum(run.values["joint_success"] for run in last.values()) / 2
+    assert f"last {100 * mean:.1f}" in text and "1.10 last 1.21" in text and "\u2212" in text
 
 
 @pytest.mark.usefixtures("drawn")

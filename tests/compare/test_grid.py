@@ -12,11 +12,13 @@ import yaml
 from fork_server import Process
 
 from customized_grpo.cli.main import main
+from customized_grpo.compare import command as command_module
 from customized_grpo.compare import grid as grid_module
 from customized_grpo.compare.command import GridError, compare
 from customized_grpo.compare.config import CompareConfig, run_settings
-from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, run_grid
+from customized_grpo.compare.grid import RECORD, _reason, _record, cells_of, check_grid, record_of, run_grid
 from customized_grpo.compare.runs import Cell
+from customized_grpo.compare.table import read_csv
 from customized_grpo.config.presets import PRESETS
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
@@ -352,6 +354,56 @@ def test_a_grid_goes_on_after_a_failure_and_repeats_nothing(
     assert table == TABLE
     with pytest.raises(UserError, match=r"calibration_prompts: 3 are asked for, but the weights in"):
         check_grid(config.model_copy(update={"calibration_prompts": 3}), cells_of(config))
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_grid_goes_on_from_the_table_of_another_machine(make: Make, display: Display, tmp_path: Path) -> None:
+    """Its runs are pretended."""
+    table = tmp_path / "results" / "runs.csv"
+    config = make(results=table, presets={"base": 2, "sars": 2})
+    compare(config, display)
+    assert [(row.preset, row.seed) for row in read_csv(table)] == [("base", 0), ("base", 1), ("sars", 0), ("sars", 1)]
+
+    rows = table.read_text().replace(",sars,1,48,", ",sars,1,47,").splitlines(keepends=True)
+    table.write_text("".join(row for row in rows if ",sars,0," not in row))  # as if that run was not made there
+    elsewhere = config.model_copy(update={"output": tmp_path / "elsewhere"})
+    page = compare(elsewhere, display)
+    assert [path.name for path in (elsewhere.output / "runs").iterdir()] == ["sars-seed0"]
+    assert [row.values["pairs"] for row in read_csv(table)] == [48, 48, 48, 47], "the row that was there is kept"
+    assert (elsewhere.output / "comparison.csv").read_text() == table.read_text()
+    assert "In progress" not in page.read_text()
+
+    third = config.model_copy(update={"output": tmp_path / "third"})
+    assert compare(third, display, report_only=True).is_file()
+    assert not (third.output / "runs").exists()
+
+
+@pytest.mark.usefixtures("pretended")
+def test_each_run_is_in_the_table_when_it_ends(make: Make, display: Display, tmp_path: Path) -> None:
+    config = make(results=tmp_path / "runs.csv", presets={"base": 2, "sars": 2}, jobs=1)
+    seen = []
+
+    def end(cell: Cell) -> None:
+        command_module._add(config, [cell])
+        seen.append(len(read_csv(tmp_path / "runs.csv")))
+
+    run_grid(config, cells_of(config), display, (), end)
+    assert seen == [2, 4]
+
+
+def test_a_table_of_another_grid_is_refused(make: Make, tmp_path: Path) -> None:
+    table = tmp_path / "runs.csv"
+    with pytest.raises(ValueError, match=r"results: found '.*runs\.txt', expected the name of a table"):
+        make(results=table.with_suffix(".txt"))
+    config = make(results=table)
+    table.write_text("setting,preset,seed\n")
+    with pytest.raises(UserError, match=r"results: beside .*runs\.csv there is no runs\.yaml, which says"):
+        check_grid(config, cells_of(config))
+    record_of(table).write_text(yaml.safe_dump(_record(config)))
+    check_grid(config, cells_of(config))
+    other = config.train.model_copy(update={"iterations": 99})
+    with pytest.raises(UserError, match=r"runs\.csv holds another grid: train\.iterations is 2 there and 99 here"):
+        check_grid(config.model_copy(update={"train": other}), cells_of(config))
 
 
 @pytest.mark.slow
