@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 import pytest
 import torch
 from fork_server import ForkServer, Process, fork_server
+from markupsafe import Markup
 from rich.console import Console
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from customized_grpo.config.run import Config
 from customized_grpo.data import SubjectDataset
 from customized_grpo.factory.policy import build_policy
 from customized_grpo.factory.rewards import build_rewards
+from customized_grpo.report.charts import Chart
 from customized_grpo.rewards.reward import Reward, Scores
 from customized_grpo.toybox.encoders import IdentityEncoder, JudgeNetwork, PromptEncoder
 from customized_grpo.toybox.export import export
@@ -48,6 +50,8 @@ SMALL: dict[str, Any] = {
     "evaluation.num_samples": 2,
     "evaluation.num_test_samples": 3,
     "evaluation.gallery": 2,
+    "evaluation.diversity_prompts": 1,
+    "evaluation.diversity_images": 2,
 }
 """What makes a run take seconds, by dotted name."""
 FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.num_minibatches": 2}
@@ -56,6 +60,16 @@ FOUR = {"iterations": 4, "checkpoint.every": 2, "optimizer.num_minibatches": 2}
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _light_reports(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the curves of reports, whose drawing takes a third of a small run; tests of reports draw them."""
+    if request.path.parent.name != "report":
+        monkeypatch.setattr(
+            "customized_grpo.report.figures.line_chart",
+            lambda title, unit, *_, **__: Chart(title, unit, Markup("<svg></svg>")),
+        )
 
 
 REWARDS = {

@@ -100,7 +100,7 @@ def make_run(
     dump(cell.folder / "evaluation" / "tuned.json", tuned)
     if best is not None:
         dump(cell.folder / "best" / "best.json", {"iteration": best})
-        better = evaluation(np.clip(end + (0.05, 0, -0.02), 0.02, 0.98), generator, pairs, copied)
+        better = evaluation(np.clip(end + np.array((0.05, 0, -0.02)), 0.02, 0.98), generator, pairs, copied)
         dump(cell.folder / "evaluation" / "best.json", better | {"summary": {"texture": {"mean": 1.1}}})
     draw_pictures(cell.folder / "evaluation" / "images", tuned["records"][:pictures], cell.seed + len(cell.preset) % 8)
     metrics, checks = [], []

@@ -65,4 +65,4 @@ def test_a_recipe_that_is_none_is_refused_with_the_names(refused: Refused, comma
 
 def test_a_recipe_of_another_command_is_refused(refused: Refused) -> None:
     assert f"{find_recipe('compare')}:" in refused("train", "--config", "compare")
-    assert "choose one of compare, compare-leak, flux1-kontext" in refused("recipes", "flux1")
+    assert "choose one of compare, compare-guard, compare-leak, flux1-kontext" in refused("recipes", "flux1")
