@@ -10,7 +10,7 @@ MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare compare-leak figures test test-all lint benchmark clean
+.PHONY: help setup demo compare compare-leak compare-guard figures test test-all lint benchmark clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -22,11 +22,14 @@ demo: $(INSTALLED) $(MANIFESTS) ## Train on ToyBox from nothing to a report; a f
 	$(BIN)/customized-grpo train --config toybox --overwrite \
 		--data.validation $(DATA)/validation --data.test $(DATA)/test $(ARGS)
 
-compare: $(INSTALLED) $(MANIFESTS) ## The paper's experiment, 56 runs; hours, and goes on where it stopped
+compare: $(INSTALLED) $(MANIFESTS) ## The paper's experiment, 40 runs; most of a day, and goes on where it stopped
 	$(BIN)/customized-grpo compare --config compare $(ARGS)
 
 compare-leak: $(INSTALLED) $(MANIFESTS) ## When does it help? 18 runs; goes on where it stopped
 	$(BIN)/customized-grpo compare --config compare-leak $(ARGS)
+
+compare-guard: $(INSTALLED) $(MANIFESTS) ## Is the kept best worth it? 9 runs; goes on where it stopped
+	$(BIN)/customized-grpo compare --config compare-guard $(ARGS)
 
 figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in docs/results
 	$(BIN)/customized-grpo figures --csv docs/results/comparison.csv --output docs/images/comparison

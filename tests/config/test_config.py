@@ -107,10 +107,13 @@ def load_recipe(name: str) -> dict[str, Any]:
     return tree
 
 
-def test_both_comparisons_train_alike() -> None:
-    grids = [CompareConfig.model_validate(load_recipe(name)) for name in ("compare", "compare-leak")]
+def test_comparisons_train_alike() -> None:
+    grids = [CompareConfig.model_validate(load_recipe(name)) for name in ("compare", "compare-leak", "compare-guard")]
+    runs = [run_settings(grid, next(iter(grid.settings)), "customized", 0) for grid in grids]
     assert grids[0].train == grids[1].train
-    Config.model_validate(run_settings(grids[0], "", "customized", 0))
+    long, short = flatten(runs[0]), flatten(runs[2])
+    differing = {name for name in long.keys() | short.keys() if long.get(name) != short.get(name)}
+    assert differing == {"iterations", "evaluation.every", "checkpoint.every"}
 
 
 def test_the_long_recipe_is_the_demo_for_longer() -> None:
