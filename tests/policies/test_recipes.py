@@ -140,6 +140,32 @@ def test_a_run_goes_on_draws_and_is_evaluated(
     assert json.loads((output / "evaluation" / "tuned.json").read_text())["pairs"] == 2
 
 
+@pytest.mark.slow
+def test_a_quantized_run_goes_on_to_the_bit(
+    tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    forms = ["--policy.pipeline.quantization=nf4", "--policy.pipeline.text_encoder_quantization=int8"]
+    arguments, straight = (
+        [*command("flux1-kontext", tiny_models["flux1-kontext"], rewards, data, tmp_path / name), *forms]
+        for name in ("run", "straight")
+    )
+    main([*arguments, "--iterations=1"])
+    main([*arguments, "--resume"])
+    main(straight)
+    resumed, expected = (
+        load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("run", "straight")
+    )
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+    for line in (tmp_path / "straight" / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert (row["first_ratio/min"], row["first_ratio/max"]) == pytest.approx((1, 1), abs=1e-6)
+        assert row["grad_norm"] > 0
+    main(["export", str(tmp_path / "run"), str(tmp_path / "adapter")])
+    pipe = DiffusionPipeline.from_pretrained(tiny_models["flux1-kontext"])
+    pipe.load_lora_weights(tmp_path / "adapter")
+    assert pipe.get_active_adapters()
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_dry_run_says_what_it_takes(
     recipe: str,

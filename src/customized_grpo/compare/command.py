@@ -64,7 +64,7 @@ def write_results(config: CompareConfig, cells: list[Cell], failures: Mapping[Ce
 
 
 def _kept(config: CompareConfig) -> list[Result]:
-    """Return the results that the table `results` holds, none where there is no such table yet."""
+    """Return the results that the table `results` holds, none if that table does not exist yet."""
     return [] if config.results is None or not config.results.exists() else read_csv(config.results)
 
 

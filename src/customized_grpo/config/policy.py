@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from customized_grpo.config.section import Section, Switches
 
 Pipeline = Literal["flux1-kontext", "uno", "flux2-klein", "flux2", "qwen-image-edit-plus"]
+Quantization = Literal["none", "int8", "fp8", "nf4"]
 PIPELINES: tuple[str, ...] = get_args(Pipeline)
 """Kinds that are diffusers pipelines."""
 
@@ -38,6 +39,11 @@ class PipelineConfig(Section):
     ratio; unset: about the size that the model's own pipeline uses."""
     guidance_scale: float | None = Field(None, ge=1)
     """Guidance scale, in rollout and update; unset: the pipeline's own."""
+    quantization: Quantization = "none"
+    """Form of the frozen weights in the transformer's blocks: int8 and fp8 take half the memory of bf16, nf4 a quarter
+    (docs/models.md). The LoRA factors on them stay fp32. Needs customized-grpo[quantization]."""
+    text_encoder_quantization: Quantization = "none"
+    """The same for the text encoders, while they encode."""
     text_encoders: Literal["free", "cpu"] = "free"
     """What to do with the text and image encoders once the data are encoded: free their memory, or keep them on the
     CPU."""
@@ -54,6 +60,15 @@ class PipelineConfig(Section):
     cache_limit: float | None = Field(None, gt=0)
     """Size limit of the cache in gigabytes (10^9 bytes): the least recently used entries are removed when a run needs
     room, and a run that needs more does not begin; unset: no limit."""
+
+    @model_validator(mode="after")
+    def _check_quantization(self) -> "PipelineConfig":
+        if self.fsdp and self.quantization != "none":
+            raise ValueError(
+                f"quantization={self.quantization}: quantized weights are not sharded; set fsdp=false or "
+                "quantization=none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_multiples(self) -> "PipelineConfig":

@@ -18,6 +18,7 @@ from customized_grpo.policies.pipelines.flux2_klein import Flux2Klein
 from customized_grpo.policies.pipelines.qwen_image_edit_plus import QwenImageEditPlus
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.pipelines.uno import Uno
+from customized_grpo.policies.quantization import check_quantization, is_quantized, quantize
 
 PIPELINES: dict[str, PipelineSpec] = {
     "flux1-kontext": Flux1Kontext(),
@@ -39,6 +40,7 @@ NEEDS_CUDA = ("flash", "_flash", "_native_cudnn", "_native_flash", "xformers")
 NO_BACKWARD = ("sage", "_sage")
 """How the names of those begin that have no backward pass. One more is `_flash_3`: diffusers wraps FlashAttention 3 in
 an operator of its own, and gives that none; `_flash_3_hub`, of the same kernels, is called directly."""
+QUANTIZATION, ENCODER_QUANTIZATION = "policy.pipeline.quantization", "policy.pipeline.text_encoder_quantization"
 ROW_FORMAT = 3
 """Of what families leave in the cache; another number where one of them encodes otherwise."""
 
@@ -47,6 +49,8 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
     """Return the policy that `config` describes. Raises `UserError` before the weights are read where it can."""
     settings = config.pipeline
     check_backend(settings.attention_backend, device)
+    check_quantization(settings.quantization, QUANTIZATION)
+    check_quantization(settings.text_encoder_quantization, ENCODER_QUANTIZATION)
     if device.type == "cuda" and device.index is not None:
         # Kernels of others, FSDP and NCCL take the current device for the one that is meant.
         torch.cuda.set_device(device)
@@ -61,12 +65,29 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
     folder = resolve_model(model, family)
     pipe = load_pipeline(folder, family, torch.bfloat16 if bf16 else torch.float32)
     if adapter is not None:
+        if is_quantized(pipe.transformer):
+            raise UserError(
+                f"policy.pipeline.base_adapter: {folder} holds quantized weights, and nothing is merged into those; "
+                "name the model before it was quantized, with policy.pipeline.quantization"
+            )
         merge_base_adapter(pipe, adapter)
+    quantize(pipe.transformer, settings.quantization, QUANTIZATION)
+    for name in family.text_encoders:
+        if isinstance(part := getattr(pipe, name), torch.nn.Module):
+            quantize(part, settings.text_encoder_quantization, ENCODER_QUANTIZATION)
     guided = family.uses_cfg(pipe, family.guidance if settings.guidance_scale is None else settings.guidance_scale)
-    stands_for = json.dumps([ROW_FORMAT, config.kind, fingerprint(folder), bf16, guided])
+    encoders = settings.text_encoder_quantization
+    stands_for = [
+        ROW_FORMAT,
+        config.kind,
+        fingerprint(folder),
+        bf16,
+        guided,
+        *([encoders] if encoders != "none" else []),
+    ]
     depends_on = {name: inputs for name, inputs in family.depends_on.items() if guided or name != "negative"}
     limit = None if settings.cache_limit is None else settings.cache_limit * GIGABYTE
-    cache = ConditionCache(settings.cache, stands_for, depends_on, limit)
+    cache = ConditionCache(settings.cache, json.dumps(stands_for), depends_on, limit)
     return DiffusersPolicy(family, pipe, cache, settings_of(config, device, seed))
 
 

@@ -1,5 +1,6 @@
 """LoRA factors on a diffusers transformer: made from a seed, saved and loaded in diffusers' own format."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,9 @@ def add_lora(transformer: Any, targets: str, rank: int, alpha: int, seed: int) -
     `seed` draws their starting point, at which they change nothing.
     """
     transformer.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # Of layers in 8 bits, into which PEFT cannot merge. Nothing here does.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated", category=UserWarning)
         torch.manual_seed(seed)
         transformer.add_adapter(lora_config(targets, rank, alpha), adapter_name=NAME)
     factors = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]

@@ -26,6 +26,7 @@ from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedProm
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.policy import PromptRow
+from customized_grpo.policies.quantization import saved_bytes
 from customized_grpo.runtime.device import resolve_device, resolve_precision
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
@@ -67,8 +68,10 @@ def estimate_pipeline(
     row = EncodedPrompt({name: tensor.to(dtype) for name, tensor in example.items()}, sizes)
     tokens = token_count([policy.size, *sizes]) + len(row.tensors["text"])
     frozen = {
-        module: sum(p.nbytes for p in module.parameters() if not p.requires_grad) for module in (network, pipe.vae)
+        module: float(sum(p.nbytes for p in module.parameters() if not p.requires_grad))
+        for module in (network, pipe.vae)
     }
+    frozen[network] -= saved_bytes(network, settings.quantization)
     if settings.fsdp:
         frozen[network] /= processes
     blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
