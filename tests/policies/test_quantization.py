@@ -89,6 +89,27 @@ def test_a_gradient_step_starts_where_the_rollout_was(
 
 
 @EVERY_QUANTIZATION
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_restored_weight_which_is_not_kept(quantization: str, dtype: torch.dtype) -> None:
+    layer = torch.nn.Linear(96, 160).to(dtype).requires_grad_(False)
+    model = torch.nn.Sequential(torch.nn.ModuleList([layer]))
+    quantize(model, quantization, "f")  # type: ignore[arg-type]
+    layer, kept = model[0][0], []
+    x = torch.randn(3, 7, 96, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor), tensor)[1], lambda tensor: tensor
+    ):
+        y = layer(x)
+    assert not any(tensor.numel() >= 96 * 160 for tensor in kept)
+    with torch.no_grad():
+        matrix = layer(torch.eye(96, dtype=dtype)) - layer.bias  # the transposed weight, as it multiplies
+    assert relative(y, x.float() @ matrix.float() + layer.bias.float()) < (1e-5 if dtype == torch.float32 else 1e-2)
+    y.sum().backward()
+    expected = torch.ones(3, 7, 160) @ matrix.float().T
+    assert x.grad is not None and relative(x.grad.float(), expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@EVERY_QUANTIZATION
 def test_the_layers_of_blocks_are_quantized_and_no_others(load: Load, quantization: str) -> None:
     whole, transformer = (load("flux1-kontext", **s)._transformer for s in ({}, {"quantization": quantization}))
     layers = layers_to_quantize(whole)

@@ -6,9 +6,10 @@ precision of what comes in. Layers outside of the repeated blocks (embedders, th
 """
 
 import importlib.util
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from customized_grpo.config.policy import Quantization
 from customized_grpo.errors import UserError
@@ -68,6 +69,38 @@ def quantize(model: nn.Module, kind: Quantization, field: str) -> None:
 
     config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
     quantize_(model, config, filter_fn=lambda layer, name: name in layers)
+    restore_in_passing(model)
+
+
+def restore_in_passing(model: nn.Module) -> None:
+    """Make the layers of `model` with 8-bit weights restore them again in the backward pass, and not keep them for it.
+
+    Else the backward pass needs all restored weights, as much memory as without quantization.
+    """
+    for layer in model.modules():
+        if type(layer) is nn.Linear and type(layer.weight.data) is not Tensor:
+            layer.__class__ = RestoringLinear
+
+
+class RestoringLinear(nn.Linear):
+    """A linear layer whose weight is frozen and quantized, and whose backward pass restores it anew."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Compute input [*, in] times the weight, plus the bias: [*, out]."""
+        product: Tensor = _RestoringProduct.apply(input, self.weight)
+        return product if self.bias is None else product + self.bias
+
+
+class _RestoringProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Any) -> Tensor:
+        ctx.weight = weight
+        return nn.functional.linear(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.weight.dequantize().to(gradient.dtype), None
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -89,6 +122,12 @@ def saved_bytes(model: nn.Module, kind: Quantization) -> float:
             for layer in layers
         )
     )
+
+
+def restored_bytes(model: nn.Module, kind: Quantization) -> float:
+    """Return the most bytes that a restored weight takes, of a model that is to be quantized to `kind`."""
+    layers = {} if kind == "none" else layers_to_quantize(model)
+    return float(max((layer.weight.nbytes for layer in layers.values()), default=0))
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:

@@ -26,7 +26,7 @@ from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedProm
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.policy import PromptRow
-from customized_grpo.policies.quantization import saved_bytes
+from customized_grpo.policies.quantization import restored_bytes, saved_bytes
 from customized_grpo.runtime.device import resolve_device, resolve_precision
 from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
@@ -83,6 +83,7 @@ def estimate_pipeline(
         weight_bytes=float(sum(frozen.values())),
         checkpointed=passes * blocks if settings.gradient_checkpointing else 0,
         block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
+        restored_bytes=restored_bytes(network, settings.quantization),
         fused_tokens=tokens,
     )
     estimated = estimate(config, subject, processes)

@@ -93,6 +93,8 @@ class ProfileTarget:
     """Blocks whose activations are computed again in the backward pass; the network itself must keep them here."""
     block_input_bytes: float = 0.0
     """What a checkpointed block keeps of one sample."""
+    restored_bytes: float = 0.0
+    """The largest weight that a layer restores from its quantized form, one at a time."""
     fused_tokens: int = 0
     """Length of the sequences whose attention is fused where the network really runs, though not where it is measured:
     no matrix of all pairs of tokens is kept then. 0: what is measured is what runs."""
@@ -135,6 +137,7 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
         recomputed=float(items * bool(subject.checkpointed) * measured.forward_flops),
         memory={
             "frozen weights": subject.weight_bytes,
+            **({"a restored weight": subject.restored_bytes} if subject.restored_bytes else {}),
             "trained parameters and moments": 3.0 * NUMBER_BYTES * trained,
             **({} if config.ema.decay is None else {"averaged parameters": float(NUMBER_BYTES * trained)}),
         },
