@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from families import FAST
 from PIL import Image
 from safetensors.torch import load_file
 
 from customized_grpo.cli.main import main
+from customized_grpo.config.recipes import find_recipe
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 from customized_grpo.factory.pipelines import PIPELINES
@@ -24,6 +26,10 @@ from customized_grpo.training.dry_run import dry_run
 RECIPES = {
     "flux1-kontext": "flux1-kontext", "uno": "uno", "flux2-klein": "flux2-klein",
     "qwen-image-edit-plus": "qwen-image-edit-plus",
+}  # fmt: skip
+SMALL_GPU = {
+    "flux1-kontext-24gb": "flux1-kontext", "flux2-klein-24gb": "flux2-klein",
+    "qwen-image-edit-24gb": "qwen-image-edit-plus",
 }  # fmt: skip
 
 
@@ -87,14 +93,18 @@ def command(recipe: str, model: Path, rewards: dict[str, Path], data: Path, outp
 
 
 @pytest.mark.parametrize(
-    "recipe", [recipe if recipe in FAST else pytest.param(recipe, marks=pytest.mark.slow) for recipe in RECIPES]
+    "recipe",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*RECIPES, "qwen-image-edit-24gb")  # of the small ones that with the most forms of weights
+    ],
 )
 def test_a_recipe_trains(
     recipe: str, tiny_models: dict[str, Path], rewards: dict[str, Path], data: Path, tmp_path: Path,
     run_python: Callable[..., subprocess.CompletedProcess[str]],
 ) -> None:  # fmt: skip
     output = tmp_path / "run"
-    arguments = command(recipe, tiny_models[RECIPES[recipe]], rewards, data, output)
+    arguments = command(recipe, tiny_models[(RECIPES | SMALL_GPU)[recipe]], rewards, data, output)
     done = run_python("-m", "customized_grpo", *arguments)
     assert done.returncode == 0, done.stderr
     assert "requires torchvision" not in done.stdout + done.stderr
@@ -250,6 +260,18 @@ def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) ->
     assert whole["frozen weights"] / 2 < shard["frozen weights"] < whole["frozen weights"]
     with pytest.raises(UserError, match=r"policy\.pipeline\.fsdp: a single process"):
         dry_run(Config.model_validate(tree | policy(fsdp=True)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SMALL_GPU)
+def test_a_recipe_fits_on_24_gb(recipe: str) -> None:
+    """By the estimate, from the known architecture; rewards are counted in fp32, as where the dry run is."""
+    tree = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
+    tree["policy"]["device"] = "cpu"
+    estimated = dry_run(Config.model_validate(tree))
+    assert estimated.peak_bytes < 22 * 2**30
+    assert sum(name.startswith("weights of ") for name in estimated.memory) == 3  # both CLIP metrics share one
+    assert not any("weights of" in name for name in estimated.not_counted)
 
 
 def test_every_family_but_the_largest_has_a_recipe() -> None:

@@ -16,6 +16,13 @@ from customized_grpo.toybox.weights import shipped_folder
 
 NOTHING = (*VLM_KINDS, "remote", "texture")
 """Kinds that hold nothing in memory here."""
+PARAMETERS = {
+    "facebook/dinov2-base": 86_580_480,
+    "openai/clip-vit-base-patch32": 151_277_313,
+    "google/siglip-base-patch16-224": 203_155_970,
+    "yuvalkirstain/PickScore_v1": 986_109_441,
+}
+"""Of models that are used where none is named, by hub id: counted without their files."""
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -24,21 +31,23 @@ def score_bytes(
 ) -> tuple[dict[str, float], list[str]]:
     """Return the weights that the `scores`, by field, keep on `device`: bytes by field, and the scores not counted.
 
-    A model that several share counts once. A score is not counted if its files are not on this machine.
+    A model that several share counts once. A score is not counted if its files are not on this machine, and its model
+    is none of `PARAMETERS`.
     """
     counted: dict[str, float] = {}
-    unknown, seen = [], set()
+    unknown: list[str] = []
+    seen: set[tuple[object, ...]] = set()
     for field, score in scores.items():
         if score.kind in NOTHING or (score.kind in PRETRAINED and loader.device(field, score) != device):
             continue
         name, files, bf16 = f"{field} ({score.kind})", _files(score, toybox_weights), loader.bf16(field, score)
-        if (*files, bf16) in seen:
-            continue
-        if not files:
+        known = PARAMETERS.get(model_name(score) or "")
+        numbers = sum(map(_numbers, files)) if files else known
+        if numbers is None:
             unknown.append(name)
-        else:
-            seen.add((*files, bf16))
-            counted[name] = float(sum(_numbers(path) for path in files) * (2 if bf16 else 4))
+        elif (what := (*files, known, bf16)) not in seen:
+            seen.add(what)
+            counted[name] = float(numbers * (2 if bf16 else 4))
     return counted, unknown
 
 

@@ -83,7 +83,7 @@ def restore_in_passing(model: nn.Module) -> None:
 
 
 class RestoringLinear(nn.Linear):
-    """A linear layer whose weight is frozen and quantized, and whose backward pass restores it anew."""
+    """A linear layer whose weight is frozen and quantized, and whose backward pass restores it again."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute input [*, in] times the weight, plus the bias: [*, out]."""

@@ -1,6 +1,5 @@
 """What an iteration of a large generator takes, from its configurations alone: its weights stay where they are."""
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.errors import UserError, first_line
+from customized_grpo.factory.architectures import ARCHITECTURES, cached_folder, outline_known, with_parts
 from customized_grpo.factory.config import check_shares
 from customized_grpo.factory.data import read_samples
 from customized_grpo.factory.pipelines import MODELS, PIPELINES, settings_of
@@ -41,11 +41,17 @@ def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[PromptRo
     model cannot be loaded, or rejects a setting.
     """
     settings = config.policy
-    family = PIPELINES[settings.kind]
-    folder = resolve_model(settings.pipeline.model or MODELS[settings.kind], family, weights=False)
+    family, model = PIPELINES[settings.kind], settings.pipeline.model or MODELS[settings.kind]
     bf16 = resolve_precision(settings.precision, resolve_device(settings.device)) == "bf16"
-    pipe = outline(folder, family, torch.bfloat16 if bf16 else torch.float32)
-    return estimate_pipeline(config, family, pipe, processes, rows)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    here = Path(model).is_dir() or cached_folder(model)
+    if not here and model in ARCHITECTURES:
+        pipe = outline_known(ARCHITECTURES[model], family, dtype)
+        estimated = estimate_pipeline(config, family, pipe, processes, rows)
+        unread = f"what differs from the known architecture of {model}: its files are not on this machine"
+        return replace(estimated, not_counted=(*estimated.not_counted, unread))
+    folder = here if isinstance(here, Path) else resolve_model(model, family, weights=False)
+    return estimate_pipeline(config, family, outline(folder, family, dtype), processes, rows)
 
 
 def estimate_pipeline(
@@ -99,10 +105,8 @@ def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
 
     Raises `UserError` where a configuration is missing or damaged.
     """
-    index = read_index(folder)
-    wanted = [name for name in inspect.signature(family.pipeline.__init__).parameters if name != "self"]
-    parts: dict[str, Any] = {name: index.get(name) for name in wanted if not isinstance(index.get(name), list)}
-    parts |= dict.fromkeys(name for name in wanted if isinstance(index.get(name), list))
+    index, parts = read_index(folder), dict[str, Any]()
+    plain = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
     try:
         for name, kind in (("transformer", family.transformer), ("vae", getattr(diffusers, index["vae"][1]))):
             with META:
@@ -110,7 +114,7 @@ def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     except DAMAGED as error:
         raise UserError(f"policy.pipeline.model: {folder} could not be read: {first_line(error)}") from error
-    return family.pipeline(**parts)
+    return with_parts(family, parts, plain)
 
 
 def dry_run(config: Config, processes: int = 1) -> Estimate:
