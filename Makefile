@@ -28,7 +28,7 @@ compare: $(INSTALLED) $(MANIFESTS) ## The paper's experiment, 40 runs; most of a
 compare-leak: $(INSTALLED) $(MANIFESTS) ## When does it help? 18 runs; goes on where it stopped
 	$(BIN)/customized-grpo compare --config compare-leak $(ARGS)
 
-compare-guard: $(INSTALLED) $(MANIFESTS) ## Is the kept best worth it? 9 runs; goes on where it stopped
+compare-guard: $(INSTALLED) $(MANIFESTS) ## Is the kept best worth it? 12 runs; goes on where it stopped
 	$(BIN)/customized-grpo compare --config compare-guard $(ARGS)
 
 figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in docs/results

@@ -122,6 +122,26 @@ def test_holding_pays_whatever_the_objectives_say(samples: list[tuple[float, flo
     assert covariance >= m * spread - 1e-5 if m > 0 and spread > 1e-3 else True
 
 
+def test_a_proportional_push_in_closed_form() -> None:
+    advantages, broken = group([0.2, -0.2, 0.1, -0.1]), group([0.0, 0.0, 0.0, 1.0])
+    z = (0.25 - broken) / 0.5
+    found = hold_constraints(advantages, broken, strict=False)
+    torch.testing.assert_close(found, 0.75 * advantages + 0.25 * z, atol=1e-6, rtol=0)
+    for broken in (group([0.0, 0.0, 0.0, 0.0]), group([0.1, 0.2, 0.3, 0.4])):  # at the ends it is the strict one
+        assert torch.equal(hold_constraints(advantages, broken, strict=False), hold_constraints(advantages, broken))
+
+
+@given(st.lists(st.tuples(number, amount), min_size=2, max_size=8))
+@settings(max_examples=200, deadline=None)
+def test_a_proportional_push_pays_where_most_break_it(samples: list[tuple[float, float]]) -> None:
+    """The covariance with minus the violation is at least 2 m - 1 times its deviation."""
+    advantages, broken = group([a for a, _ in samples]), group([v for _, v in samples])
+    found = hold_constraints(advantages, broken, strict=False)
+    m, spread = float((broken > 0).double().mean()), float(broken.std())
+    covariance = float((found * -(broken - broken.mean())).sum()) / (len(samples) - 1)
+    assert covariance >= (2 * m - 1) * spread - 1e-5 if m > 0 and spread > 1e-3 else True
+
+
 @given(st.lists(st.tuples(number, amount), min_size=2, max_size=8), st.floats(0.1, 100))
 @settings(max_examples=50, deadline=None)
 def test_the_unit_of_a_constraint_does_not_matter(samples: list[tuple[float, float]], unit: float) -> None:
@@ -156,3 +176,6 @@ def test_constraints_come_after_weighing_and_before_clipping() -> None:
     free = combine_advantages(rewards, weights=weights, clamp=100.0)
     expected = hold_constraints(free, broken).clamp(-0.9, 0.9)
     torch.testing.assert_close(combine_advantages(rewards, weights=weights, violations=broken, clamp=0.9), expected)
+    soft = hold_constraints(free, broken, strict=False).clamp(-0.9, 0.9)
+    found = combine_advantages(rewards, weights=weights, violations=broken, strict=False, clamp=0.9)
+    torch.testing.assert_close(found, soft)

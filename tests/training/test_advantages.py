@@ -115,6 +115,11 @@ def test_a_constraint_acts_where_it_is_broken_alone() -> None:
     assert not torch.allclose(found[1], free[1])
 
 
+def test_a_kind_of_push_needs_a_constraint() -> None:
+    with pytest.raises(ValueError, match="advantages.constraints=proportional: no reward has role=constraint; leave"):
+        of({"prompt": PROMPT, "identity": IDENTITY}, constraints="proportional")
+
+
 def test_a_sample_whose_constraint_is_unknown_drops_out() -> None:
     bounded = {"prompt": PROMPT, "rough": {"kind": "texture", "role": "constraint", "at_least": 0.5}}
     bounded["prompt"] = PROMPT | {"schedule": "constant"}

@@ -304,7 +304,9 @@ def violations(rewards: Tensor, at_least: Sequence[float | None], at_most: Seque
     return (low - rewards).clamp(min=0) + (rewards - high).clamp(min=0)
 
 
-def hold_constraints(advantages: Tensor, violations: Tensor, valid: Tensor | None = None) -> Tensor:
+def hold_constraints(
+    advantages: Tensor, violations: Tensor, valid: Tensor | None = None, *, strict: bool = True
+) -> Tensor:
     """Return advantages `[P, G, T]` that push samples back within their bounds, by their `violations [P, G, C]`.
 
     With m the share of a group's samples that violate some constraint, and z the z-score of minus the violation within
@@ -317,6 +319,10 @@ def hold_constraints(advantages: Tensor, violations: Tensor, valid: Tensor | Non
     deviation of the violation, whatever A says: A, scaled to a standard deviation of at most 1, cannot outweigh z,
     whose standard deviation is 1. A gated hinge, as in lexicographic or feasibility-first selection (Deb 2000).
 
+    Not `strict`, the push has the size of the share too, `A' = (1 - m) A / max(1, std_G A) + m z`: one slight offender
+    does not decide what its group learns. Then the covariance is at least 2 m - 1 times that deviation: holding pays
+    for sure where more than half of a group violate a constraint.
+
     Samples that are not `valid [P, G]` keep advantage 0 and count in no group.
     """
     known = torch.ones_like(violations[..., 0], dtype=torch.bool) if valid is None else valid
@@ -328,7 +334,8 @@ def hold_constraints(advantages: Tensor, violations: Tensor, valid: Tensor | Non
     m = broken[:, None, None].to(advantages.dtype)
     counts = each[..., :1].expand_as(advantages)
     gated = (1 - m) * advantages / _std(advantages, counts, dims=(1,)).clamp(min=1)
-    pushed = torch.where(known.unsqueeze(-1), gated + holding.to(advantages.dtype), 0.0)
+    push = holding.to(advantages.dtype) * (1 if strict else m)
+    pushed = torch.where(known.unsqueeze(-1), gated + push, 0.0)
     return torch.where(m > 0, pushed, advantages)
 
 
@@ -350,15 +357,16 @@ def combine_advantages(
     gamma_penalty: float | None = None,
     thresholds: Sequence[float] | Tensor | None = None,
     violations: Tensor | None = None,
+    strict: bool = True,
     clamp: float = 5.0,
 ) -> Tensor:
     """Return advantages `[P, G, T]` of rewards `[P, G, R]`, by the named stages.
 
     `normalise` is a key of NORMALISERS, `shape` of SHAPERS; `weights` are as in `weigh_advantages`. `gamma` is the
-    strength of SARS (published: 0.4), read by `shape="sars"` only, and `gamma_penalty` the strength of its penalties
-    if it is set. `thresholds` switches the hinge on, before everything else; `violations [P, G, C]` of constraints
-    switch `hold_constraints` on. Raises ValueError on an unknown name, listing the known ones, on a `gamma_penalty`
-    that `shape` does not read, and as the stages do.
+    strength of SARS (published: 0.4), read by `shape="sars"` only, and `gamma_penalty` the strength of its
+    penalties if it is set. `thresholds` switches the hinge on, before everything else; `violations [P, G, C]` of
+    constraints switch `hold_constraints` on, which reads `strict`. Raises ValueError on an unknown name, listing
+    the known ones, on a `gamma_penalty` that `shape` does not read, and as the stages do.
     """
     normaliser = _named(NORMALISERS, normalise, "normaliser")
     shaper = _named(SHAPERS, shape, "shaper")
@@ -372,7 +380,7 @@ def combine_advantages(
     shaped = shaper(normaliser(rewards, valid), valid, *strengths)
     advantages = weigh_advantages(shaped.advantages, weights, shaped.bonus, valid)
     if violations is not None and violations.shape[-1]:
-        advantages = hold_constraints(advantages, violations, valid[..., 0])
+        advantages = hold_constraints(advantages, violations, valid[..., 0], strict=strict)
     return clamp_advantages(advantages, clamp)
 
 

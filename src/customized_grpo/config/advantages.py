@@ -66,6 +66,9 @@ class AdvantagesConfig(Section):
     """The curve of TDW, for advantages.weights=schedules."""
     table: dict[str, tuple[float, ...]] | None = None
     """Weights of each reward by its name, one per denoising step, for advantages.weights=table."""
+    constraints: Literal["strict", "proportional"] = "strict"
+    """How hard a group is pushed back within the bounds of rewards with role=constraint. strict: holding pays whatever
+    the objectives say. proportional: as hard as the share of samples that break one (docs/rewards.md)."""
     clip: float = Field(5.0, gt=0)
     """Clip advantages to [-clip, clip] (paper: 5)."""
 

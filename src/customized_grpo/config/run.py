@@ -108,6 +108,15 @@ class Config(Section):
         return None if self.evaluation.select == HELD_OUT_GAIN and not self.held_out else self.evaluation.select
 
     @model_validator(mode="after")
+    def _some_constraint(self) -> "Config":
+        """Check that what is set for constraints has some to hold."""
+        if self.advantages.differs_from_default("constraints") and not constraints(self.rewards):
+            raise ValueError(
+                f"advantages.constraints={self.advantages.constraints}: no reward has role=constraint; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _known_figures(self) -> "Config":
         """Check the names of figures, and that none of those held out is trained on."""
         own = ((*ORACLE, "copied") if self.policy.kind == "toybox" else ("copy",)) + tuple(self.evaluation.metrics)

@@ -52,5 +52,6 @@ def compute_advantages(config: Config, rewards: GroupRewards, weights: Tensor, p
         gamma_penalty=settings.sars.gamma_penalty,
         thresholds=None if limits == [None] * len(limits) else [math.inf if each is None else each for each in limits],
         violations=violated(constraint, held) if held else None,
+        strict=config.advantages.constraints == "strict",
         clamp=settings.clip,
     )
