@@ -26,6 +26,7 @@ from customized_grpo.config.messages import format_parser_error
 from customized_grpo.config.section import Section
 from customized_grpo.distributed.launch import is_launched, launch
 from customized_grpo.errors import TrainingError, UserError, first_line
+from customized_grpo.runtime.libraries import silence_imports
 from customized_grpo.runtime.memory import is_out_of_memory
 
 COMMANDS = (
@@ -40,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Read by OpenMP when torch is loaded. Threads that spin while they wait slow ToyBox several times beside a busy
     # process, such as a browser; those that sleep cost a tenth on an idle machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    silence_imports()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if not arguments:
         arguments = ["--help"]

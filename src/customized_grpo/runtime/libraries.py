@@ -6,13 +6,18 @@ TALKATIVE = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.tor
 """Loggers that warn at import of what no run needs: kernels for other processors, deprecations in libraries."""
 
 
+def silence_imports() -> None:
+    """Silence the notes that libraries write when they are imported; nothing is imported here."""
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def silence_libraries() -> None:
     """Silence progress bars and notes of libraries; errors stay.
 
     Call this before a model's own modules are imported: some print at import.
     """
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_imports()
     # They take seconds to import, and ToyBox needs neither.
     import diffusers.utils.logging
     import transformers.utils.logging
