@@ -10,7 +10,7 @@ MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare compare-leak compare-guard figures test test-all lint benchmark clean
+.PHONY: help setup demo compare compare-leak compare-guard figures test test-all test-quantization lint benchmark clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -42,6 +42,12 @@ test: $(INSTALLED) ## Run the fast tests; a few minutes
 
 test-all: $(INSTALLED) ## Run every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
+
+# Apart from the others: where these two libraries are installed, every process that knows LoRA loads them.
+test-quantization: $(INSTALLED) ## Install torchao and bitsandbytes apart, and run the tests that need them
+	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/quantization -c constraints.txt torchao bitsandbytes
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantization $(BIN)/python -m pytest -n auto --dist worksteal -m quantization \
+		tests/policies/test_quantization.py tests/policies/test_recipes.py
 
 lint: $(INSTALLED) ## Check style, formatting, types, imports between rooms, and plain English
 	$(BIN)/ruff check

@@ -427,7 +427,7 @@ def test_the_others_stop_with_the_name_of_the_lost(
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs /proc to find the processes")
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0), (signal.SIGKILL, 0)])
+@pytest.mark.parametrize(("number", "lost"), [(signal.SIGKILL, 1), (signal.SIGSTOP, 0)])
 def test_the_launched_stop_with_the_name_of_the_lost(
     written: Callable[..., Path], tmp_path: Path, number: signal.Signals, lost: int
 ) -> None:

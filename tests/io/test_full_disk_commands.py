@@ -147,7 +147,7 @@ def test_a_grid_does_not_begin(
         {"output": tmp_path / "grid", "presets": {"naive-1:1": 2}, "train": train, "jobs": 1}
     )
     with files_up_to(16), pytest.raises(StorageError, match=f"{config.output}: no space to write"):
-        run_grid(config, cells_of(config), display)
+        run_grid(config, cells_of(config), display, (), print)
     assert [path.name for path in config.output.iterdir()] == [".lock"]
     with files_up_to(16), pytest.raises(StorageError, match=f"{config.output}: no space to write"):
         write_page([], [], config.output, title="", settings_text="", failures={})

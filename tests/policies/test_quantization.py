@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import TorchAoConfig
-from families import EVERY_FAMILY_OR_FAST
+from families import EVERY_FAMILY_OR_FAST, QUANTIZATION
 from torch import Tensor
-from torchao.quantization import Int8WeightOnlyConfig
 
 from customized_grpo.config.policy import PolicyConfig
 from customized_grpo.config.run import Config
@@ -20,6 +18,7 @@ from customized_grpo.policies.quantization import is_quantized, layers_to_quanti
 from customized_grpo.testing.tiny_pipelines import save_tiny
 from customized_grpo.training.dry_run import dry_run
 
+pytestmark = QUANTIZATION
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]
 ERROR = {"int8": 0.03, "fp8": 0.15, "nf4": 0.4}
@@ -169,6 +168,9 @@ def test_text_encoders_are_quantized_and_cached_apart(load: Load, picture: Pictu
 
 def test_a_model_that_was_saved_quantized(load: Load, velocity: Callable[..., Tensor], tmp_path: Path) -> None:
     """It is read as it is, needs no setting, and takes neither a second quantization nor a merged adapter."""
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Int8WeightOnlyConfig
+
     folder = save_tiny("flux1-kontext", tmp_path / "model")
     transformer = PIPELINES["flux1-kontext"].transformer.from_pretrained(
         folder / "transformer", quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), torch_dtype=torch.float32
