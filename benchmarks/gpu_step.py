@@ -38,7 +38,8 @@ from diffusers import (  # noqa: E402
     FluxTransformer2DModel,
 )
 
-from customized_grpo.factory.pipelines import settings_of  # noqa: E402
+from customized_grpo.factory.architectures import ARCHITECTURES  # noqa: E402
+from customized_grpo.factory.pipelines import MODELS, settings_of  # noqa: E402
 from customized_grpo.policies.conditions import ConditionCache  # noqa: E402
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy  # noqa: E402
 from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt  # noqa: E402
@@ -47,6 +48,7 @@ from customized_grpo.testing import tiny_pipelines as tiny  # noqa: E402
 from customized_grpo.training.dry_run import estimate_pipeline  # noqa: E402
 from customized_grpo.training.estimate import Estimate  # noqa: E402
 
+KONTEXT = ARCHITECTURES[MODELS["flux1-kontext"]]
 GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 
 
@@ -106,8 +108,8 @@ def build_pipeline(options: argparse.Namespace, device: torch.device) -> FluxKon
     torch.set_default_dtype(torch.bfloat16)
     try:
         with device:
-            transformer = tiny.flux_transformer() if options.tiny else FluxTransformer2DModel(guidance_embeds=True)
-            vae = tiny.flux_vae() if options.tiny else _full_vae()
+            transformer = tiny.flux_transformer() if options.tiny else FluxTransformer2DModel(**KONTEXT.transformer)
+            vae = tiny.flux_vae() if options.tiny else AutoencoderKL(**KONTEXT.vae_settings)
     finally:
         torch.set_default_dtype(torch.float32)
     return FluxKontextPipeline(
@@ -169,14 +171,6 @@ def _matmul_rate(device: torch.device) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return 2 * side**3 / statistics.median(seconds[2:])
-
-
-def _full_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32, latent_channels=16,
-        shift_factor=0.1159, scaling_factor=0.3611, use_quant_conv=False, use_post_quant_conv=False,
-    )  # fmt: skip
 
 
 def _dataset(folder: Path) -> SubjectDataset:

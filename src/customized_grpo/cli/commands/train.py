@@ -54,9 +54,6 @@ def run(options: Namespace) -> None:
 
 
 def _print_costs(config: Config, count: int) -> None:
-    from customized_grpo.runtime.libraries import silence_libraries
-
-    silence_libraries()
     from customized_grpo.tracking.console import Display
     from customized_grpo.training.dry_run import dry_run
 
