@@ -10,7 +10,7 @@ MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare compare-leak compare-guard figures test test-all test-quantization lint benchmark clean
+.PHONY: help setup demo compare compare-leak compare-guard figures test test-all test-device test-quantization lint benchmark clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -39,9 +39,15 @@ figures: $(INSTALLED) ## Draw the figures of README and docs from the tables in 
 # A process for each core, with one thread each: several with several threads each would be far slower.
 test: $(INSTALLED) ## Run the fast tests; a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	@$(MAKE) --no-print-directory test-device
 
 test-all: $(INSTALLED) ## Run every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
+	@$(MAKE) --no-print-directory test-device
+
+# By themselves: torch looks for devices once in a process.
+test-device: $(INSTALLED) ## Run the tests on a second device, which a C++ compiler makes of the CPU
+	SECOND_DEVICE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal tests/second_device
 
 # Apart from the others: where these two libraries are installed, every process that knows LoRA loads them.
 test-quantization: $(INSTALLED) ## Install torchao and bitsandbytes apart, and run the tests that need them

@@ -14,6 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 
 import pytest
 import torch
+from second_device import ASKED_FOR, second_device
+
+if ASKED_FOR:
+    second_device()  # first: what follows has torch look for devices, which it does once
+
 from fork_server import ForkServer, Process, fork_server
 from markupsafe import Markup
 from rich.console import Console

@@ -27,6 +27,16 @@ def test_a_fault_is_named_with_its_iteration(field: str, value: float, said: str
     assert warning.startswith("iteration 7: ") and said in warning
 
 
+def test_a_bound_that_many_break_before_training_is_told_once() -> None:
+    first = SOUND | {
+        "iteration": 1, "violated/rough": 0.23, "reward/rough/mean": 0.971, "reward/rough/std": 0.092,
+        "violated/loose": 0.1, "reward/loose/mean": 0.5, "reward/loose/std": 0.1,
+    }  # fmt: skip
+    (warning,) = iteration_warnings(first, [None, None])
+    assert "23% of the images break the bound of rewards.rough" in warning and "mean 0.971, 0.092 apart" in warning
+    assert list(iteration_warnings(first | {"iteration": 2}, [None, None])) == []
+
+
 BASE = {"iteration": 0, "diversity": 0.4, "texture": 1.0, "copied": 0.1}
 
 

@@ -31,10 +31,17 @@ def resolve_device(name: str, prefix: str = "policy.") -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"{prefix}device: '{name}' is no device; give cpu, cuda, cuda:1 or mps") from error
-    here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not here.get(device.type, False) or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+    if not _is_here(device):
         raise UserError(f"{prefix}device: there is no '{name}' here; leave it out, or use cpu")
     return device
+
+
+def _is_here(device: torch.device) -> bool:
+    """Return whether torch can put tensors on `device`, of whatever make."""
+    if device.type == "cpu":
+        return True
+    module = getattr(torch, device.type, None)  # as torch.cuda
+    return module is not None and module.is_available() and (device.index or 0) < module.device_count()
 
 
 def _own_gpu(prefix: str) -> int:

@@ -216,4 +216,6 @@ def _figure(info: MetricInfo, value: float) -> str:
 
 def _interval(info: MetricInfo, value: Mapping[str, float]) -> str:
     mean, low, high = (_figure(info, value[key]) for key in ("mean", "low", "high"))
+    if math.isnan(value["low"]):  # a single value
+        return mean
     return f"{mean} ({low.rstrip('%')}–{high.rstrip('%')})"

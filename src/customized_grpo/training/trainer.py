@@ -172,24 +172,25 @@ class Trainer(Generic[ConditionT]):
         done, total = 0, int(matters.sum()) * passes
         for update, minibatch in enumerate(order.tensor_split(self.config.optimizer.num_minibatches)):
             rows = minibatch[(minibatch >= low) & (minibatch < high)] - low
-            loss = 0.0
+            sizes: list[int] = []
+            measured: list[Tensor] = []
             with (
                 self.ranks.synchronized(),
                 self.policy.lockstep(self.ranks),
                 self._memory("computing gradients", UPDATING),
             ):
                 for items in self._micro_batches(rows, passes, matters):
-                    part, measured = self._backward(targets, items, len(items) / (len(minibatch) * passes))
-                    loss += part
-                    parts.append((update, len(items), *measured))
+                    measured.append(self._backward(targets, items, len(items) / (len(minibatch) * passes)))
+                    sizes.append(len(items))
                     done += len(items)
                     on_progress(done / total)
             with self.ranks.synchronized(), self._memory("updating the weights", UPDATING):
-                loss, norm = self._optimizer_step(loss, on_before_step)
+                measures, loss, norm = self._optimizer_step(measured, on_before_step)
+            parts += [(update, size, *row) for size, row in zip(sizes, measures, strict=True)]
             losses.append(loss)
             norms.append(norm)
-        measures = self.objective.metrics(self._gathered(parts))
-        return measures | {"loss": sum(losses) / len(losses), "grad_norm": max(norms)}
+        metrics = self.objective.metrics(self._gathered(parts))
+        return metrics | {"loss": sum(losses) / len(losses), "grad_norm": max(norms)}
 
     def _memory(self, doing: str, remedy: str) -> AbstractContextManager[None]:
         return explain_out_of_memory(
@@ -214,12 +215,13 @@ class Trainer(Generic[ConditionT]):
             if len(kept):
                 yield kept
 
-    def _backward(self, targets: Any, items: Tensor, share: float) -> tuple[float, tuple[float, ...]]:
-        """Add the gradient of the `items`, which are a `share` of a minibatch's; return their loss and metrics."""
-        loss, measured = self.objective.loss(self.policy, targets, items)
+    def _backward(self, targets: Any, items: Tensor, share: float) -> Tensor:
+        """Add the gradient of the `items`, which are a `share` of a minibatch's; return their part of its loss and
+        their metrics, [1 + K]."""
+        loss, metrics = self.objective.loss(self.policy, targets, items)
         part = loss * share
         part.backward()
-        return part.item(), measured
+        return torch.stack([part.detach(), *metrics])
 
     def _gathered(self, parts: Sequence[tuple[float, ...]]) -> MicroBatches:
         """Return the measures of the micro-batches of all processes; `parts` are this one's (update, size, ...)."""
@@ -228,20 +230,27 @@ class Trainer(Generic[ConditionT]):
         update, size, *columns = table.unbind(1)
         return MicroBatches(update, size, dict(zip(names, columns, strict=True)))
 
-    def _optimizer_step(self, loss: float, on_before_step: Callable[[], None]) -> tuple[float, float]:
+    def _optimizer_step(
+        self, measured: Sequence[Tensor], on_before_step: Callable[[], None]
+    ) -> tuple[list[list[float]], float, float]:
         """Sum the gradient over processes, clip it, check it, and take the step.
 
-        Returns the sum of the processes' losses, and the gradient's norm before clipping.
+        `measured`: of each micro-batch of this process its part of the loss and its K metrics, [1 + K]. Returns these
+        metrics, the loss of all processes, and the gradient's norm before clipping.
         """
         parameters = [parameter for _, parameter in self.policy.trainable_parameters()]
         for parameter in parameters:
             if parameter.grad is None:  # no sample of this update is here
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        own = torch.tensor([[loss, float(torch.nn.utils.get_total_norm(gradients))]], dtype=torch.float64)
-        each = self.ranks.gather(own)
+        local_norm = torch.nn.utils.get_total_norm(gradients)
         self.ranks.all_reduce_(gradients)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm))
+        total_norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.optimizer.max_grad_norm)
+        # At once, because the host waits for the device each time.
+        fetched = torch.cat([torch.stack([local_norm, total_norm]), *measured]).cpu()
+        rows = fetched[2:].view(-1, 1 + len(self.objective.metric_names)).tolist()
+        own_norm, norm = fetched[:2].tolist()  # of this process, and of all
+        each = self.ranks.gather(torch.tensor([[sum(row[0] for row in rows), own_norm]], dtype=torch.float64))
         loss = float(each[:, 0].sum())
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bad = [str(rank) for rank, finite in enumerate(each.isfinite().all(1).tolist()) if not finite]
@@ -254,7 +263,7 @@ class Trainer(Generic[ConditionT]):
         on_before_step()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, norm
+        return [row[1:] for row in rows], loss, norm
 
 
 def _cost(seconds: Mapping[str, float], num_samples: int, forwards: int) -> Metrics:

@@ -14,6 +14,8 @@ STEADY = 50
 """Iterations in a row."""
 TEXTURES = (0.8, 1.25)
 """Texture in units of the base's: beyond these two there is a warning."""
+OFTEN_BROKEN = 0.1
+"""Share of images before the first update that may break a constraint's bound without a warning."""
 
 
 def iteration_warnings(metrics: Metrics, reasons: Sequence[str | None]) -> Iterator[str]:
@@ -39,6 +41,21 @@ def iteration_warnings(metrics: Metrics, reasons: Sequence[str | None]) -> Itera
             f"iteration {iteration}: no group taught anything: within each all images have equal rewards, or fewer "
             "than two have any. Check the rewards, or raise rollout.eta or rollout.group_size"
         )
+    if iteration == 1:
+        yield from _tight_bounds(metrics)
+
+
+def _tight_bounds(metrics: Metrics) -> Iterator[str]:
+    """Yield a warning for each constraint that many images break before anything was learned."""
+    for figure, share in metrics.items():
+        if figure.startswith("violated/") and share > OFTEN_BROKEN:
+            name = figure.removeprefix("violated/")
+            mean, std = (metrics[f"reward/{name}/{which}"] for which in ("mean", "std"))
+            yield (
+                f"iteration 1: {share:.0%} of the images break the bound of rewards.{name} before anything was learned "
+                f"(mean {mean:.3g}, {std:.2g} apart within a group). It will push against them in every iteration, and "
+                "can outweigh the objectives; loosen the bound until it holds for most"
+            )
 
 
 def validation_warnings(evaluation: Evaluation, iteration: int) -> Iterator[str]:

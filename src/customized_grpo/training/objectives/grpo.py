@@ -76,7 +76,7 @@ class Grpo:
             kl_weight=objective.kl_weight,
         )
         ratios = (result.ratio_mean, result.ratio_min, result.ratio_max, result.clip_fraction)
-        return Loss(result.loss, (*map(float, ratios), 0.0 if kl is None else float(kl.detach().mean())))
+        return Loss(result.loss, (*ratios, result.loss.new_zeros(()) if kl is None else kl.detach().mean()))
 
     def metrics(self, parts: MicroBatches) -> Metrics:
         """Return the ratios of all updates and of the first alone, which are 1 up to rounding, and the mean KL."""

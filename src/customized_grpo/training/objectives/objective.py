@@ -16,10 +16,11 @@ from customized_grpo.training.rollout import Plan, Rollout
 
 
 class Loss(NamedTuple):
-    """The `loss` of a micro-batch, 0-d, the mean over its items; `metrics` are in the order of `metric_names`."""
+    """The `loss` of a micro-batch, 0-d, the mean over its items; detached `metrics`, 0-d each, in the order of
+    `metric_names`. Both stay on the generator's device: the host waits for it once an update."""
 
     loss: Tensor
-    metrics: tuple[float, ...]
+    metrics: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
