@@ -156,6 +156,15 @@ def test_one_seed_gives_means_without_intervals_and_no_verdict(small_grid: MakeG
     assert len(rows_of(found)) == 3 and "<small>" not in "".join(rows_of(found))
 
 
+def test_a_grid_without_the_pair_leads_with_the_kept_best(small_grid: MakeGrid) -> None:
+    cells = small_grid(("customized",), 2)
+    sides = {"joint_success": 0.2, "best/joint_success": 0.5, "best_iteration": 10.0}
+    results = [Result("", "customized", seed, sides, {}) for seed in range(2)]
+    found = page(cells, results).text
+    assert "No verdict" not in found
+    assert re.search(r"Joint success of the adapter of the best validation.*customized : 50.0 % and 20.0 %", found)
+
+
 def test_a_metric_of_some_presets_is_a_dash_elsewhere(small_grid: MakeGrid) -> None:
     cells = small_grid(("naive-1:1", "customized"), 2)
     results = [

@@ -28,6 +28,14 @@ def test_best_and_last_are_paired_by_seed() -> None:
     assert high - mean == pytest.approx(mean - low) and "texture" not in row.best
 
 
+def test_a_base_that_was_never_beaten_is_the_best() -> None:
+    held_out = {"held_out_gain": -0.3, "texture": 1.2}
+    beaten = run(0, 0.6, 0.5, **held_out, **{"best/held_out_gain": 0.2, "best/texture": 1.1})
+    (row,) = guards([beaten, run(1, 0.3, 0.1, 0, **held_out)], ["joint_success", "texture", "held_out_gain"])
+    assert row.iterations == (20, 0)
+    assert row.best["held_out_gain"][0] == pytest.approx(0.1) and row.best["texture"][0] == pytest.approx(1.05)
+
+
 def test_settings_have_rows_of_their_own_and_one_seed_has_no_interval() -> None:
     rows = guards([run(0, 0.6, 0.5, setting="a"), run(0, 0.6, 0.6, setting="b")], ["joint_success"])
     assert [row.setting for row in rows] == ["a", "b"]

@@ -184,7 +184,7 @@ def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
             axes.plot(seeds, [place + 0.27] * len(seeds), "o", markersize=3, color=colour, alpha=0.5, markeredgewidth=0)
             axes.plot(mean, place, "o", markersize=7, color=colour, zorder=3)
         style.grid(axes, across=True)
-        axes.set_title(" \u00b7 ".join(filter(None, ("Joint success", setting))), loc="left", pad=18)
+        axes.set_title(setting or "Joint success", loc="left", pad=18)
     grid[0].set_ylim(len(ranked) - 0.4, -0.6)
     grid[0].set_yticks(range(len(ranked)), ranked)
     for label in grid[0].get_yticklabels():
@@ -193,13 +193,14 @@ def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
 
 
 def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
-    """Draw joint success, copy-paste rate, and the gain of `customized` in joint success over the reference, against
-    the setting."""
+    """Draw joint success, copy-paste rate, and the gain of `customized` over the reference, if both ran, against the
+    setting."""
     settings, rows = settings_in(results), summarise(results, order=presets)
     if len(settings) < 2:
         return None
+    ours = [row for row in rows if row.preset == METHOD and "joint_success" in row.differences]
     figure = style.new_figure(3.4)
-    grid = figure.subplots(1, 3)
+    grid = figure.subplots(1, 3 if ours else 2)
     for axes, metric in zip(grid, SHARES, strict=False):
         ends = []
         for number, preset in enumerate(presets):
@@ -214,7 +215,8 @@ def by_setting(results: Sequence[Result], presets: Sequence[str]) -> Figure | No
         style.title(axes, metric_info(metric).heading)
         _settings_axis(axes, settings)
         style.end_labels(axes, ends)
-    ours = [row for row in rows if row.preset == METHOD and "joint_success" in row.differences]
+    if not ours:
+        return figure
     gains: dict[float, Interval] = {settings.index(row.setting): row.differences["joint_success"] for row in ours}
     grid[2].axhline(0, color=MUTED, linewidth=1)
     grid[2].plot(list(gains), [mean for mean, _, _ in gains.values()], "o", markersize=7, color=INK)

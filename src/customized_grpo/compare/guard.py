@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from customized_grpo.compare.results import BEST_ITERATION, BEST_PREFIX, Result, presets_in, select, settings_in
-from customized_grpo.evaluation.against_base import HELD_OUT_GAIN
+from customized_grpo.evaluation.against_base import HELD_OUT_GAIN, TEXTURE
 from customized_grpo.evaluation.selection import best_row, should_stop
 from customized_grpo.evaluation.statistics import Interval, t_interval
 
 PATIENCES = (1, 2, 3, 5)
 """Validations without a better one after which a run is imagined to stop."""
+OF_THE_BASE = {HELD_OUT_GAIN: 0.0, TEXTURE: 1.0}
+"""What is measured against the base, for a run whose best is the base itself."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,21 @@ def guards(results: Sequence[Result], metrics: Sequence[str]) -> list[Guard]:
             runs = [run for run in select(results, setting, preset).values() if BEST_ITERATION in run.values]
             if not runs:
                 continue
-            known = [name for name in metrics if all({name, BEST_PREFIX + name} <= run.values.keys() for run in runs)]
-            best, last = (
-                {name: [run.values[prefix + name] for run in runs] for name in known} for prefix in (BEST_PREFIX, "")
-            )
+            kept = [_kept(run) for run in runs]
+            known = [name for name in metrics if all(name in side for side in (*kept, *(run.values for run in runs)))]
+            best = {name: [side[name] for side in kept] for name in known}
+            last = {name: [run.values[name] for run in runs] for name in known}
             gaps = {name: [a - b for a, b in zip(best[name], last[name], strict=True)] for name in known}
             means = [{name: t_interval(side[name]) for name in known} for side in (best, last, gaps)]
             rows.append(Guard(setting, preset, tuple(int(run.values[BEST_ITERATION]) for run in runs), *means))
     return rows
+
+
+def _kept(run: Result) -> Mapping[str, float]:
+    """Return what was measured of a run's kept adapter, by metric."""
+    own = OF_THE_BASE if run.values[BEST_ITERATION] == 0 else {}
+    prefix = BEST_PREFIX
+    return own | {name.removeprefix(prefix): value for name, value in run.values.items() if name.startswith(prefix)}
 
 
 def stoppings(results: Sequence[Result], metric: str = HELD_OUT_GAIN) -> list[Stopping]:

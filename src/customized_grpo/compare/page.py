@@ -24,7 +24,7 @@ from customized_grpo.tracking.metric_info import HEADLINE, MetricInfo, headline_
 FIGURES = {
     "settings": (
         "Where it helps",
-        f"The same presets under every setting, and the paired gain of {METHOD} over {BASELINE} in joint success.",
+        f"The same presets under every setting, and where both ran the paired gain of {METHOD} over {BASELINE}.",
     ),
     "joint": (
         "Joint success",
@@ -86,6 +86,7 @@ def page_content(results: Sequence[Result], cells: Sequence[Cell]) -> dict[str, 
         "asked": len(cells),
         "facts": facts(results),
         "headlines": headlines(results, rows),
+        "compared": {BASELINE, METHOD} <= set(order),
         "reference": BASELINE,
         "ours": METHOD,
         "columns": columns,
