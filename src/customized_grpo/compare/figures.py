@@ -168,7 +168,7 @@ def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
     best = {name: np.mean([row.means["joint_success"][0] for row in rows if row.preset == name]) for name in shown}
     ranked = sorted(shown, key=lambda name: (-best[name], name))
     settings = settings_in(results)
-    figure = style.new_figure(0.37 * len(ranked) + 1.0)
+    figure = style.new_figure(0.37 * len(ranked) + (1.0 if len(settings) == 1 else 1.25))
     grid = figure.subplots(1, len(settings), squeeze=False, sharey=True, sharex=True)[0]
     for axes, setting in zip(grid, settings, strict=True):
         for row in (row for row in rows if row.setting == setting):
@@ -185,6 +185,8 @@ def joint(results: Sequence[Result], presets: Sequence[str]) -> Figure | None:
             axes.plot(mean, place, "o", markersize=7, color=colour, zorder=3)
         style.grid(axes, across=True)
         axes.set_title(setting or "Joint success", loc="left", pad=18)
+    if len(settings) > 1:
+        grid[-1].set_xlabel("joint success", loc="right")
     grid[0].set_ylim(len(ranked) - 0.4, -0.6)
     grid[0].set_yticks(range(len(ranked)), ranked)
     for label in grid[0].get_yticklabels():
