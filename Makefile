@@ -54,6 +54,8 @@ test-quantization: $(INSTALLED) ## Install torchao and bitsandbytes apart, and r
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/quantization -c constraints.txt torchao bitsandbytes
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantization $(BIN)/python -m pytest -n auto --dist worksteal -m quantization \
 		tests/policies/test_quantization.py tests/policies/test_recipes.py
+	SECOND_DEVICE=1 OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantization $(BIN)/python -m pytest -n auto -m "quantization and not slow" \
+		tests/second_device
 
 lint: $(INSTALLED) ## Check style, formatting, types, imports between rooms, and plain English
 	$(BIN)/ruff check

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from customized_grpo.cli.main import main
+from customized_grpo.config.policy import PipelineConfig
 from customized_grpo.config.recipes import find_recipe
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
@@ -22,6 +23,7 @@ from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.testing.tiny_pipelines import flux2_klein
 from customized_grpo.testing.tiny_rewards import save_tiny_hpsv3, save_tiny_reward
 from customized_grpo.training.dry_run import dry_run
+from customized_grpo.training.estimate import Estimate
 
 RECIPES = {
     "flux1-kontext": "flux1-kontext", "uno": "uno", "flux2-klein": "flux2-klein",
@@ -262,6 +264,35 @@ def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) ->
     assert whole["frozen weights"] / 2 < shard["frozen weights"] < whole["frozen weights"]
     with pytest.raises(UserError, match=r"policy\.pipeline\.fsdp: a single process"):
         dry_run(Config.model_validate(tree | policy(fsdp=True)))
+
+
+def test_blocks_that_wait_are_counted_on_the_host(tiny_models: dict[str, Path]) -> None:
+    pipeline = {"model": str(tiny_models["flux1-kontext"]), "height": 32, "width": 32}
+
+    def estimate(**more: object) -> Estimate:
+        tree = {"rewards": {"prompt": {"kind": "clip_t"}, "identity": {"kind": "dino"}}}
+        policy = {"kind": "flux1-kontext", "pipeline": pipeline | more}
+        return dry_run(Config.model_validate(tree | {"policy": policy}))
+
+    whole, waiting = estimate(), estimate(block_offload=True)
+    saved = whole.memory["frozen weights"] - waiting.memory["frozen weights"]
+    assert saved == waiting.host["blocks that wait"] > 0
+    # Two double and two single blocks, of which the double ones are the larger: these are on the device.
+    assert saved < whole.memory["frozen weights"] / 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"fsdp": True}, "set fsdp=false or block_offload=false"),
+        ({"compile": True}, "set compile=false"),
+        ({"quantization": "nf4"}, "nf4 cannot be moved back and forth; set quantization=int8"),
+        ({"gradient_checkpointing": False}, "would keep the weights of all blocks; set gradient_checkpointing=true"),
+    ],
+)
+def test_blocks_wait_with_some_settings_only(more: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PipelineConfig.model_validate({"block_offload": True} | more)
 
 
 @pytest.mark.slow

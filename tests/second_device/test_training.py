@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from families import EVERY_FAMILY
 from PIL import Image
+from runs import settings, tree
 from safetensors.torch import load_file
 from second_device import NAME, NEEDS_DEVICE, counting
 
@@ -21,33 +22,6 @@ from customized_grpo.training.run import train
 from customized_grpo.training.trainer import Trainer
 
 pytestmark = NEEDS_DEVICE
-
-
-def tree(dotted: dict[str, Any]) -> dict[str, Any]:
-    root: dict[str, Any] = {}
-    for name, value in dotted.items():
-        *sections, field = name.split(".")
-        branch = root
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[field] = str(value) if isinstance(value, Path) else value
-    return root
-
-
-def settings(kind: str, generators: dict[str, Path], models: dict[str, Path], folder: Path) -> dict[str, Any]:
-    """A run on the second device, by dotted names."""
-    return {
-        "policy.kind": kind, "policy.device": NAME, "policy.precision": "fp32", "policy.lora_rank": 4,
-        "policy.lora_alpha": 4, "policy.pipeline.model": generators[kind], "policy.pipeline.cache": folder / "cache",
-        "policy.pipeline.height": 32, "policy.pipeline.width": 48, "policy.pipeline.reference_side": 32,
-        "rewards.prompt.kind": "clip_t", "rewards.prompt.schedule": "early",
-        "rewards.prompt.clip_t.model": models["clip"],
-        "rewards.identity.kind": "dino", "rewards.identity.schedule": "late",
-        "rewards.identity.dino.model": models["dino"],
-        "rollout.num_steps": 3, "rollout.group_size": 3, "rollout.prompts_per_iteration": 2, "rollout.micro_batch": 3,
-        "rollout.eta": 0.4, "optimizer.micro_batch": 3, "optimizer.num_minibatches": 2, "ema.decay": 0.9,
-        "objective.kl_weight": 0.01,
-    }  # fmt: skip
 
 
 def run(names: dict[str, Any], photographs: Path, output: Path, display: Display) -> None:

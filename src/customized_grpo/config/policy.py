@@ -49,6 +49,9 @@ class PipelineConfig(Section):
     CPU."""
     fsdp: bool = False
     """Shard the frozen weights over the processes of the run (FSDP2) instead of keeping a copy in each."""
+    block_offload: bool = False
+    """Keep the frozen weights of the transformer's blocks in the host's memory; each block's come to the device one
+    block ahead of its use. Takes time, and leaves two blocks' weights on the device (docs/models.md)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of storing them."""
     compile: bool = False
@@ -68,6 +71,23 @@ class PipelineConfig(Section):
                 f"quantization={self.quantization}: quantized weights are not sharded; set fsdp=false or "
                 "quantization=none"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_block_offload(self) -> "PipelineConfig":
+        if not self.block_offload:
+            return self
+        against = {
+            "fsdp": (self.fsdp, "weights that are spread over processes are not kept on the host", "false"),
+            "compile": (self.compile, "blocks whose weights come and go are not compiled", "false"),
+            "quantization": (self.quantization == "nf4", "nf4 cannot be moved back and forth", "int8"),
+            "gradient_checkpointing": (
+                not self.gradient_checkpointing, "the backward pass would keep the weights of all blocks", "true",
+            ),
+        }  # fmt: skip
+        for name, (found, why, remedy) in against.items():
+            if found:
+                raise ValueError(f"block_offload: {why}; set {name}={remedy} or block_offload=false")
         return self
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ import json
 import torch
 import torch.distributed as dist
 
-from customized_grpo.config.policy import PolicyConfig
+from customized_grpo.config.policy import PipelineConfig, PolicyConfig
 from customized_grpo.errors import UserError
 from customized_grpo.policies.base_adapter import merge_base_adapter, resolve_adapter
 from customized_grpo.policies.cache_folder import GIGABYTE
@@ -18,6 +18,7 @@ from customized_grpo.policies.pipelines.flux2_klein import Flux2Klein
 from customized_grpo.policies.pipelines.qwen_image_edit_plus import QwenImageEditPlus
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.pipelines.uno import Uno
+from customized_grpo.policies.placement import How
 from customized_grpo.policies.quantization import check_quantization, is_quantized, quantize, restore_in_passing
 
 PIPELINES: dict[str, PipelineSpec] = {
@@ -117,10 +118,16 @@ def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settin
         guidance=settings.guidance_scale,
         reference_side=settings.reference_side,
         offload=settings.text_encoders == "cpu",
-        # A command that runs in one process, such as generate, takes the configuration of a run of several.
-        shard=settings.fsdp and dist.is_initialized(),
+        how=_how(settings),
         gradient_checkpointing=settings.gradient_checkpointing,
         compile=settings.compile,
         attention_backend=settings.attention_backend,
         seed=seed,
     )
+
+
+def _how(settings: PipelineConfig) -> How:
+    if settings.block_offload:
+        return "offload"
+    # A command that runs in one process, such as generate, takes the configuration of a run of several.
+    return "fsdp" if settings.fsdp and dist.is_initialized() else "whole"

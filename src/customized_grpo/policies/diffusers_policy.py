@@ -23,7 +23,7 @@ from customized_grpo.policies.lora_files import NAME
 from customized_grpo.policies.pipelines.encoded import EncodedBatch, EncodedPrompt, UniformBatch
 from customized_grpo.policies.pipelines.resolution import token_count
 from customized_grpo.policies.pipelines.spec import PipelineSpec
-from customized_grpo.policies.placement import Placement
+from customized_grpo.policies.placement import How, Placement
 from customized_grpo.policies.policy import Policy, PromptRow
 from customized_grpo.types import PromptLengths, References
 
@@ -51,7 +51,7 @@ class Settings:
     guidance: float | None = None
     reference_side: int | None = None
     offload: bool = False
-    shard: bool = False
+    how: How = "whole"
     gradient_checkpointing: bool = True
     compile: bool = False
     attention_backend: str | None = None
@@ -76,7 +76,7 @@ class DiffusersPolicy(Policy[EncodedBatch]):
             family.text_encoders,
             [parameter for _, parameter in self._trainable],
             settings.device,
-            how="fsdp" if settings.shard else "whole",
+            how=settings.how,
             keep_encoders=settings.offload,
         )
         if settings.gradient_checkpointing:
@@ -86,7 +86,7 @@ class DiffusersPolicy(Policy[EncodedBatch]):
         if settings.compile:
             self._transformer.compile_repeated_blocks(dynamic=True, recompile_limit=MOST_GRAPHS)
         # The processes run a sharded transformer together; a whole one each runs by itself.
-        self._lockstep = LockstepForward(self._idle) if settings.shard else None
+        self._lockstep = LockstepForward(self._idle) if settings.how == "fsdp" else None
 
     @property
     def size(self) -> tuple[int, int]:

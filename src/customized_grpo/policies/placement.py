@@ -1,6 +1,7 @@
 """Where the frozen weights of a pipeline lie: its encoders until prompts are encoded, then its transformer.
 
-The transformer comes to the device when the encoders have had it: whole, or spread over the processes of a run (FSDP2).
+The transformer comes to the device when the encoders have had it: whole, spread over the processes of a run (FSDP2), or
+without its blocks, which come as they run.
 """
 
 import gc
@@ -16,10 +17,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from customized_grpo.errors import UserError
+from customized_grpo.policies.block_offload import BlockOffload, repeated_blocks
 from customized_grpo.runtime.device import CPU
 
-How = Literal["whole", "fsdp"]
-"""How the transformer lies on the device."""
+How = Literal["whole", "fsdp", "offload"]
+"""How the transformer lies on the device: whole, spread over processes, or its blocks on the CPU while they wait."""
 
 
 class Placement:
@@ -91,6 +93,8 @@ def place(transformer: Any, trainable: Iterable[nn.Parameter], device: torch.dev
     """Move the weights of `transformer` from the CPU to `device`; `trainable` ones lie whole in every process."""
     if how == "fsdp":
         shard(transformer, trainable, device)
+    elif how == "offload":
+        BlockOffload(transformer, trainable, device)  # the blocks' hooks keep it
     else:
         transformer.to(device)
 
@@ -108,7 +112,7 @@ def shard(transformer: Any, kept: Iterable[nn.Parameter], device: torch.device) 
     ignored = set(kept)
     for parameter in ignored:
         parameter.data = parameter.data.to(device)
-    blocks = [module for module in transformer.modules() if type(module).__name__ in transformer._repeated_blocks]
+    blocks = repeated_blocks(transformer)
     # It warns of views that something may be written into. Nothing here does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
     for part in (*blocks, transformer):

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from customized_grpo.config.policy import Quantization
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.errors import UserError, first_line
@@ -19,6 +20,7 @@ from customized_grpo.factory.pipelines import MODELS, PIPELINES, settings_of
 from customized_grpo.factory.policy import load_toybox, policy_device
 from customized_grpo.factory.rewards import reward_loader
 from customized_grpo.io.hub import DAMAGED
+from customized_grpo.policies.block_offload import repeated_blocks
 from customized_grpo.policies.conditions import ConditionCache, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
 from customized_grpo.policies.loading import read_index, resolve_model
@@ -78,9 +80,13 @@ def estimate_pipeline(
         for module in (network, pipe.vae)
     }
     frozen[network] -= saved_bytes(network, settings.quantization)
+    waiting = 0.0
     if settings.fsdp:
         frozen[network] /= processes
-    blocks = sum(type(module).__name__ in network._repeated_blocks for module in network.modules())
+    elif settings.block_offload:
+        waiting = _waiting_bytes(network, settings.quantization)
+        frozen[network] -= waiting
+    blocks = len(repeated_blocks(network))
     passes = 2 if policy.guided else 1
     subject = ProfileTarget(
         policy,
@@ -93,11 +99,22 @@ def estimate_pipeline(
         fused_tokens=tokens,
     )
     estimated = estimate(config, subject, processes)
+    if waiting:
+        estimated = replace(estimated, host=estimated.host | {"blocks that wait": waiting})
     if rows is None:
         return estimated
     planned = [plan_row(family, each, settings.reference_side) for each in rows]
     encoded = bytes_of_rows(family, network.config, dtype, planned, guided=policy.guided)
     return replace(estimated, disk=estimated.disk | {"encoded prompts and references": float(encoded)})
+
+
+def _waiting_bytes(network: Any, quantization: Quantization) -> float:
+    """Return the bytes of the blocks' frozen weights, but for the two that are on the device."""
+    sizes = [
+        float(sum(p.nbytes for p in block.parameters() if not p.requires_grad)) for block in repeated_blocks(network)
+    ]
+    kept = 1 - saved_bytes(network, quantization) / sum(sizes)
+    return kept * (sum(sizes) - sum(sorted(sizes)[-2:]))
 
 
 def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:

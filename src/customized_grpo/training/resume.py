@@ -36,7 +36,7 @@ OF_A_SCORE = (
 MUTABLE_ON_RESUME = (
     "output", "iterations", "threads", "policy.pipeline.model", "policy.pipeline.base_adapter", "policy.init_from",
     "policy.toybox.weights",
-    "policy.device", "policy.pipeline.text_encoders", "policy.pipeline.fsdp",
+    "policy.device", "policy.pipeline.text_encoders", "policy.pipeline.fsdp", "policy.pipeline.block_offload",
     "policy.pipeline.gradient_checkpointing", "policy.pipeline.cache", "data.", "rewards.*.max_invalid_share",
     *(f"{place}.*.{name}" for place in ("rewards", "evaluation.metrics") for name in OF_A_SCORE), "rollout.micro_batch",
     "optimizer.micro_batch", "checkpoint.", "ema.evaluate", "evaluation.every", "evaluation.num_test_samples",
