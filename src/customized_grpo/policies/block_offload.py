@@ -21,7 +21,7 @@ class BlockOffload:
     """
 
     def __init__(self, transformer: Any, trainable: Iterable[nn.Parameter], device: torch.device) -> None:
-        """Hook the blocks of `transformer`, which is on the CPU, and leave their weights there.
+        """Leave the weights of the blocks of `transformer`, which is on the CPU, there, and hook the blocks.
 
         The `trainable` ones, and what is outside of blocks, move to `device`.
         """
@@ -135,5 +135,5 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Return `tensor` in memory that a device copies from while it computes; a quantized one unchanged."""
+    """Return `tensor` in memory that a device copies from while it computes; other kinds of tensors as they were."""
     return _like(tensor, tensor.data.pin_memory()) if type(tensor.data) is Tensor else tensor

@@ -34,6 +34,8 @@ from customized_grpo.runtime.libraries import silence_libraries
 from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
 
 META = torch.device("meta")
+UNFUSED = "_native_math"
+"""diffusers' attention backend that keeps the matrix of all pairs of tokens."""
 
 
 def dry_run_pipeline(config: Config, processes: int = 1, rows: Sequence[PromptRow] | None = None) -> Estimate:
@@ -96,7 +98,7 @@ def estimate_pipeline(
         checkpointed=passes * blocks if settings.gradient_checkpointing else 0,
         block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
         restored_bytes=restored_bytes(network, settings.quantization),
-        fused_tokens=tokens,
+        fused_tokens=0 if settings.attention_backend == UNFUSED else tokens,
     )
     estimated = estimate(config, subject, processes)
     if waiting:
