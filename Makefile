@@ -43,7 +43,7 @@ test: $(INSTALLED) ## Run the fast tests; a few minutes
 
 test-all: $(INSTALLED) ## Run every test, the slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m ""
-	@$(MAKE) --no-print-directory test-device
+	SECOND_DEVICE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "" tests/second_device
 
 # By themselves: torch looks for devices once in a process.
 test-device: $(INSTALLED) ## Run the tests on a second device, which a C++ compiler makes of the CPU

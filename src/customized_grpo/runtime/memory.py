@@ -12,7 +12,7 @@ DRAWING = "Lower rollout.micro_batch (and, for a first-pass ratio of 1, optimize
 SCORING = "Lower local.micro_batch of a reward, or set its local.device to another GPU"
 UPDATING = (
     "Lower optimizer.micro_batch (and rollout.micro_batch with it), or set "
-    "policy.pipeline.gradient_checkpointing to true"
+    "policy.pipeline.gradient_checkpointing or policy.pipeline.block_offload to true"
 )
 EVALUATING = "Lower rollout.micro_batch, or set ema.evaluate to false"
 COPYING = "It takes as much as a checkpoint takes disk: free some, or start a new run with a lower policy.lora_rank"

@@ -88,15 +88,12 @@ def estimate_pipeline(
     elif settings.block_offload:
         waiting = _waiting_bytes(network, settings.quantization)
         frozen[network] -= waiting
-    blocks = len(repeated_blocks(network))
-    passes = 2 if policy.guided else 1
     subject = ProfileTarget(
         policy,
         network,
-        EncodedBatch((row,), torch.zeros(1, dtype=torch.long)),
+        lambda count: EncodedBatch((row,), torch.zeros(count, dtype=torch.long)),
         weight_bytes=float(sum(frozen.values())),
-        checkpointed=passes * blocks if settings.gradient_checkpointing else 0,
-        block_input_bytes=float(tokens * network.inner_dim * dtype.itemsize),
+        checkpoint=network.enable_gradient_checkpointing if settings.gradient_checkpointing else None,
         restored_bytes=restored_bytes(network, settings.quantization),
         fused_tokens=0 if settings.attention_backend == UNFUSED else tokens,
     )
@@ -148,9 +145,11 @@ def dry_run(config: Config, processes: int = 1) -> Estimate:
         estimated = dry_run_pipeline(config, processes, rows)
         return _with_rewards(config, replace(estimated, not_counted=(*estimated.not_counted, *unknown)))
     policy = load_toybox(config.policy, "fp32", seed=0)
-    condition = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
+    encoded = policy.encode(["a ball on the beach"], [[torch.zeros(3, *policy.size)]])
     frozen = sum(p.nbytes for module in policy.networks for p in module.parameters() if not p.requires_grad)
-    subject = ProfileTarget(policy, policy.networks[-1], condition, float(frozen))
+    subject = ProfileTarget(
+        policy, policy.networks[-1], lambda count: encoded.take(torch.zeros(count, dtype=torch.long)), float(frozen)
+    )
     return _with_rewards(config, estimate(config, subject, processes))
 
 

@@ -1,10 +1,10 @@
 """What a run will take, before it is started: parameters, operations by phase, memory.
 
-Operations are counted, not guessed: the generator runs once, forwards and backwards, under torch's counter; a large one
-on the meta device, without weights. Memory is an estimate: what must be there at once, not what an allocator adds.
+Operations are counted, not guessed: the generator runs a micro-batch forwards and backwards under torch's counter; a
+large one on the meta device, without weights. So are the tensors that are there at once; not what an allocator adds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import finalize
@@ -82,17 +82,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class ProfileTarget:
-    """What is measured: a policy, its network, and a condition of one row, as long as those of training."""
+    """What is measured: a policy, its network, and conditions of so many samples, as long as those of training."""
 
     policy: Policy[Any]
     network: nn.Module
-    condition: Any
+    condition: Callable[[int], Any]
     weight_bytes: float
     """All that stays in memory through training but the trained parameters."""
-    checkpointed: int = 0
-    """Blocks whose activations are computed again in the backward pass; the network itself must keep them here."""
-    block_input_bytes: float = 0.0
-    """What a checkpointed block keeps of one sample."""
+    checkpoint: Callable[[], object] | None = None
+    """Has the network compute activations again in the backward pass; None: it keeps them."""
     restored_bytes: float = 0.0
     """The largest weight that a layer restores from its quantized form, one at a time."""
     fused_tokens: int = 0
@@ -105,25 +103,26 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
 
     Rewards are not counted: see `factory.footprint`.
     """
-    rollout, policy, measured = config.rollout, subject.policy, _measure(subject)
+    rollout, policy = config.rollout, subject.policy
     plan = plan_steps(rollout, policy.sigmas(rollout.num_steps, rollout.shift), config.seed, 0)
     prompts = -(-rollout.prompts_per_iteration // processes)
     images = prompts * rollout.group_size
     shared = plan.num_prefix_steps if rollout.same_initial_noise else 0
     num_forward_evals = prompts * shared + images * (rollout.num_steps - shared)
     objective = build_objective(config)
-    extra_forwards = bool(subject.checkpointed) + objective.reference_forwards
-    an_item = measured.update_flops + extra_forwards * measured.forward_flops
     items = images * objective.num_passes(plan)
+    measured = _measure(subject, min(rollout.micro_batch, images), min(config.optimizer.micro_batch, items))
+    extra_forwards = (subject.checkpoint is not None) + objective.reference_forwards
+    an_item = measured.update_flops + extra_forwards * measured.forward_flops
     trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
     lora = config.policy.toybox.adapter == "lora"
     trajectories = 2.0 * items * measured.latent_bytes
-    drawn = measured.drawing_peak * min(rollout.micro_batch, images)
+    pictures = float(images * measured.image_bytes)
     # While the averaged parameters stand in for the trained ones, these are kept.
     swapped = config.ema.decay is not None and config.ema.evaluate
     evaluation = {
         "copy of the trained parameters": float(NUMBER_BYTES * trained),
-        "activations of a micro-batch": drawn,
+        "activations of a micro-batch": measured.drawing_peak,
     }
     disk = checkpoint_disk(config, policy.trainable_parameters())
     return Estimate(
@@ -134,7 +133,7 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
             "decoding": float(images * measured.decoding_flops),
             "update": float(items * an_item),
         },
-        recomputed=float(items * bool(subject.checkpointed) * measured.forward_flops),
+        recomputed=float(items * (subject.checkpoint is not None) * measured.forward_flops),
         memory={
             "frozen weights": subject.weight_bytes,
             **({"a restored weight": subject.restored_bytes} if subject.restored_bytes else {}),
@@ -144,17 +143,19 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
         phases={
             "rollout": {
                 "trajectories": trajectories,
-                "activations of a micro-batch": drawn,
+                "pictures": pictures,
+                "activations of a micro-batch": measured.drawing_peak,
             },
             "decoding": {
                 "trajectories": trajectories,
-                "pictures": float(images * measured.image_bytes),
-                "activations of a micro-batch": measured.decoding_peak * min(rollout.micro_batch, images),
+                "pictures": pictures,
+                "activations of a micro-batch": measured.decoding_peak,
             },
             "update": {
                 "trajectories": trajectories,
+                "pictures": pictures,
                 "gradients": float(NUMBER_BYTES * trained),
-                "activations of a micro-batch": measured.kept * min(config.optimizer.micro_batch, items),
+                "activations of a micro-batch": measured.update_peak,
             },
             **({"evaluation": evaluation} if swapped else {}),
         },
@@ -165,41 +166,60 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
 
 @dataclass(frozen=True)
 class _Measured:
-    """Operations and bytes of one sample: one forward pass, one backward pass, and one decoding."""
+    """Operations and bytes of one sample, and the most bytes that a micro-batch makes at once, by what is done."""
 
     forward_flops: int
     update_flops: int
     decoding_flops: int
-    drawing_peak: float
-    decoding_peak: float
-    kept: float
-    """Bytes that are kept for the backward pass."""
     latent_bytes: int
     image_bytes: int
+    drawing_peak: float
+    decoding_peak: float
+    update_peak: float
+    """Without the gradients of the trained parameters."""
 
 
-def _measure(subject: ProfileTarget) -> _Measured:
-    """Run one sample forwards, backwards and through the decoder, and count."""
+def _measure(subject: ProfileTarget, drawn: int, learned: int) -> _Measured:
+    """Run `drawn` samples forwards and through the decoder, and `learned` forwards and backwards; and count."""
     policy = subject.policy
-    latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
-    sigma = torch.full((1,), 0.5, device=policy.device)
-    drawing = LivePeak(subject.fused_tokens)
+    latents = torch.zeros(drawn, *policy.latent_shape, device=policy.device)
+    sigma = torch.full((drawn,), 0.5, device=policy.device)
+    drawing, painting, learning = LivePeak(subject.fused_tokens), LivePeak(), LivePeak(subject.fused_tokens)
     with FlopCounterMode(display=False) as forward, torch.no_grad(), drawing:
-        policy.velocity(latents, sigma, subject.condition)
-    with FlopCounterMode(display=False) as update:
-        kept, output = _kept_for_backward(subject, latents, sigma)
-        output.square().mean().backward()
-    painting = LivePeak()
+        policy.velocity(latents, sigma, subject.condition(drawn))
     with FlopCounterMode(display=False) as decoding, torch.no_grad(), painting:
         image_bytes = policy.decode(latents).nbytes
+    for _, parameter in policy.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)  # as after the first micro-batch
+    with FlopCounterMode(display=False) as update:
+        if subject.checkpoint is None:
+            with learning:
+                _learn(subject, learned)
+        else:
+            _learn(subject, 1)  # to count: how much is computed again depends on where it begins
+            subject.checkpoint()
+    if subject.checkpoint is not None:
+        with learning:
+            _learn(subject, learned)
     subject.network.zero_grad()
-    if subject.checkpointed:
-        # The input of every block, and all that the one keeps which is being computed again.
-        kept = kept / subject.checkpointed + subject.checkpointed * subject.block_input_bytes
     return _Measured(
-        forward.get_total_flops(), update.get_total_flops(), decoding.get_total_flops(), drawing.peak, painting.peak,
-        kept, latents.nbytes, image_bytes,
-    )  # fmt: skip
+        forward.get_total_flops() // drawn,
+        update.get_total_flops() // (learned if subject.checkpoint is None else 1),
+        decoding.get_total_flops() // drawn,
+        latents.nbytes // drawn,
+        image_bytes // drawn,
+        drawing.peak,
+        painting.peak,
+        learning.peak,
+    )
+
+
+def _learn(subject: ProfileTarget, count: int) -> None:
+    """Predict velocities of `count` samples, and go backwards from them."""
+    policy = subject.policy
+    latents = torch.zeros(count, *policy.latent_shape, device=policy.device)
+    sigma = torch.full((count,), 0.5, device=policy.device)
+    policy.velocity(latents, sigma, subject.condition(count)).square().mean().backward()
 
 
 def checkpoint_disk(config: Config, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
@@ -262,23 +282,6 @@ class LivePeak(TorchDispatchMode):
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _kept_for_backward(subject: ProfileTarget, latents: Tensor, sigma: Tensor) -> tuple[float, Tensor]:
-    """Return bytes that autograd keeps of the forward pass of one sample, weights left out, and its output."""
-    weights = {parameter.untyped_storage()._cdata for parameter in subject.network.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage, length = tensor.untyped_storage(), subject.fused_tokens
-        pairs = length > 0 and tensor.shape[-2:] == (length, length)
-        if storage._cdata not in weights and not pairs:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = subject.policy.velocity(latents, sigma, subject.condition)
-    return float(sum(kept.values())), output
 
 
 def _count(number: int) -> str:

@@ -194,7 +194,9 @@ class Trainer(Generic[ConditionT]):
 
     def _memory(self, doing: str, remedy: str) -> AbstractContextManager[None]:
         return explain_out_of_memory(
-            f"{doing} in iteration {self.iteration + 1}", f"{remedy}, and go on with train --resume"
+            f"{doing} in iteration {self.iteration + 1}",
+            f"{remedy}, and go on with train --resume. What each phase takes, and which settings fit: train --dry_run "
+            "--gpu_memory GIB",
         )
 
     def _minibatch_order(self, prompts: int, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from customized_grpo.cli.parser import Parser
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 
-FLAGS = ("resume", "resume_from", "overwrite", "init_from", "dry_run", "num_processes")
+FLAGS = ("resume", "resume_from", "overwrite", "init_from", "dry_run", "gpu_memory", "num_processes")
 """Options that are no settings of a run."""
 
 
@@ -31,6 +31,10 @@ def build_parser() -> Parser:
     train.add_argument(
         "--dry_run", action="store_true", help="say what an iteration takes (parameters, operations, memory), and stop"
     )
+    train.add_argument(
+        "--gpu_memory", type=float | None,
+        help="with --dry_run: GiB of the device; where they do not do, say which settings fit in, the cheapest first",
+    )  # fmt: skip
     train.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
     train.add_fields(Config)
     return train
@@ -43,8 +47,10 @@ def run(options: Namespace) -> None:
             raise UserError("--init_from stands for --policy.init_from, and they name two adapters; give one of them")
         options.policy.init_from = options.init_from
     config = validate_settings(Config, options, *FLAGS)
+    if options.gpu_memory is not None and not (options.dry_run and options.gpu_memory > 0):
+        raise UserError("--gpu_memory: GiB above 0 that --dry_run holds its estimate against; give both")
     if options.dry_run:
-        _print_costs(config, options.num_processes)
+        _print_costs(config, options.num_processes, options.gpu_memory)
         return
     from customized_grpo.tracking.console import Display
     from customized_grpo.training.run import train
@@ -53,12 +59,30 @@ def run(options: Namespace) -> None:
     print_path("report", train(config, Display(), **how))
 
 
-def _print_costs(config: Config, count: int) -> None:
+def _print_costs(config: Config, count: int, limit: float | None) -> None:
+    """Print what an iteration takes. Raises `UserError` where that is more than `limit` GiB, with settings that fit."""
     from customized_grpo.tracking.console import Display
     from customized_grpo.training.dry_run import dry_run
+    from customized_grpo.training.fit import GIB, Fit, fitted
 
-    whose = "" if count == 1 else f" of each of {count} processes"
-    Display().table(f"one iteration, and what it needs{whose}", dry_run(config, count).rows())
+    display, whose = Display(), "" if count == 1 else f" of each of {count} processes"
+    found = dry_run(config, count)
+    display.table(f"one iteration, and what it needs{whose}", found.rows())
+    if limit is None or found.peak_bytes <= limit * GIB:
+        return
+
+    def show(fit: Fit) -> None:
+        peak = fit.estimate.peak_bytes / GIB
+        display.note(f"{peak:.1f} GiB, in the {fit.estimate.peak_phase}, with {fit.options}")
+
+    fit = fitted(config, limit, lambda changed: dry_run(changed, count), show)
+    takes = f"--gpu_memory {limit:g}: an iteration takes {found.peak_bytes / GIB:.1f} GiB, in the {found.peak_phase}"
+    if fit is None:
+        raise UserError(
+            f"{takes}, and no setting that is tried here brings it under; make policy.pipeline.height, width or "
+            "reference_side smaller, put rewards on another device (rewards.NAME.local.device), or take a smaller model"
+        )
+    raise UserError(f"{takes}; it takes {fit.estimate.peak_bytes / GIB:.1f} GiB with {fit.options}")
 
 
 TRAIN = Command(

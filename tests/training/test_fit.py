@@ -1,0 +1,103 @@
+"""Settings that bring a run under a limit of memory."""
+
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from customized_grpo.cli.main import main
+from customized_grpo.config.run import Config
+from customized_grpo.training.estimate import Estimate
+from customized_grpo.training.fit import GIB, Fit, fitted
+
+REWARDS = {"prompt": {"kind": "clip_t"}, "identity": {"kind": "dino"}}
+
+
+def config(**pipeline: Any) -> Config:
+    policy = {"kind": "flux1-kontext", "lora_rank": 64, "lora_alpha": 128, "pipeline": pipeline}
+    batches = {"rollout": {"micro_batch": 4}, "optimizer": {"micro_batch": 2}}
+    return Config.model_validate({"policy": policy, "rewards": REWARDS} | batches)
+
+
+def pretended(asked: Config) -> Estimate:
+    """24 GiB of weights, a tenth of them if blocks wait; 1 GiB a sample, five times that without checkpointing; and
+    1 GiB for 16 of the rank."""
+    pipeline = asked.policy.pipeline
+    sample = 1.0 if pipeline.gradient_checkpointing else 5.0
+    weights = 24.0 / (10 if pipeline.block_offload else 1) / (2 if pipeline.quantization == "int8" else 1)
+    update = {"activations": GIB * sample * asked.optimizer.micro_batch}
+    rollout = {"activations": GIB * 0.5 * asked.rollout.micro_batch}
+    memory = {"weights": GIB * weights, "trained": GIB * asked.policy.lora_rank / 16}
+    return Estimate(1, 1, {}, 0.0, memory, {"rollout": rollout, "update": update})
+
+
+@pytest.fixture(autouse=True)
+def _no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "customized_grpo.training.fit.find_spec", lambda name: None if name == "torchao" else find_spec(name)
+    )
+
+
+def test_the_cheapest_come_first() -> None:
+    tried: list[Fit] = []
+    found = fitted(config(gradient_checkpointing=False), 8.0, pretended, tried.append)
+    assert found is tried[-1] and found is not None
+    assert [list(fit.changes)[-1] for fit in tried] == [
+        "policy.pipeline.gradient_checkpointing", "optimizer.micro_batch", "optimizer.micro_batch",
+        "policy.pipeline.block_offload",
+    ]  # fmt: skip
+    assert found.options == (
+        "--policy.pipeline.gradient_checkpointing true --rollout.micro_batch 1 --optimizer.micro_batch 1 "
+        "--policy.pipeline.block_offload true"
+    )
+    assert found.estimate.peak_bytes <= 8 * GIB < tried[-2].estimate.peak_bytes
+
+
+def test_a_rank_comes_last_and_keeps_its_scale() -> None:
+    found = fitted(config(), 6.0, pretended)
+    assert found is not None
+    assert (found.changes["policy.lora_rank"], found.changes["policy.lora_alpha"]) == (32, 64)
+
+
+def test_weights_are_quantized_where_the_library_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("customized_grpo.training.fit.find_spec", lambda name: object())
+    found = fitted(config(), 18.0, pretended)
+    assert found is not None and list(found.changes)[-1] == "policy.pipeline.quantization"
+
+
+def test_what_does_not_go_together_is_left_out() -> None:
+    found = fitted(config(quantization="nf4"), 20.0, pretended)
+    assert found is None  # nf4 and blocks that wait exclude each other
+
+
+def test_nothing_fits_into_nothing() -> None:
+    assert fitted(config(), 1.0, pretended) is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [
+        ("0.05", "an iteration takes .* in the .*; it takes 0.0 GiB with --rollout.micro_batch"),
+        ("0.0001", "no setting that is tried here brings it under"),
+    ],
+)
+def test_a_dry_run_says_what_fits(limit: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "--config", "toybox", "--dry_run", "--gpu_memory", limit])
+    assert caught.value.code == 2
+    output = capsys.readouterr()
+    assert "expected peak memory" in output.out
+    assert re.search(words, " ".join(output.err.split()))
+
+
+def test_a_limit_that_holds_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["train", "--config", "toybox", "--dry_run", "--gpu_memory", "24"])
+    assert "with --" not in capsys.readouterr().out
+
+
+def test_a_limit_belongs_to_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--gpu_memory", "24"], ["--dry_run", "--gpu_memory", "-1"]):
+        with pytest.raises(SystemExit):
+            main(["train", "--config", "toybox", *arguments])
+        assert "--gpu_memory: GiB above 0" in capsys.readouterr().err
