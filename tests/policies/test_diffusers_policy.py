@@ -24,6 +24,7 @@ from customized_grpo.diagnosis.sensitivity import measure
 from customized_grpo.errors import UserError
 from customized_grpo.factory.pipelines import PIPELINES
 from customized_grpo.io.files import StorageError
+from customized_grpo.policies.block_offload import repeated_blocks
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy
 from customized_grpo.policies.sampling import sample_ode
 from customized_grpo.rewards.reward import Reward, Scores
@@ -175,8 +176,8 @@ def test_checkpointing_changes_no_gradient(
     kind: str, load: Load, picture: Picture, perturb: Callable[..., None]
 ) -> None:
     gradients = []
-    for checkpointing in (True, False):
-        policy = load(kind, gradient_checkpointing=checkpointing)
+    for settings in ({}, {"keep_every": 2}, {"gradient_checkpointing": False}):
+        policy = load(kind, **settings)
         perturb(policy)
         reference = policy.prepare_reference(picture(64, 64), 1)
         latents = torch.randn(1, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
@@ -186,8 +187,23 @@ def test_checkpointing_changes_no_gradient(
         found = [p.grad for _, p in policy.trainable_parameters() if p.grad is not None]
         assert len(found) > len(list(policy.trainable_parameters())) / 2
         gradients.append(found)
-    for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, rtol=1e-4, atol=1e-7)
+    for one, *others in zip(*gradients, strict=True):
+        assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-7) for other in others)
+
+
+@pytest.mark.parametrize(("settings", "runs"), [({}, [2] * 4), ({"keep_every": 2}, [1, 2] * 2)])
+def test_kept_blocks_are_not_computed_again(
+    settings: dict[str, Any], runs: list[int], load: Load, picture: Picture
+) -> None:
+    policy = load("flux1-kontext", **settings)
+    reference = policy.prepare_reference(picture(64, 64), 1)
+    condition = policy.encode(["a cat"], [[reference]])
+    blocks = repeated_blocks(policy._transformer)
+    counts = dict.fromkeys(blocks, 0)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, _: counts.update({module: counts[module] + 1}))
+    policy.velocity(torch.randn(1, *policy.latent_shape), torch.tensor([0.5]), condition).sum().backward()
+    assert list(counts.values()) == runs
 
 
 @pytest.mark.slow

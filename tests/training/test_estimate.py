@@ -27,8 +27,9 @@ class Layers(nn.Module):
         self.layers[-1].requires_grad_(True)
         self._again = False
 
-    def compute_again(self) -> None:
+    def compute_again(self) -> float:
         self._again = True
+        return 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

@@ -1,5 +1,6 @@
 """Settings that bring a run under a limit of memory."""
 
+import math
 import re
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from customized_grpo.cli.main import main
 from customized_grpo.config.run import Config
 from customized_grpo.training.estimate import Estimate
-from customized_grpo.training.fit import GIB, Fit, fitted
+from customized_grpo.training.fit import GIB, Fit, fitted, roomier
 
 REWARDS = {"prompt": {"kind": "clip_t"}, "identity": {"kind": "dino"}}
 
@@ -24,7 +25,7 @@ def pretended(asked: Config) -> Estimate:
     """24 GiB of weights, a tenth of them if blocks wait; 1 GiB a sample, five times that without checkpointing; and
     1 GiB for 16 of the rank."""
     pipeline = asked.policy.pipeline
-    sample = 1.0 if pipeline.gradient_checkpointing else 5.0
+    sample = 1.0 + 4.0 / (pipeline.keep_every or math.inf) if pipeline.gradient_checkpointing else 5.0
     weights = 24.0 / (10 if pipeline.block_offload else 1) / (2 if pipeline.quantization == "int8" else 1)
     update = {"activations": GIB * sample * asked.optimizer.micro_batch}
     rollout = {"activations": GIB * 0.5 * asked.rollout.micro_batch}
@@ -52,6 +53,21 @@ def test_the_cheapest_come_first() -> None:
         "--policy.pipeline.block_offload true"
     )
     assert found.estimate.peak_bytes <= 8 * GIB < tried[-2].estimate.peak_bytes
+
+
+def test_room_is_for_activations() -> None:
+    tried: list[Fit] = []
+    needs = pretended(config()).peak_bytes / GIB
+    found = roomier(config(), needs + 5, pretended, tried.append)
+    assert found is not None and found.options == "--policy.pipeline.keep_every 2"
+    assert [fit.options for fit in tried[:-1]] == [
+        "--policy.pipeline.gradient_checkpointing false --policy.pipeline.keep_every null"
+    ]
+    found = roomier(config(), needs + 8, pretended)
+    assert found is not None and found.changes["policy.pipeline.gradient_checkpointing"] is False
+    assert roomier(config(), needs + 0.5, pretended) is None
+    assert roomier(config(keep_every=4), needs + 3, pretended) is None  # it recomputes no less than that already
+    assert roomier(config(gradient_checkpointing=False), 100, pretended) is None
 
 
 def test_a_rank_comes_last_and_keeps_its_scale() -> None:

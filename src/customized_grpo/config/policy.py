@@ -54,6 +54,9 @@ class PipelineConfig(Section):
     block ahead of its use. Takes time, and leaves two blocks' weights on the device (docs/models.md)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass instead of storing them."""
+    keep_every: int | None = Field(None, ge=2)
+    """Store the activations of every n-th block, where gradient_checkpointing recomputes the others: less time, more
+    memory (`--dry_run --gpu_memory` says how far that goes)."""
     compile: bool = False
     """Compile the transformer's repeated blocks (torch.compile)."""
     attention_backend: str | None = None
@@ -74,6 +77,12 @@ class PipelineConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_keep_every(self) -> "PipelineConfig":
+        if self.keep_every is not None and not self.gradient_checkpointing:
+            raise ValueError("keep_every: without gradient_checkpointing all blocks are kept; leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _check_block_offload(self) -> "PipelineConfig":
         if not self.block_offload:
             return self
@@ -83,6 +92,9 @@ class PipelineConfig(Section):
             "quantization": (self.quantization == "nf4", "nf4 cannot be moved back and forth", "int8"),
             "gradient_checkpointing": (
                 not self.gradient_checkpointing, "the backward pass would keep the weights of all blocks", "true",
+            ),
+            "keep_every": (
+                self.keep_every is not None, "the backward pass would keep the weights of the kept blocks", "null",
             ),
         }  # fmt: skip
         for name, (found, why, remedy) in against.items():

@@ -120,6 +120,7 @@ def settings_of(config: PolicyConfig, device: torch.device, seed: int) -> Settin
         offload=settings.text_encoders == "cpu",
         how=_how(settings),
         gradient_checkpointing=settings.gradient_checkpointing,
+        keep_every=settings.keep_every,
         compile=settings.compile,
         attention_backend=settings.attention_backend,
         seed=seed,

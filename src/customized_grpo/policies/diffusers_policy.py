@@ -17,6 +17,7 @@ from customized_grpo.distributed.group import DistributedGroup
 from customized_grpo.distributed.lockstep import LockstepForward
 from customized_grpo.errors import UserError, first_line
 from customized_grpo.io.files import writing
+from customized_grpo.policies.checkpointing import enable_checkpointing
 from customized_grpo.policies.conditions import ConditionCache, Planned, bytes_of_rows
 from customized_grpo.policies.lora import add_lora, load_lora, save_lora
 from customized_grpo.policies.lora_files import NAME
@@ -53,6 +54,7 @@ class Settings:
     offload: bool = False
     how: How = "whole"
     gradient_checkpointing: bool = True
+    keep_every: int | None = None
     compile: bool = False
     attention_backend: str | None = None
     seed: int = 0
@@ -80,7 +82,7 @@ class DiffusersPolicy(Policy[EncodedBatch]):
             keep_encoders=settings.offload,
         )
         if settings.gradient_checkpointing:
-            self._transformer.enable_gradient_checkpointing()
+            enable_checkpointing(self._transformer, settings.keep_every)
         if settings.attention_backend is not None:
             self._use_backend(settings.attention_backend)
         if settings.compile:

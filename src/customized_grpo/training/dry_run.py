@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from customized_grpo.factory.policy import load_toybox, policy_device
 from customized_grpo.factory.rewards import reward_loader
 from customized_grpo.io.hub import DAMAGED
 from customized_grpo.policies.block_offload import repeated_blocks
+from customized_grpo.policies.checkpointing import enable_checkpointing
 from customized_grpo.policies.conditions import ConditionCache, bytes_of_rows
 from customized_grpo.policies.diffusers_policy import DiffusersPolicy, plan_row
 from customized_grpo.policies.loading import read_index, resolve_model
@@ -93,7 +95,9 @@ def estimate_pipeline(
         network,
         lambda count: EncodedBatch((row,), torch.zeros(count, dtype=torch.long)),
         weight_bytes=float(sum(frozen.values())),
-        checkpoint=network.enable_gradient_checkpointing if settings.gradient_checkpointing else None,
+        checkpoint=partial(enable_checkpointing, network, settings.keep_every)
+        if settings.gradient_checkpointing
+        else None,
         restored_bytes=restored_bytes(network, settings.quantization),
         fused_tokens=0 if settings.attention_backend == UNFUSED else tokens,
     )

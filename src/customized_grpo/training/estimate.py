@@ -89,8 +89,9 @@ class ProfileTarget:
     condition: Callable[[int], Any]
     weight_bytes: float
     """All that stays in memory through training but the trained parameters."""
-    checkpoint: Callable[[], object] | None = None
-    """Has the network compute activations again in the backward pass; None: it keeps them."""
+    checkpoint: Callable[[], float] | None = None
+    """Has the network compute activations again in the backward pass, and returns the share of the forward pass that
+    is done again; None: it keeps all."""
     restored_bytes: float = 0.0
     """The largest weight that a layer restores from its quantized form, one at a time."""
     fused_tokens: int = 0
@@ -112,7 +113,7 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
     objective = build_objective(config)
     items = images * objective.num_passes(plan)
     measured = _measure(subject, min(rollout.micro_batch, images), min(config.optimizer.micro_batch, items))
-    extra_forwards = (subject.checkpoint is not None) + objective.reference_forwards
+    extra_forwards = measured.recomputed + objective.reference_forwards
     an_item = measured.update_flops + extra_forwards * measured.forward_flops
     trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
     lora = config.policy.toybox.adapter == "lora"
@@ -133,7 +134,7 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
             "decoding": float(images * measured.decoding_flops),
             "update": float(items * an_item),
         },
-        recomputed=float(items * (subject.checkpoint is not None) * measured.forward_flops),
+        recomputed=items * measured.recomputed * measured.forward_flops,
         memory={
             "frozen weights": subject.weight_bytes,
             **({"a restored weight": subject.restored_bytes} if subject.restored_bytes else {}),
@@ -177,6 +178,8 @@ class _Measured:
     decoding_peak: float
     update_peak: float
     """Without the gradients of the trained parameters."""
+    recomputed: float
+    """Share of the forward pass that the backward pass does again."""
 
 
 def _measure(subject: ProfileTarget, drawn: int, learned: int) -> _Measured:
@@ -192,25 +195,21 @@ def _measure(subject: ProfileTarget, drawn: int, learned: int) -> _Measured:
     for _, parameter in policy.trainable_parameters():
         parameter.grad = torch.zeros_like(parameter)  # as after the first micro-batch
     with FlopCounterMode(display=False) as update:
-        if subject.checkpoint is None:
-            with learning:
-                _learn(subject, learned)
-        else:
-            _learn(subject, 1)  # to count: how much is computed again depends on where it begins
-            subject.checkpoint()
-    if subject.checkpoint is not None:
-        with learning:
-            _learn(subject, learned)
+        _learn(subject, 1)
+    recomputed = 0.0 if subject.checkpoint is None else subject.checkpoint()
+    with learning:
+        _learn(subject, learned)
     subject.network.zero_grad()
     return _Measured(
         forward.get_total_flops() // drawn,
-        update.get_total_flops() // (learned if subject.checkpoint is None else 1),
+        update.get_total_flops(),
         decoding.get_total_flops() // drawn,
         latents.nbytes // drawn,
         image_bytes // drawn,
         drawing.peak,
         painting.peak,
         learning.peak,
+        recomputed,
     )
 
 

@@ -1,5 +1,6 @@
 """Settings that bring a run under a limit of memory, the cheapest first."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +13,8 @@ from customized_grpo.training.estimate import Estimate
 
 GIB = 2.0**30
 SMALLEST_RANK = 16
+KEPT = (2, 4, 8)
+"""What is tried of `policy.pipeline.keep_every`."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class Fit:
     @property
     def options(self) -> str:
         """The changes as options of a command."""
-        return " ".join(f"--{name} {str(value).lower()}" for name, value in self.changes.items())
+        given = {name: "null" if value is None else str(value).lower() for name, value in self.changes.items()}
+        return " ".join(f"--{name} {value}" for name, value in given.items())
 
 
 def fitted(
@@ -54,11 +58,33 @@ def fitted(
     return None
 
 
+def roomier(
+    config: Config,
+    limit: float,
+    estimate: Callable[[Config], Estimate],
+    on_try: Callable[[Fit], object] = lambda fit: None,
+) -> Fit | None:
+    """Return the settings that recompute the least and whose peak is under `limit` GiB; None where none do less."""
+    pipeline = config.policy.pipeline
+    if config.policy.kind == "toybox" or not pipeline.gradient_checkpointing or pipeline.block_offload:
+        return None
+    ways: list[dict[str, Any]] = [{"policy.pipeline.gradient_checkpointing": False, "policy.pipeline.keep_every": None}]
+    ways += [{"policy.pipeline.keep_every": every} for every in KEPT if every < (pipeline.keep_every or math.inf)]
+    for changes in ways:
+        fit = Fit(changes, estimate(Config.model_validate(_changed(config.model_dump(exclude_unset=True), changes))))
+        on_try(fit)
+        if fit.estimate.peak_bytes <= limit * GIB:
+            return fit
+    return None
+
+
 def _ladder(config: Config) -> Iterator[dict[str, Any]]:
     """Yield changes that lower memory, in the order of what they cost."""
     pipeline, of_pipeline = config.policy.pipeline, config.policy.kind != "toybox"
     if of_pipeline and not pipeline.gradient_checkpointing:
         yield {"policy.pipeline.gradient_checkpointing": True}
+    if pipeline.keep_every is not None:
+        yield {"policy.pipeline.keep_every": None}
     drawn, learned = config.rollout.micro_batch, config.optimizer.micro_batch
     largest = max(drawn, learned)
     while largest > 1:

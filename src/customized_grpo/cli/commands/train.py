@@ -63,19 +63,28 @@ def _print_costs(config: Config, count: int, limit: float | None) -> None:
     """Print what an iteration takes. Raises `UserError` where that is more than `limit` GiB, with settings that fit."""
     from customized_grpo.tracking.console import Display
     from customized_grpo.training.dry_run import dry_run
-    from customized_grpo.training.fit import GIB, Fit, fitted
+    from customized_grpo.training.estimate import Estimate
+    from customized_grpo.training.fit import GIB, Fit, fitted, roomier
 
     display, whose = Display(), "" if count == 1 else f" of each of {count} processes"
     found = dry_run(config, count)
     display.table(f"one iteration, and what it needs{whose}", found.rows())
-    if limit is None or found.peak_bytes <= limit * GIB:
+    if limit is None:
         return
+
+    def again(changed: Config) -> Estimate:
+        return dry_run(changed, count)
 
     def show(fit: Fit) -> None:
         peak = fit.estimate.peak_bytes / GIB
         display.note(f"{peak:.1f} GiB, in the {fit.estimate.peak_phase}, with {fit.options}")
 
-    fit = fitted(config, limit, lambda changed: dry_run(changed, count), show)
+    if found.peak_bytes <= limit * GIB:
+        less = roomier(config, limit, again, show)
+        if less is not None:
+            display.note(f"there is room to recompute less: {less.options} fits too, and is faster")
+        return
+    fit = fitted(config, limit, again, show)
     takes = f"--gpu_memory {limit:g}: an iteration takes {found.peak_bytes / GIB:.1f} GiB, in the {found.peak_phase}"
     if fit is None:
         raise UserError(
