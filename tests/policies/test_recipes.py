@@ -276,9 +276,9 @@ def test_blocks_that_wait_are_counted_on_the_host(tiny_models: dict[str, Path]) 
 
     whole, waiting = estimate(), estimate(block_offload=True)
     saved = whole.memory["frozen weights"] - waiting.memory["frozen weights"]
-    assert saved == waiting.host["blocks that wait"] > 0
-    # Two double and two single blocks, of which the double ones are the larger: these are on the device.
-    assert saved < whole.memory["frozen weights"] / 2
+    # Two double and two single blocks: all wait on the host, and copies of the double ones, which are larger, are on
+    # the device.
+    assert 0 < saved < waiting.host["blocks that wait"] / 2 < whole.memory["frozen weights"] / 2
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,16 @@ def test_tensors_of_two_devices_do_not_meet() -> None:
 def test_indices_and_numbers_may_come_from_the_cpu() -> None:
     there = torch.arange(6.0, device=NAME)
     assert (there[torch.tensor([1, 3])] * torch.tensor(2.0)).tolist() == [2, 6]
+    there[torch.tensor([0])] = torch.tensor(7.0)
+    assert there[0].item() == 7
+
+
+def test_values_that_are_assigned_may_not() -> None:
+    here, there, two = torch.zeros(4), torch.zeros(4, device=NAME), torch.tensor([0, 1])
+    with pytest.raises(RuntimeError, match=r"same device|one device"):
+        there[two] = torch.ones(2)
+    with pytest.raises(RuntimeError, match=r"same device|one device"):
+        here[two] = torch.ones(2, device=NAME)
 
 
 def test_waits_are_counted() -> None:

@@ -121,8 +121,6 @@ struct Call {
   }
 };
 
-const std::set<std::string> INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_",
-                                        "aten::index.Tensor_out", "aten::_unsafe_index"};
 const std::set<std::string> WAITING = {"aten::nonzero", "aten::masked_select", "aten::equal", "aten::_unique2",
                                        "aten::unique_dim", "aten::unique_consecutive"};
 
@@ -138,7 +136,7 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto count = op.schema().arguments().size();
   Call call;
   std::vector<at::Tensor> strangers;
-  bool here = false, masked = false;
+  bool here = false, masked = false, indices = false;  // indices may lie on the CPU
   auto inner = [&](const at::Tensor& tensor) {
     if (!tensor.defined()) return tensor;
     if (tensor.device().type() == DeviceType::HPU) {
@@ -146,7 +144,7 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       masked |= tensor.scalar_type() == at::kBool;
       return call.twin(tensor);
     }
-    if (tensor.is_cpu() && tensor.dim() > 0) strangers.push_back(tensor);
+    if (tensor.is_cpu() && tensor.dim() > 0 && !indices) strangers.push_back(tensor);
     return tensor;
   };
   for (auto at = stack->size() - count; at < stack->size(); ++at) {
@@ -159,15 +157,16 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = list;
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> list;
+      indices = true;
       for (std::optional<at::Tensor> tensor : value.toOptionalTensorList())
         list.push_back(tensor.has_value() ? std::optional(inner(*tensor)) : std::nullopt);
       value = list;
+      indices = false;
     } else if (value.isDevice() && value.toDevice().type() == DeviceType::HPU) {
       value = Device(DeviceType::CPU);
     }
   }
-  const bool indexing = INDEXING.count(name) > 0;
-  if (here && !indexing && !strangers.empty()) refuse(name, strangers.front());
+  if (here && !strangers.empty()) refuse(name, strangers.front());
   if (WAITING.count(name) || (name == "aten::_index_put_impl_" && masked)) tell("wait", name);
   op.callBoxed(stack);
   call.settle();

@@ -78,7 +78,9 @@ def second_device() -> ModuleType:
 
 def _compiled() -> Path:
     """Return the library, built where no process did it before."""
-    digest = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(
+        SOURCE.read_bytes() + f"{torch.__version__} {sysconfig.get_config_var('SOABI')}".encode()
+    ).hexdigest()[:12]
     library = BUILD / digest / f"{MODULE}.so"
     library.parent.mkdir(parents=True, exist_ok=True)
     with (library.parent / "lock").open("w") as lock:

@@ -12,6 +12,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from torch import Tensor
 
 from customized_grpo.config.run import Config
 from customized_grpo.data import load_image, save_image
@@ -169,9 +170,10 @@ def test_a_gradient_that_is_not_finite_leaves_no_half_of_an_iteration(
     """In the third iteration, before its first update and after it: what is saved is the second."""
     step, calls = Trainer._optimizer_step, []
 
-    def poisoned(self: Trainer[Any], loss: float, *rest: Any) -> tuple[float, float]:
+    def poisoned(self: Trainer[Any], measured: list[Tensor], *rest: Any) -> Any:
         calls.append(1)
-        return step(self, float("nan") if len(calls) == 4 + update else loss, *rest)
+        bad = len(calls) == 4 + update
+        return step(self, [row * torch.nan for row in measured] if bad else measured, *rest)
 
     monkeypatch.setattr(Trainer, "_optimizer_step", poisoned)
     with pytest.raises(TrainingError, match="iteration 3: the loss is nan"):

@@ -25,10 +25,9 @@ class BlockOffload:
 
         The `trainable` ones, and what is outside of blocks, move to `device`.
         """
-        kept = set(trainable)
-        self._blocks = [
-            _Block(module, device, _take_out(module, kept, device)) for module in repeated_blocks(transformer)
-        ]
+        kept, blocks = set(trainable), repeated_blocks(transformer)
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._blocks = [_Block(module, device, _take_out(module, kept, device), stream) for module in blocks]
         self._last = -1
         transformer.to(device)  # all but the blocks' weights, which these have taken out
         for number, block in enumerate(self._blocks):
@@ -50,8 +49,9 @@ class BlockOffload:
 
     def _ahead(self, number: int) -> int:
         """Return the block that is likely to run after block `number`, by the direction from the block before."""
-        backwards = number <= self._last and not (number == 0 and self._last == len(self._blocks) - 1)
-        return max(number - 1, 0) if backwards else (number + 1) % len(self._blocks)
+        new_pass = number == 0  # forwards; a backward pass ends there, and has no block ahead
+        backwards = number <= self._last and not new_pass
+        return number - 1 if backwards else (number + 1) % len(self._blocks)
 
 
 def repeated_blocks(transformer: Any) -> list[nn.Module]:
@@ -79,31 +79,37 @@ class _Block:
     module: nn.Module
     device: torch.device
     slots: list[_Slot]
+    stream: Any
+    """On CUDA, of all blocks: copies run on it beside the computation. Memory is taken and given back on the computing
+    stream, so a copy waits for what used its memory before, and the device never holds more than is in use."""
     ready: Any = None
     """On CUDA: when the copies are there."""
-
-    def __post_init__(self) -> None:
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def fetch(self) -> None:
         """Begin to copy the weights to the device, unless they are there."""
         if not self.slots or self.slots[0].copy is not None:
             return
-        with torch.no_grad(), torch.cuda.stream(self._stream):  # no stream: nothing
-            for slot in self.slots:
-                slot.copy = _like(slot.host, slot.host.to(self.device, non_blocking=True))
-            self.ready = None if self._stream is None else self._stream.record_event()
+        with torch.no_grad():
+            copies = [self._begin(slot.host) for slot in self.slots]
+            if self.stream is not None:
+                self.stream.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(self.stream):
+                    for slot, copy in zip(self.slots, copies, strict=True):
+                        if _is_plain(slot.host):
+                            copy.copy_(slot.host, non_blocking=True)
+                    self.ready = self.stream.record_event()
+        for slot, copy in zip(self.slots, copies, strict=True):
+            slot.copy = _like(slot.host, copy)
+
+    def _begin(self, host: Tensor) -> Tensor:
+        """Return room for `host` on the device where a stream fills it, else a copy."""
+        empty = self.stream is not None and _is_plain(host)
+        return torch.empty_like(host, device=self.device) if empty else host.to(self.device)
 
     def put_device(self) -> None:
         """Put the copies on the device in the module's place."""
         self.fetch()
-        if self.ready is not None:
-            running = torch.cuda.current_stream(self.device)
-            running.wait_event(self.ready)
-            for slot in self.slots:
-                assert slot.copy is not None
-                slot.copy.record_stream(running)
-            self.ready = None
+        self._wait()
         for slot in self.slots:
             slot.held[slot.name] = slot.copy
 
@@ -114,8 +120,15 @@ class _Block:
 
     def drop(self) -> None:
         """Let the copies on the device go, but for what autograd keeps of them."""
+        self._wait()
         for slot in self.slots:
             slot.copy = None
+
+    def _wait(self) -> None:
+        """Let the device's computation wait for the copies."""
+        if self.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.ready)
+            self.ready = None
 
 
 def _take_out(block: nn.Module, kept: set[nn.Parameter], device: torch.device) -> list[_Slot]:
@@ -135,5 +148,9 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    """Return `tensor` in memory that a device copies from while it computes; other kinds of tensors as they were."""
-    return _like(tensor, tensor.data.pin_memory()) if type(tensor.data) is Tensor else tensor
+    """Return `tensor` in memory that a device copies from while it computes; a quantized one is returned as given."""
+    return _like(tensor, tensor.data.pin_memory()) if _is_plain(tensor) else tensor
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor.data) is Tensor

@@ -84,12 +84,12 @@ def estimate_pipeline(
         for module in (network, pipe.vae)
     }
     frozen[network] -= saved_bytes(network, settings.quantization)
-    waiting = 0.0
+    blocks = 0.0
     if settings.fsdp:
         frozen[network] /= processes
     elif settings.block_offload:
-        waiting = _waiting_bytes(network, settings.quantization)
-        frozen[network] -= waiting
+        blocks, two = _block_bytes(network, settings.quantization)
+        frozen[network] -= blocks - two
     subject = ProfileTarget(
         policy,
         network,
@@ -102,8 +102,8 @@ def estimate_pipeline(
         fused_tokens=0 if settings.attention_backend == UNFUSED else tokens,
     )
     estimated = estimate(config, subject, processes)
-    if waiting:
-        estimated = replace(estimated, host=estimated.host | {"blocks that wait": waiting})
+    if blocks:
+        estimated = replace(estimated, host=estimated.host | {"blocks that wait": blocks})
     if rows is None:
         return estimated
     planned = [plan_row(family, each, settings.reference_side) for each in rows]
@@ -111,13 +111,13 @@ def estimate_pipeline(
     return replace(estimated, disk=estimated.disk | {"encoded prompts and references": float(encoded)})
 
 
-def _waiting_bytes(network: Any, quantization: Quantization) -> float:
-    """Return the bytes of the blocks' frozen weights, but for the two that are on the device."""
+def _block_bytes(network: Any, quantization: Quantization) -> tuple[float, float]:
+    """Return the bytes of the blocks' frozen weights: of all, and of the two that are on the device at once."""
     sizes = [
         float(sum(p.nbytes for p in block.parameters() if not p.requires_grad)) for block in repeated_blocks(network)
     ]
-    kept = 1 - saved_bytes(network, quantization) / sum(sizes)
-    return kept * (sum(sizes) - sum(sorted(sizes)[-2:]))
+    left = 1 - saved_bytes(network, quantization) / sum(sizes)
+    return left * sum(sizes), left * sum(sorted(sizes)[-2:])
 
 
 def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:

@@ -1,18 +1,21 @@
 """Settings that bring a run under a limit of memory, the cheapest first."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from pydantic import ValidationError
 
+from customized_grpo.config.policy import PIPELINES
 from customized_grpo.config.run import Config
 from customized_grpo.training.estimate import Estimate
 
 GIB = 2.0**30
 SMALLEST_RANK = 16
+MARGIN = 0.9
+"""Share of the memory that may be planned: the rest is for activations of rewards, and what an allocator adds."""
 KEPT = (2, 4, 8)
 """What is tried of `policy.pipeline.keep_every`."""
 
@@ -37,25 +40,38 @@ def fitted(
     estimate: Callable[[Config], Estimate],
     on_try: Callable[[Fit], object] = lambda fit: None,
 ) -> Fit | None:
-    """Return the first settings, each with those before it, that bring the peak under `limit` GiB; None if none do.
+    """Return the first settings, with those before them, that bring the peak under nine tenths of `limit` GiB, or None.
 
-    They are tried in the order of what they cost: time, then a coarser base, then a smaller adapter. `on_try` hears of
-    each.
+    They are tried in the order of what they cost: time, then a coarser base, then a smaller adapter. What turns out not
+    to be needed is taken back. `on_try` hears of each try.
     """
-    changes: dict[str, Any] = {}
-    for more in _ladder(config):
-        changes |= more
-        try:
-            changed = Config.model_validate(_changed(config.model_dump(exclude_unset=True), changes))
-        except ValidationError:  # it does not go with another setting
-            for name in more:
-                del changes[name]
-            continue
-        fit = Fit(dict(changes), estimate(changed))
+    steps: list[dict[str, Any]] = []
+
+    def attempt(changes: dict[str, Any]) -> Fit:
+        fit = Fit(changes, estimate(_changed(config, changes)))
         on_try(fit)
-        if fit.estimate.peak_bytes <= limit * GIB:
-            return fit
+        return fit
+
+    for step in _ladder(config):
+        steps.append(step)
+        fit = attempt(_merged(steps))
+        if not fits(fit.estimate, limit):
+            continue
+        for number in reversed(range(len(steps) - 1)):
+            try:
+                without = attempt(_merged(steps[:number] + steps[number + 1 :]))
+            except ValidationError:  # a later step takes this one
+                continue
+            if fits(without.estimate, limit):
+                fit = without
+                del steps[number]
+        return fit
     return None
+
+
+def fits(estimate: Estimate, limit: float) -> bool:
+    """Return whether the peak leaves a tenth of `limit` GiB to what is not counted."""
+    return estimate.peak_bytes <= MARGIN * limit * GIB
 
 
 def roomier(
@@ -64,23 +80,23 @@ def roomier(
     estimate: Callable[[Config], Estimate],
     on_try: Callable[[Fit], object] = lambda fit: None,
 ) -> Fit | None:
-    """Return the settings that recompute the least and whose peak is under `limit` GiB; None where none do less."""
+    """Return the settings that recompute the least and fit into `limit` GiB; None where none do less."""
     pipeline = config.policy.pipeline
-    if config.policy.kind == "toybox" or not pipeline.gradient_checkpointing or pipeline.block_offload:
+    if config.policy.kind not in PIPELINES or not pipeline.gradient_checkpointing or pipeline.block_offload:
         return None
     ways: list[dict[str, Any]] = [{"policy.pipeline.gradient_checkpointing": False, "policy.pipeline.keep_every": None}]
     ways += [{"policy.pipeline.keep_every": every} for every in KEPT if every < (pipeline.keep_every or math.inf)]
     for changes in ways:
-        fit = Fit(changes, estimate(Config.model_validate(_changed(config.model_dump(exclude_unset=True), changes))))
+        fit = Fit(changes, estimate(_changed(config, changes)))
         on_try(fit)
-        if fit.estimate.peak_bytes <= limit * GIB:
+        if fits(fit.estimate, limit):
             return fit
     return None
 
 
 def _ladder(config: Config) -> Iterator[dict[str, Any]]:
     """Yield changes that lower memory, in the order of what they cost."""
-    pipeline, of_pipeline = config.policy.pipeline, config.policy.kind != "toybox"
+    pipeline, of_pipeline = config.policy.pipeline, config.policy.kind in PIPELINES
     if of_pipeline and not pipeline.gradient_checkpointing:
         yield {"policy.pipeline.gradient_checkpointing": True}
     if pipeline.keep_every is not None:
@@ -92,20 +108,26 @@ def _ladder(config: Config) -> Iterator[dict[str, Any]]:
         yield {"rollout.micro_batch": min(drawn, largest), "optimizer.micro_batch": min(learned, largest)}
     if of_pipeline and pipeline.quantization == "none" and find_spec("torchao") is not None:
         yield {"policy.pipeline.quantization": "int8"}
-    if of_pipeline and not pipeline.block_offload:
-        yield {"policy.pipeline.block_offload": True}
-    rank = config.policy.lora_rank
+    if of_pipeline and not pipeline.block_offload and pipeline.quantization != "nf4":
+        against = {f"policy.pipeline.{name}": False for name in ("compile", "fsdp") if getattr(pipeline, name)}
+        yield {"policy.pipeline.block_offload": True} | against
+    rank = SMALLEST_RANK if config.policy.init_from else config.policy.lora_rank  # an adapter has its own
     while config.policy.toybox.adapter == "lora" and rank > SMALLEST_RANK:
         rank = max(rank // 2, SMALLEST_RANK)
         alpha = max(1, config.policy.lora_alpha * rank // config.policy.lora_rank)
         yield {"policy.lora_rank": rank, "policy.lora_alpha": alpha}
 
 
-def _changed(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def _merged(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {name: value for step in steps for name, value in step.items()}
+
+
+def _changed(config: Config, changes: dict[str, Any]) -> Config:
+    tree = config.model_dump(exclude_unset=True)
     for name, value in changes.items():
         *sections, field = name.split(".")
         branch = tree
         for section in sections:
             branch = branch.setdefault(section, {})
         branch[field] = value
-    return tree
+    return Config.model_validate(tree)

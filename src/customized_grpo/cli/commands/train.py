@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from customized_grpo.cli.command import Command
 from customized_grpo.cli.options import print_path, validate_settings
 from customized_grpo.cli.parser import Parser
+from customized_grpo.config.policy import PIPELINES
 from customized_grpo.config.run import Config
 from customized_grpo.errors import UserError
 
@@ -33,7 +34,8 @@ def build_parser() -> Parser:
     )
     train.add_argument(
         "--gpu_memory", type=float | None,
-        help="with --dry_run: GiB of the device; where they do not do, say which settings fit in, the cheapest first",
+        help="with --dry_run: GiB of the device. A tenth is left free; if the rest is too little, settings that fit "
+        "are named, the cheapest first",
     )  # fmt: skip
     train.add_argument("--num_processes", type=int, default=1, help="processes on this machine, a GPU each")
     train.add_fields(Config)
@@ -64,7 +66,7 @@ def _print_costs(config: Config, count: int, limit: float | None) -> None:
     from customized_grpo.tracking.console import Display
     from customized_grpo.training.dry_run import dry_run
     from customized_grpo.training.estimate import Estimate
-    from customized_grpo.training.fit import GIB, Fit, fitted, roomier
+    from customized_grpo.training.fit import GIB, Fit, fits, fitted, roomier
 
     display, whose = Display(), "" if count == 1 else f" of each of {count} processes"
     found = dry_run(config, count)
@@ -79,19 +81,24 @@ def _print_costs(config: Config, count: int, limit: float | None) -> None:
         peak = fit.estimate.peak_bytes / GIB
         display.note(f"{peak:.1f} GiB, in the {fit.estimate.peak_phase}, with {fit.options}")
 
-    if found.peak_bytes <= limit * GIB:
+    if fits(found, limit):
         less = roomier(config, limit, again, show)
         if less is not None:
             display.note(f"there is room to recompute less: {less.options} fits too, and is faster")
         return
     fit = fitted(config, limit, again, show)
     takes = f"--gpu_memory {limit:g}: an iteration takes {found.peak_bytes / GIB:.1f} GiB, in the {found.peak_phase}"
-    if fit is None:
+    if fit is not None:
         raise UserError(
-            f"{takes}, and no setting that is tried here brings it under; make policy.pipeline.height, width or "
-            "reference_side smaller, put rewards on another device (rewards.NAME.local.device), or take a smaller model"
+            f"{takes}, and a tenth is left free; it takes {fit.estimate.peak_bytes / GIB:.1f} GiB with {fit.options}"
         )
-    raise UserError(f"{takes}; it takes {fit.estimate.peak_bytes / GIB:.1f} GiB with {fit.options}")
+    smaller = (
+        "make policy.pipeline.height, width or reference_side smaller, put rewards on another device "
+        "(rewards.NAME.local.device), quantize with policy.pipeline.quantization, or take a smaller model"
+        if config.policy.kind in PIPELINES
+        else "give more"
+    )
+    raise UserError(f"{takes}, and no setting that is tried here brings it under; {smaller}")
 
 
 TRAIN = Command(
