@@ -5,12 +5,12 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
 from families import FAST, QUANTIZATION
+from photographs import save_subjects
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -37,24 +37,7 @@ SMALL_GPU = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three subjects in three shapes, with masks; the first two have one prompt each, the last has two."""
-    folder = tmp_path_factory.mktemp("data")
-    lines = []
-    for number, (height, width) in enumerate([(64, 64), (48, 80), (90, 60)]):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        mask = np.zeros((height, width), dtype=np.uint8)
-        mask[8:-8, 8:-8] = 255
-        Image.fromarray(mask).save(folder / f"{number}_mask.png")
-        for prompt in range(2 if number == 2 else 1):
-            lines.append(
-                {
-                    "id": f"s{number}-{prompt}", "prompt": f"toy number {number} in scene {prompt}",
-                    "references": [f"{number}.png"], "masks": [f"{number}_mask.png"], "subject": f"toy{number}",
-                }
-            )  # fmt: skip
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return save_subjects(tmp_path_factory.mktemp("data"), prompts=2)
 
 
 @pytest.fixture(scope="module")

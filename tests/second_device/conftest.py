@@ -1,12 +1,10 @@
 """The second device, tiny generators and rewards on it, and data for them. Run by `make test-device`."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from photographs import save_subjects
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from customized_grpo.factory.pipelines import PIPELINES
@@ -42,19 +40,4 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data of three subjects, in three shapes, with masks."""
-    folder = tmp_path_factory.mktemp("photographs")
-    lines = []
-    for number, (height, width) in enumerate([(64, 64), (48, 80), (90, 60)]):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        mask = np.zeros((height, width), dtype=np.uint8)
-        mask[8:-8, 8:-8] = 255
-        Image.fromarray(mask).save(folder / f"{number}_mask.png")
-        lines.append(
-            {
-                "id": f"s{number}", "prompt": f"toy number {number} in the snow", "references": [f"{number}.png"],
-                "masks": [f"{number}_mask.png"], "subject": f"toy{number}",
-            }
-        )  # fmt: skip
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
+    return save_subjects(tmp_path_factory.mktemp("photographs"))
