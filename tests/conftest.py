@@ -24,7 +24,7 @@ from markupsafe import Markup
 from rich.console import Console
 from torch import Tensor
 
-from customized_grpo.config.run import Config
+from customized_grpo.config.run import Config, set_dotted
 from customized_grpo.data import SubjectDataset
 from customized_grpo.factory.policy import build_policy
 from customized_grpo.factory.rewards import build_rewards
@@ -121,11 +121,7 @@ def make_settings(tmp_path: Path, tiny_weights: Path, toybox_data: Path) -> Call
         paths = {"output": tmp_path / "run", "policy.toybox.weights": tiny_weights, "data.path": toybox_data / "train"}
         tree: dict[str, Any] = {"rewards": {name: dict(reward) for name, reward in REWARDS.items()}}
         for name, value in (SMALL | paths | dict(changes or {})).items():
-            *sections, field = name.split(".")
-            branch = tree
-            for section in sections:
-                branch = branch.setdefault(section, {})
-            branch[field] = str(value) if isinstance(value, Path) else value
+            set_dotted(tree, name, str(value) if isinstance(value, Path) else value)
         return tree
 
     return make

@@ -5,15 +5,13 @@ from typing import Any
 
 from second_device import NAME
 
+from customized_grpo.config.run import set_dotted
+
 
 def tree(dotted: dict[str, Any]) -> dict[str, Any]:
     root: dict[str, Any] = {}
     for name, value in dotted.items():
-        *sections, field = name.split(".")
-        branch = root
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[field] = str(value) if isinstance(value, Path) else value
+        set_dotted(root, name, str(value) if isinstance(value, Path) else value)
     return root
 
 

@@ -49,6 +49,10 @@ def test_the_cheapest_come_first() -> None:
         "policy.pipeline.block_offload",
     ]  # fmt: skip
     assert found.estimate.peak_bytes <= MARGIN * 8 * GIB
+    assert found.options == (
+        "--policy.pipeline.gradient_checkpointing true --policy.pipeline.block_offload true --policy.lora_rank 32 "
+        "--policy.lora_alpha 64"
+    )
 
 
 def test_what_is_not_needed_is_taken_back() -> None:

@@ -64,8 +64,8 @@ def guards(results: Sequence[Result], metrics: Sequence[str]) -> list[Guard]:
 def _kept(run: Result) -> Mapping[str, float]:
     """Return what was measured of a run's kept adapter, by metric."""
     own = OF_THE_BASE if run.values[BEST_ITERATION] == 0 else {}
-    prefix = BEST_PREFIX
-    return own | {name.removeprefix(prefix): value for name, value in run.values.items() if name.startswith(prefix)}
+    kept = [name for name in run.values if name.startswith(BEST_PREFIX)]
+    return own | {name.removeprefix(BEST_PREFIX): run.values[name] for name in kept}
 
 
 def stoppings(results: Sequence[Result], metric: str = HELD_OUT_GAIN) -> list[Stopping]:

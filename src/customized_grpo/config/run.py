@@ -204,3 +204,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def set_dotted(tree: dict[str, Any], name: str, value: Any) -> None:
+    """Set the field of a nested mapping that a dotted `name` stands for; sections that are missing are made."""
+    *sections, field = name.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    tree[field] = value

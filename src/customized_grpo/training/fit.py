@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from customized_grpo.config.policy import PIPELINES
-from customized_grpo.config.run import Config
+from customized_grpo.config.run import Config, set_dotted
 from customized_grpo.training.estimate import Estimate
 
 GIB = 2.0**30
@@ -46,20 +46,14 @@ def fitted(
     to be needed is taken back. `on_try` hears of each try.
     """
     steps: list[dict[str, Any]] = []
-
-    def attempt(changes: dict[str, Any]) -> Fit:
-        fit = Fit(changes, estimate(_changed(config, changes)))
-        on_try(fit)
-        return fit
-
     for step in _ladder(config):
         steps.append(step)
-        fit = attempt(_merged(steps))
+        fit = _attempt(config, _merged(steps), estimate, on_try)
         if not fits(fit.estimate, limit):
             continue
         for number in reversed(range(len(steps) - 1)):
             try:
-                without = attempt(_merged(steps[:number] + steps[number + 1 :]))
+                without = _attempt(config, _merged(steps[:number] + steps[number + 1 :]), estimate, on_try)
             except ValidationError:  # a later step takes this one
                 continue
             if fits(without.estimate, limit):
@@ -87,8 +81,7 @@ def roomier(
     ways: list[dict[str, Any]] = [{"policy.pipeline.gradient_checkpointing": False, "policy.pipeline.keep_every": None}]
     ways += [{"policy.pipeline.keep_every": every} for every in KEPT if every < (pipeline.keep_every or math.inf)]
     for changes in ways:
-        fit = Fit(changes, estimate(_changed(config, changes)))
-        on_try(fit)
+        fit = _attempt(config, changes, estimate, on_try)
         if fits(fit.estimate, limit):
             return fit
     return None
@@ -125,9 +118,13 @@ def _merged(steps: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _changed(config: Config, changes: dict[str, Any]) -> Config:
     tree = config.model_dump(exclude_unset=True)
     for name, value in changes.items():
-        *sections, field = name.split(".")
-        branch = tree
-        for section in sections:
-            branch = branch.setdefault(section, {})
-        branch[field] = value
+        set_dotted(tree, name, value)
     return Config.model_validate(tree)
+
+
+def _attempt(
+    config: Config, changes: dict[str, Any], estimate: Callable[[Config], Estimate], on_try: Callable[[Fit], object]
+) -> Fit:
+    fit = Fit(changes, estimate(_changed(config, changes)))
+    on_try(fit)
+    return fit
