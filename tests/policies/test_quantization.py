@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -22,8 +23,8 @@ pytestmark = QUANTIZATION
 Load = Callable[..., DiffusersPolicy]
 Picture = Callable[..., Tensor]
 ERROR = {"int8": 0.03, "fp8": 0.15, "nf4": 0.4}
-"""Bounds of the velocity's relative error. Measured on these models, whose weights are random: 0.007 to 0.017, 0.025 to
-0.10, 0.15 to 0.28."""
+"""Bounds of the velocity's relative error. Measured on these models, whose weights are random: 0.008 to 0.017, 0.033 to
+0.062, 0.14 to 0.23."""
 EVERY_QUANTIZATION = pytest.mark.parametrize("quantization", tuple(ERROR))
 
 
@@ -185,6 +186,21 @@ def test_a_model_that_was_saved_quantized(load: Load, velocity: Callable[..., Te
     policy.save_adapter(tmp_path)
     with pytest.raises(UserError, match=r"policy\.pipeline\.base_adapter: .* holds quantized weights, and nothing is"):
         load("flux1-kontext", model=str(folder), base_adapter=str(tmp_path / "pytorch_lora_weights.safetensors"))
+
+
+def test_4_bit_weights_stay_as_they_are_on_a_cpu_that_multiplies_in_bf16(
+    load: Load, velocity: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bitsandbytes packs them there for passes without gradients alone, in layers of models of its own making."""
+    import bitsandbytes.nn.modules as bnb
+
+    monkeypatch.setattr(bnb, "has_avx512bf16", lambda: True)
+    packed = MagicMock(side_effect=AssertionError("weights were packed"))
+    monkeypatch.setattr(bnb, "_convert_weight_packed_for_cpu", packed)
+    policy = load("flux1-kontext", quantization="nf4", text_encoder_quantization="nf4")
+    with torch.no_grad():
+        velocity(policy)
+    packed.assert_not_called()
 
 
 def test_a_missing_library_is_named_before_weights_are_read(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:

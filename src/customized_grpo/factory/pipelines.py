@@ -19,7 +19,7 @@ from customized_grpo.policies.pipelines.qwen_image_edit_plus import QwenImageEdi
 from customized_grpo.policies.pipelines.spec import PipelineSpec
 from customized_grpo.policies.pipelines.uno import Uno
 from customized_grpo.policies.placement import How
-from customized_grpo.policies.quantization import check_quantization, is_quantized, quantize, restore_in_passing
+from customized_grpo.policies.quantization import check_quantization, is_quantized, quantize
 
 PIPELINES: dict[str, PipelineSpec] = {
     "flux1-kontext": Flux1Kontext(),
@@ -76,7 +76,6 @@ def load_policy(config: PolicyConfig, seed: int, device: torch.device, *, bf16: 
     for name in family.text_encoders:
         if isinstance(part := getattr(pipe, name), torch.nn.Module):
             quantize(part, settings.text_encoder_quantization, ENCODER_QUANTIZATION)
-    restore_in_passing(pipe.transformer)  # of a model that was saved quantized
     guided = family.uses_cfg(pipe, family.guidance if settings.guidance_scale is None else settings.guidance_scale)
     encoders = settings.text_encoder_quantization
     stands_for = [

@@ -51,39 +51,38 @@ def layers_to_quantize(model: nn.Module) -> dict[str, nn.Linear]:
 def quantize(model: nn.Module, kind: Quantization, field: str) -> None:
     """Quantize the layers of `layers_to_quantize` in place, on the device where they are.
 
+    "none" leaves weights as they were saved; layers that were saved quantized are made ready for training all the same.
     Raises `UserError` where the library is missing, and for a model that is quantized already; the messages name
     `field`.
     """
-    if kind == "none":
-        return
-    check_quantization(kind, field)
-    if is_quantized(model):
-        raise UserError(f"{field}: the weights are quantized already; leave it out, or name a model that is not")
-    layers = layers_to_quantize(model)
-    if kind == "nf4":
-        for name, layer in layers.items():
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, _nf4(layer))
-        return
-    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    if kind != "none":
+        check_quantization(kind, field)
+        if is_quantized(model):
+            raise UserError(f"{field}: the weights are quantized already; leave it out, or name a model that is not")
+        layers = layers_to_quantize(model)
+        if kind == "nf4":
+            for name, layer in layers.items():
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, _nf4(layer))
+        else:
+            from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-    config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
-    quantize_(model, config, filter_fn=lambda layer, name: name in layers)
-    restore_in_passing(model)
-
-
-def restore_in_passing(model: nn.Module) -> None:
-    """Make the layers of `model` with 8-bit weights restore them again in the backward pass, and not keep them for it.
-
-    Else the backward pass needs all restored weights, as much memory as without quantization.
-    """
+            config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
+            quantize_(model, config, filter_fn=lambda layer, name: name in layers)
     for layer in model.modules():
         if type(layer) is nn.Linear and type(layer.weight.data) is not Tensor:
             layer.__class__ = RestoringLinear
+        elif hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Where a CPU multiplies in bf16, bitsandbytes packs 4-bit weights anew for passes without gradients, and
+            # rounds their scales: a rollout and its update would use two models.
+            layer.support_avx512bf16_for_cpu = False
 
 
 class RestoringLinear(nn.Linear):
-    """A linear layer whose weight is frozen and quantized, and whose backward pass restores it again."""
+    """A linear layer whose weight is frozen and in 8 bits, and whose backward pass restores it again.
+
+    torch's own keeps the restored weight for the backward pass, and so needs as much memory as without quantization.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Compute input [*, in] times the weight, plus the bias: [*, out]."""
