@@ -48,8 +48,8 @@ BYTES = [chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 2
 BYTES += [chr(256 + index) for index in range(256 - len(BYTES))]
 """The alphabet of byte-level BPE."""
 HEADS = 4
-"""Of a transformer, with 16 channels each: 4-bit weights share a scale in rows of 64, and bitsandbytes restores narrower
-ones wrongly on CPUs with AVX-512."""
+"""Of a transformer, with 16 channels each: 4-bit weights share a scale in rows of 64, and bitsandbytes restores others
+wrongly on CPUs with AVX-512."""
 QWEN_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>",
