@@ -69,13 +69,13 @@ def quantize(model: nn.Module, kind: Quantization, field: str) -> None:
 
             config = Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
             quantize_(model, config, filter_fn=lambda layer, name: name in layers)
-    for layer in model.modules():
-        if type(layer) is nn.Linear and type(layer.weight.data) is not Tensor:
-            layer.__class__ = RestoringLinear
-        elif hasattr(layer, "support_avx512bf16_for_cpu"):
+    for module in model.modules():
+        if type(module) is nn.Linear and type(module.weight.data) is not Tensor:
+            module.__class__ = RestoringLinear
+        elif hasattr(module, "support_avx512bf16_for_cpu"):
             # Where a CPU multiplies in bf16, bitsandbytes packs 4-bit weights anew for passes without gradients, and
             # rounds their scales: a rollout and its update would use two models.
-            layer.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 class RestoringLinear(nn.Linear):
