@@ -53,7 +53,7 @@ test-device: $(INSTALLED) ## Run the tests on a second device, which a C++ compi
 test-quantization: $(INSTALLED) ## Install torchao and bitsandbytes apart, and run the tests that need them
 	$(BIN)/pip install --quiet --no-deps --upgrade --target .venv/quantization -c constraints.txt torchao bitsandbytes
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantization $(BIN)/python -m pytest -n auto --dist worksteal -m quantization \
-		tests/policies/test_quantization.py tests/policies/test_recipes.py
+		tests/policies/test_quantization.py tests/policies/test_recipes.py tests/training/test_optimizer.py
 	SECOND_DEVICE=1 OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantization $(BIN)/python -m pytest -n auto -m "quantization and not slow" \
 		tests/second_device
 

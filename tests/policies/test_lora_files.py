@@ -275,8 +275,8 @@ def test_a_number_that_is_not_finite(kind: str, value: float, load: Load, tmp_pa
 def test_a_merge_that_changes_nothing(transformer: FluxTransformer2DModel, tmp_path: Path) -> None:
     """A layer whose factors are 0 may stay as it is: a transformer's last block has some that never get a gradient."""
     name, other = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k"
-    down, up = torch.ones(4, 32), torch.ones(32, 4)
-    empty = Factors(down, torch.zeros(32, 4), 1.0)
+    down, up = torch.ones(4, 64), torch.ones(64, 4)
+    empty = Factors(down, torch.zeros(64, 4), 1.0)
     with pytest.raises(UserError, match="merging changes nothing: in all of its 1 layers the product"):
         merge_factors(transformer, {name: empty}, tmp_path)
     merge_factors(transformer, {name: empty, other: Factors(down, up, 1.0)}, tmp_path)
@@ -291,16 +291,16 @@ def test_a_merge_that_changes_nothing(transformer: FluxTransformer2DModel, tmp_p
 @pytest.mark.parametrize(
     ("layer", "shape", "said"),
     [
-        ("transformer_blocks.9.attn.to_q", (4, 32), "it has no layer for 1 of 1: transformer_blocks.9.attn.to_q"),
-        ("blocks.0.attn.a_to_qkv", (4, 32), "DiffSynth's own names for FLUX.1: save it with --align_to_opensource"),
-        ("transformer_blocks.0.attn.to_q", (4, 8), r"are \[4, 8\] and \[32, 4\], expected \[4, 32\] and \[32, 4\]"),
+        ("transformer_blocks.9.attn.to_q", (4, 64), "it has no layer for 1 of 1: transformer_blocks.9.attn.to_q"),
+        ("blocks.0.attn.a_to_qkv", (4, 64), "DiffSynth's own names for FLUX.1: save it with --align_to_opensource"),
+        ("transformer_blocks.0.attn.to_q", (4, 8), r"are \[4, 8\] and \[64, 4\], expected \[4, 64\] and \[64, 4\]"),
     ],
 )
 def test_factors_for_another_model(
     layer: str, shape: tuple[int, int], said: str, transformer: FluxTransformer2DModel, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"does not fit the transformer .*{said}"):
-        place_factors(LoraFile(tmp_path, {layer: Factors(torch.ones(shape), torch.ones(32, 4), 1.0)}), transformer)
+        place_factors(LoraFile(tmp_path, {layer: Factors(torch.ones(shape), torch.ones(64, 4), 1.0)}), transformer)
 
 
 def test_two_adapters_in_one_folder(tmp_path: Path) -> None:

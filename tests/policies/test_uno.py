@@ -18,7 +18,7 @@ from customized_grpo.policies.pipelines import flux1, uno
 from customized_grpo.policies.pipelines.uno import diagonal_ids, fused_to_diffusers, is_fused
 
 Load = Callable[..., DiffusersPolicy]
-WIDTH, RANK, MLP = 32, 3, 128
+WIDTH, RANK, MLP = 64, 3, 256
 
 
 def published(seed: int = 0) -> dict[str, Tensor]:

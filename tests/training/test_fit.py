@@ -2,7 +2,6 @@
 
 import math
 import re
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -29,15 +28,14 @@ def pretended(asked: Config) -> Estimate:
     weights = 24.0 / (10 if pipeline.block_offload else 1) / (2 if pipeline.quantization == "int8" else 1)
     update = {"activations": GIB * sample * asked.optimizer.micro_batch}
     rollout = {"activations": GIB * 0.5 * asked.rollout.micro_batch}
-    memory = {"weights": GIB * weights, "trained": GIB * asked.policy.lora_rank / 16}
+    trained = asked.policy.lora_rank / (16 if asked.optimizer.kind == "adamw" else 32)
+    memory = {"weights": GIB * weights, "trained": GIB * trained}
     return Estimate(1, 1, {}, 0.0, memory, {"rollout": rollout, "update": update})
 
 
 @pytest.fixture(autouse=True)
-def _no_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "customized_grpo.training.fit.find_spec", lambda name: None if name == "torchao" else find_spec(name)
-    )
+def _no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("customized_grpo.training.fit.find_spec", lambda name: None)
 
 
 def test_the_cheapest_come_first() -> None:
@@ -61,6 +59,15 @@ def test_what_is_not_needed_is_taken_back() -> None:
     assert found is not None and found.options == "--policy.pipeline.block_offload true"
     # Micro-batches of 2 (rollout) and of 1, then the blocks, and these without either of the former.
     assert len(tried) == 5
+
+
+def test_moments_in_8_bits_come_before_a_coarser_base(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the libraries are there."""
+    monkeypatch.setattr("customized_grpo.training.fit.find_spec", lambda name: object())
+    found = fitted(config(), 31.5, pretended)
+    assert found is not None and found.options == "--optimizer.kind adamw_8bit"
+    found = fitted(config(), 24.0, pretended)
+    assert found is not None and found.options == "--policy.pipeline.quantization int8"
 
 
 def test_an_adapter_that_training_starts_from_keeps_its_rank() -> None:

@@ -1,5 +1,7 @@
 """Optimizer, averaged weights, checkpoints, processes and logs."""
 
+from typing import Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from customized_grpo.config.section import Pair, Section, Weight
@@ -8,6 +10,9 @@ from customized_grpo.config.section import Pair, Section, Weight
 class OptimizerConfig(Section):
     """AdamW."""
 
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw_8bit: moments of parameters of 4096 numbers or more take 8 bits instead of 32 (needs
+    customized-grpo[quantization])."""
     learning_rate: float = Field(1.5e-3, gt=0)
     """Learning rate (paper: 2e-5 for a 12 B model)."""
     weight_decay: Weight = 1e-4

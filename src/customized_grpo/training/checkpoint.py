@@ -26,6 +26,7 @@ from customized_grpo.io.files import file_sha256, save_tensors, writing
 from customized_grpo.io.tensors import mismatch
 from customized_grpo.runtime.environment import library_versions
 from customized_grpo.training.ema import EMA
+from customized_grpo.training.optimizer import moment_like, moments, restore_moments
 
 TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
@@ -33,8 +34,6 @@ PARAMETER, MOMENT, AVERAGE = "parameter/", "optimizer/", "average/"
 PARTIAL = ".partial"
 FORMAT = 3
 """Version of what is written here. A checkpoint of another one is no damage, and must not be passed over as such."""
-MOMENTS = {"step", "exp_avg", "exp_avg_sq"}
-"""What AdamW keeps of a parameter."""
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -88,9 +87,8 @@ class State:
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors of the state by name."""
         found: dict[str, Tensor] = {PARAMETER + name: parameter.detach() for name, parameter in self.parameters}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            name = self.parameters[index][0]
-            found |= {f"{MOMENT}{name}/{key}": torch.as_tensor(value) for key, value in state.items()}
+        for name, parameter in self.parameters:
+            found |= {f"{MOMENT}{name}/{key}": value for key, value in moments(self.optimizer, parameter).items()}
         if self.average is not None:
             found |= {AVERAGE + name: tensor for name, tensor in self.average.tensors.items()}
         return found
@@ -102,24 +100,17 @@ class State:
         if self.average is not None:
             expected |= {AVERAGE + name: parameter for name, parameter in own.items()}
         if any(name.startswith(MOMENT) for name in tensors):  # there are none before the first step
-            step = torch.zeros(())
             for name, parameter in own.items():
-                expected |= {f"{MOMENT}{name}/{key}": step if key == "step" else parameter for key in MOMENTS}
+                kept = moment_like(self.optimizer, parameter)
+                expected |= {f"{MOMENT}{name}/{key}": value for key, value in kept.items()}
         return _mismatch(tensors, expected)
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` of another such state gave."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        for index, (name, parameter) in enumerate(self.parameters):
+        for name, parameter in self.parameters:
             parameter.copy_(tensors[PARAMETER + name])
-            prefix = f"{MOMENT}{name}/"
-            found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            if found:
-                # Copies: the file that they are mapped from may be removed, and some disks keep it while it is open.
-                place = {key: "cpu" if key == "step" else parameter.device for key in found}
-                moments[index] = {key: value.to(place[key], copy=True) for key, value in found.items()}
-        self.optimizer.load_state_dict({"state": moments, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        restore_moments(self.optimizer, [_under(f"{MOMENT}{name}/", tensors) for name, _ in self.parameters])
         for name, tensor in (self.average.tensors if self.average is not None else {}).items():
             tensor.copy_(tensors[AVERAGE + name])
 
@@ -221,7 +212,7 @@ def read_weights(path: Path, config: dict[str, Any], *, average: bool) -> dict[s
         raise UserError(f"{path}: of another generator than the run's ({changed}); name a checkpoint of this run")
     tensors = _read_tensors(path / TENSORS, manifest.sha256.tensors)
     kind = AVERAGE if average else PARAMETER
-    found = {name.removeprefix(kind): tensor for name, tensor in tensors.items() if name.startswith(kind)}
+    found = _under(kind, tensors)
     if average and not found:
         raise UserError(f"--ema: {path} holds no averaged weights: train keeps them where ema.decay is set")
     return found
@@ -274,6 +265,11 @@ def remove_checkpoint(path: Path) -> None:
             _clear(rubbish)
             path.rename(rubbish)
             _clear(rubbish)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix`, by what follows it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _clear(path: Path) -> None:

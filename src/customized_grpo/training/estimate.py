@@ -18,10 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from customized_grpo.config.run import Config
 from customized_grpo.policies.policy import Policy
 from customized_grpo.training.objectives import build_objective
+from customized_grpo.training.optimizer import NUMBER_BYTES, moment_bytes
 from customized_grpo.training.rollout import plan_steps
-
-NUMBER_BYTES = 4
-"""Of a trained parameter, its gradient, each of its two moments and its average: all are fp32."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +113,8 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
     measured = _measure(subject, min(rollout.micro_batch, images), min(config.optimizer.micro_batch, items))
     extra_forwards = measured.recomputed + objective.reference_forwards
     an_item = measured.update_flops + extra_forwards * measured.forward_flops
-    trained = sum(parameter.numel() for _, parameter in policy.trainable_parameters())
+    parameters = [parameter for _, parameter in policy.trainable_parameters()]
+    trained = sum(parameter.numel() for parameter in parameters)
     lora = config.policy.toybox.adapter == "lora"
     trajectories = 2.0 * items * measured.latent_bytes
     pictures = float(images * measured.image_bytes)
@@ -138,7 +137,7 @@ def estimate(config: Config, subject: ProfileTarget, processes: int = 1) -> Esti
         memory={
             "frozen weights": subject.weight_bytes,
             **({"a restored weight": subject.restored_bytes} if subject.restored_bytes else {}),
-            "trained parameters and moments": 3.0 * NUMBER_BYTES * trained,
+            "trained parameters and moments": NUMBER_BYTES * trained + moment_bytes(config.optimizer, parameters),
             **({} if config.ema.decay is None else {"averaged parameters": float(NUMBER_BYTES * trained)}),
         },
         phases={
@@ -224,18 +223,19 @@ def _learn(subject: ProfileTarget, count: int) -> None:
 def checkpoint_disk(config: Config, parameters: Iterable[tuple[str, Tensor]]) -> dict[str, float]:
     """Return bytes of a checkpoint, which has the trained `parameters`, their moments and their average, and of all
     that are there at once: the newest of those that are kept is written before the oldest goes."""
-    copies = 3 if config.ema.decay is None else 4
     found = list(parameters)
+    kept = 1 if config.ema.decay is None else 2
+    weights = NUMBER_BYTES * sum(parameter.numel() for _, parameter in found)
     # A step count for each parameter; in the header, for each tensor, about 80 bytes beside its name.
-    header = sum(4 + (copies + 1) * (80 + len(name)) for name, _ in found)
-    one = float(copies * NUMBER_BYTES * sum(parameter.numel() for _, parameter in found) + header)
+    beside = 3 if config.optimizer.kind == "adamw" else 5
+    header = sum(8 + (kept + beside) * (80 + len(name)) for name, _ in found)
+    one = kept * weights + moment_bytes(config.optimizer, [parameter for _, parameter in found]) + header
     settings, last = config.checkpoint, config.iterations
     made = -(-last // settings.every)
     for_good = last // settings.keep_every if settings.keep_every else 0
     count = min(made, settings.keep_last + 1 + for_good)
     # The last one, the averaged one where it is kept, and the best validation's.
-    kept = copies - 2 + (config.select is not None)
-    adapters = float(kept * NUMBER_BYTES * sum(parameter.numel() for _, parameter in found))
+    adapters = float((kept + (config.select is not None)) * weights)
     return {"a checkpoint": one, f"at most {count} checkpoints": count * one, "adapters at the end": adapters}
 
 

@@ -99,6 +99,8 @@ def _ladder(config: Config) -> Iterator[dict[str, Any]]:
     while largest > 1:
         largest //= 2
         yield {"rollout.micro_batch": min(drawn, largest), "optimizer.micro_batch": min(learned, largest)}
+    if config.optimizer.kind == "adamw" and find_spec("bitsandbytes") is not None:
+        yield {"optimizer.kind": "adamw_8bit"}
     if of_pipeline and pipeline.quantization == "none" and find_spec("torchao") is not None:
         yield {"policy.pipeline.quantization": "int8"}
     if of_pipeline and not pipeline.block_offload and pipeline.quantization != "nf4":

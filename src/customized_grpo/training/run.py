@@ -18,7 +18,7 @@ from customized_grpo.factory.data import (
     warn_truncated_prompts,
 )
 from customized_grpo.factory.metrics import build_evaluator, build_scorers
-from customized_grpo.factory.policy import build_policy, build_start, policy_with
+from customized_grpo.factory.policy import build_policy, build_start, policy_device, policy_with
 from customized_grpo.factory.rewards import build_rewards, reward_loader
 from customized_grpo.io.files import LOCK, locked, writing
 from customized_grpo.io.jsonl import last_row
@@ -28,6 +28,7 @@ from customized_grpo.tracking.console import Display
 from customized_grpo.tracking.registry import load_trackers
 from customized_grpo.training.checkpoint import list_checkpoints, read_manifest
 from customized_grpo.training.loop import TrainingLoop
+from customized_grpo.training.optimizer import check_optimizer
 from customized_grpo.training.resume import pin
 from customized_grpo.training.run_dir import (
     ANOTHER,
@@ -103,6 +104,7 @@ def _training_loop(
         display.note(f"{ranks.world_size} processes share {config.rollout.prompts_per_iteration} groups an iteration")
     # Cheapest first: what is wrong is told before the next part is paid for.
     trackers = load_trackers(config.log)
+    check_optimizer(config.optimizer, policy_device(config.policy))
     datasets = {
         name: read_dataset(path, config)
         for name, path in config.data.model_dump(include={"path", "validation", "test"}).items()

@@ -34,6 +34,7 @@ from customized_grpo.tracking.timer import OnPhase, OnProgress, Timer
 from customized_grpo.training.advantages import compute_advantages, step_weights
 from customized_grpo.training.objectives import build_objective
 from customized_grpo.training.objectives.objective import MicroBatches, Objective
+from customized_grpo.training.optimizer import build_optimizer
 from customized_grpo.training.rollout import (
     Plan,
     Rollout,
@@ -58,23 +59,16 @@ class Trainer(Generic[ConditionT]):
     dataset: SubjectDataset
     ranks: DistributedGroup = field(default_factory=DistributedGroup)
     iteration: int = 0
-    optimizer: torch.optim.AdamW = field(init=False)
+    optimizer: torch.optim.Optimizer = field(init=False)
     objective: Objective = field(init=False)
     scorer: Scorer = field(init=False)
     reasons: tuple[str | None, ...] = field(init=False, default=())
     """Why scores of this process are missing in the last iteration, by reward."""
 
     def __post_init__(self) -> None:
-        settings, rollout = self.config.optimizer, self.config.rollout
-        self.optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self.policy.trainable_parameters()],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            # On a GPU the usual way makes a copy as large as the weights at every step.
-            fused=True if self.policy.device.type == "cuda" else None,
-        )
-        self.ranks.reserve([parameter for _, parameter in self.policy.trainable_parameters()])
+        rollout, trained = self.config.rollout, [parameter for _, parameter in self.policy.trainable_parameters()]
+        self.optimizer = build_optimizer(self.config.optimizer, trained)
+        self.ranks.reserve(trained)
         self.objective = build_objective(self.config)
         self.scorer = Scorer(self.rewards, self.config.rewards)
         self.sigmas = self.policy.sigmas(rollout.num_steps, rollout.shift)
