@@ -13,7 +13,7 @@ from customized_grpo.distributed.env import local_rank, local_world
 from customized_grpo.errors import UserError
 from customized_grpo.factory.data import encode_ahead, read_dataset
 from customized_grpo.factory.policy import build_policy, resolve_policy_config
-from customized_grpo.runtime.device import configure, resolve_device, resolve_precision
+from customized_grpo.runtime.device import configure, device_memory, resolve_device, resolve_precision
 
 LAUNCHED = (
     "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -137,3 +137,9 @@ def test_one_process_of_a_machine_decodes_the_pictures_for_all(
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="no picture|cannot|not") if refused else nullcontext():
         read_dataset(folder, Config())
+
+
+def test_memory_is_told_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (1, 24 * 2**30))
+    assert device_memory(torch.device("cuda:0")) == 24 * 2**30
+    assert device_memory(torch.device("cpu")) is None and device_memory(torch.device("mps")) is None

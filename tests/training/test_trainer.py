@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -411,3 +412,14 @@ def test_prompts_take_turns(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     asked = [prompt for iteration in range(6) for prompt in trainer.batch(trainer.samples(iteration)).prompts]
     assert sorted(asked) == sorted(sample.prompt for sample in trainer.dataset)
+
+
+def test_running_out_of_memory_names_the_command_that_says_what_fits(
+    make_trainer: Callable[..., Trainer[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the memory that the GPU has."""
+    trainer = make_trainer()
+    monkeypatch.setattr("customized_grpo.training.trainer.device_memory", lambda device: 25_254_756_352)
+    monkeypatch.setattr(trainer, "_backward", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
+    with pytest.raises(TrainingError, match=r"optimizer\.micro_batch .* which settings fit: .* --gpu_memory 24$"):
+        trainer.train_step()

@@ -85,6 +85,11 @@ def check_precision(precision: str, device: torch.device, prefix: str = "policy.
         )
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that a GPU has, in use or not; None of what is no GPU, or shares the host's."""
+    return torch.accelerator.get_memory_info(device)[1] if device.type in ("cuda", "xpu") else None
+
+
 def configure(threads: int | None) -> None:
     """Use `threads` CPU threads; if None all cores, shared among the processes of a run."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -29,6 +29,7 @@ from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.randomness import generator
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import GroupRewards, Scorer
+from customized_grpo.runtime.device import device_memory
 from customized_grpo.runtime.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
 from customized_grpo.tracking.timer import OnPhase, OnProgress, Timer
 from customized_grpo.training.advantages import compute_advantages, step_weights
@@ -187,10 +188,11 @@ class Trainer(Generic[ConditionT]):
         return metrics | {"loss": sum(losses) / len(losses), "grad_norm": max(norms)}
 
     def _memory(self, doing: str, remedy: str) -> AbstractContextManager[None]:
+        has = device_memory(self.policy.device)
         return explain_out_of_memory(
             f"{doing} in iteration {self.iteration + 1}",
             f"{remedy}, and go on with train --resume. What each phase takes, and which settings fit: train --dry_run "
-            "--gpu_memory GIB",
+            f"--gpu_memory {'GIB' if has is None else round(has / 2**30)}",
         )
 
     def _minibatch_order(self, prompts: int, size: int) -> Tensor:
