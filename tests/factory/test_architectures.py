@@ -14,6 +14,14 @@ from customized_grpo.training.dry_run import dry_run
 
 BILLIONS = {"flux1-kontext": 11.9, "uno": 11.9, "flux2-klein": 3.9, "flux2": 32.2, "qwen-image-edit-plus": 20.4}
 """Parameters of the transformers, as their authors give them, to a tenth."""
+ENCODERS = {
+    "flux1-kontext": [0.12, 4.76],
+    "uno": [0.12, 4.76],
+    "flux2-klein": [4.02],
+    "flux2": [24.01],
+    "qwen-image-edit-plus": [8.29],
+}
+"""Parameters of the text encoders, in billions: CLIP-L and T5-XXL, Qwen3 4B, Mistral Small 3.1, Qwen2.5-VL 7B."""
 
 
 def test_the_architecture_of_every_usual_model_is_known() -> None:
@@ -25,8 +33,12 @@ def test_an_architecture_has_the_size_of_its_model(kind: str) -> None:
     family = PIPELINES[kind]
     pipe = outline_known(ARCHITECTURES[MODELS[kind]], family, torch.bfloat16)
     assert sum(p.numel() for p in pipe.transformer.parameters()) / 1e9 == pytest.approx(BILLIONS[kind], abs=0.05)
-    assert {p.device.type for part in (pipe.transformer, pipe.vae) for p in part.parameters()} == {"meta"}
-    assert all(getattr(pipe, name) is None for name in family.text_encoders)
+    encoders = [getattr(pipe, name) for name in family.text_encoders]
+    assert [sum(p.numel() for p in each.parameters()) / 1e9 for each in encoders] == pytest.approx(
+        ENCODERS[kind], abs=0.005
+    )
+    parts = (pipe.transformer, pipe.vae, *encoders)
+    assert {p.device.type for part in parts for p in part.parameters()} == {"meta"}
     assert family.sigmas(pipe, 4, (512, 512)).shape == (5,)
 
 

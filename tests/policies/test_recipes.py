@@ -1,6 +1,7 @@
 """The shipped recipes, with the tiny models substituted: each loads, trains two iterations and leaves its run."""
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,27 @@ def test_a_sharded_transformer_is_held_in_parts(tiny_models: dict[str, Path]) ->
     assert whole["frozen weights"] / 2 < shard["frozen weights"] < whole["frozen weights"]
     with pytest.raises(UserError, match=r"policy\.pipeline\.fsdp: a single process"):
         dry_run(Config.model_validate(tree | policy(fsdp=True)))
+
+
+def test_encoders_are_counted_while_they_encode(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    """Beside rewards, and not beside the transformer; one without a configuration is named."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["flux1-kontext"], folder)
+    tree = {
+        "policy": {
+            "kind": "flux1-kontext", "precision": "fp32",
+            "pipeline": {"model": str(folder), "height": 64, "width": 64},
+        },
+        "rewards": {"prompt": {"kind": "clip_t"}, "identity": {"kind": "dino"}},
+    }  # fmt: skip
+    found = dry_run(Config.model_validate(tree))
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        stored = sum(each.nbytes for each in load_file(next((folder / name).glob("*.safetensors"))).values())
+        assert found.before["encoding"][f"weights of {name}"] == stored
+    assert found.peaks["encoding"] == sum(found.before["encoding"].values()) + sum(found.scores.values())
+    assert min(found.scores.values()) > 1e8
+    (folder / "text_encoder_2" / "config.json").unlink()
+    assert "weights of text_encoder_2, while it encodes" in dry_run(Config.model_validate(tree)).not_counted
 
 
 def test_blocks_that_wait_are_counted_on_the_host(tiny_models: dict[str, Path]) -> None:

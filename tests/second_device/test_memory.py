@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from families import EVERY_FAMILY_OR_FAST
 from runs import settings, tree
 from second_device import NEEDS_DEVICE, second_device
 
@@ -16,6 +18,26 @@ from customized_grpo.training.dry_run import dry_run
 from customized_grpo.training.trainer import Trainer
 
 pytestmark = NEEDS_DEVICE
+
+
+@EVERY_FAMILY_OR_FAST
+def test_a_reference_takes_what_was_expected_while_it_is_encoded(
+    kind: str, generators: dict[str, Path], models: dict[str, Path], tmp_path: Path
+) -> None:
+    names = settings(kind, generators, models, tmp_path) | {
+        f"policy.pipeline.{name}": 128 for name in ("height", "width", "reference_side")
+    }
+    config, native = Config.model_validate(tree(names)), second_device()
+    pipe = build_policy(config.policy, config.seed)._pipe  # type: ignore[attr-defined]
+    vae = pipe.vae.to("hpu")
+    pixels = torch.zeros(1, 3, *([1] if kind.startswith("qwen") else []), 128, 128, device="hpu")
+    gc.collect()
+    before = native.live()
+    native.reset_peak()
+    with torch.no_grad():
+        vae.encode(pixels)
+    expected = dry_run(config).before["encoding"]["activations of a reference"]
+    assert expected == pytest.approx(native.peak() - before, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_rewards_on_the_same_device_are_counted(
     make_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_config()
-    memory = dry_run(config).memory
+    memory = dry_run(config).scores
     held = sum(sum(p.nbytes for p in each._encoder.parameters()) for each in build_rewards(config).values())  # type: ignore[attr-defined]
     names = [name for name in memory if name.startswith("weights of rewards.")]
     assert names == [

@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import try_to_load_from_cache
 
@@ -34,8 +35,55 @@ class Architecture:
     transformer: Mapping[str, Any] = field(default_factory=dict)
     vae_settings: Mapping[str, Any] = field(default_factory=dict)
     schedule: Mapping[str, Any] = field(default_factory=dict)
+    text_encoders: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    """By the part's name: its class in transformers, and settings beyond the defaults of that class's configuration."""
 
 
+CLIP_L: tuple[str, dict[str, Any]] = (
+    "CLIPTextModel",
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+)
+T5_XXL: tuple[str, dict[str, Any]] = (
+    "T5EncoderModel",
+    {
+        "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64,
+        "feed_forward_proj": "gated-gelu",
+    },
+)  # fmt: skip
+QWEN3_4B: tuple[str, dict[str, Any]] = (
+    "Qwen3ForCausalLM",
+    {
+        "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    },
+)  # fmt: skip
+QWEN25_VL_7B: tuple[str, dict[str, Any]] = (
+    "Qwen2_5_VLForConditionalGeneration",
+    {
+        "text_config": {
+            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+            "num_attention_heads": 28, "num_key_value_heads": 4,
+        },
+        "vision_config": {
+            "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+        },
+        "tie_word_embeddings": False,
+    },
+)  # fmt: skip
+MISTRAL_SMALL_24B: tuple[str, dict[str, Any]] = (
+    "Mistral3ForConditionalGeneration",
+    {
+        "text_config": {
+            "model_type": "mistral", "vocab_size": 131072, "hidden_size": 5120, "intermediate_size": 32768,
+            "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        },
+        "vision_config": {
+            "model_type": "pixtral", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "image_size": 1540, "patch_size": 14,
+        },
+        "tie_word_embeddings": False,
+    },
+)  # fmt: skip
 _FLUX1 = Architecture(
     "AutoencoderKL",
     {"guidance_embeds": True},
@@ -46,6 +94,7 @@ _FLUX1 = Architecture(
         "use_post_quant_conv": False,
     },
     DEV_SCHEDULE,
+    {"text_encoder": CLIP_L, "text_encoder_2": T5_XXL},
 )  # fmt: skip
 ARCHITECTURES: dict[str, Architecture] = {
     "black-forest-labs/FLUX.1-Kontext-dev": _FLUX1,
@@ -57,10 +106,14 @@ ARCHITECTURES: dict[str, Architecture] = {
             "guidance_embeds": False,
         },
         schedule=DEV_SCHEDULE,
+        text_encoders={"text_encoder": QWEN3_4B},
     ),
-    "black-forest-labs/FLUX.2-dev": Architecture("AutoencoderKLFlux2", schedule=DEV_SCHEDULE),
+    "black-forest-labs/FLUX.2-dev": Architecture(
+        "AutoencoderKLFlux2", schedule=DEV_SCHEDULE, text_encoders={"text_encoder": MISTRAL_SMALL_24B}
+    ),
     "Qwen/Qwen-Image-Edit-2511": Architecture(
-        "AutoencoderKLQwenImage", {"zero_cond_t": True}, schedule=QWEN_SCHEDULE
+        "AutoencoderKLQwenImage", {"zero_cond_t": True}, schedule=QWEN_SCHEDULE,
+        text_encoders={"text_encoder": QWEN25_VL_7B},
     ),
 }  # fmt: skip
 """By hub id."""
@@ -73,12 +126,24 @@ def cached_folder(model: str) -> Path | None:
 
 
 def outline_known(architecture: Architecture, family: PipelineSpec, dtype: torch.dtype) -> Any:
-    """Return the pipeline of `family` with transformer and VAE on the meta device, and without its text encoders."""
+    """Return the pipeline of `family` with transformer, VAE and text encoders on the meta device."""
     with torch.device("meta"):
-        transformer = family.transformer(**architecture.transformer).to(dtype)
-        vae = getattr(diffusers, architecture.vae)(**architecture.vae_settings).to(dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler(**architecture.schedule)
-    return with_parts(family, {"transformer": transformer, "vae": vae, "scheduler": scheduler})
+        parts = {
+            "transformer": family.transformer(**architecture.transformer).to(dtype),
+            "vae": getattr(diffusers, architecture.vae)(**architecture.vae_settings).to(dtype),
+        }
+    for name, (kind, settings) in architecture.text_encoders.items():
+        parts[name] = outline_encoder(kind, settings, dtype)
+    parts["scheduler"] = FlowMatchEulerDiscreteScheduler(**architecture.schedule)
+    return with_parts(family, parts)
+
+
+def outline_encoder(kind: str, settings: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """Return a text encoder on the meta device: of the class `kind` of transformers, with `settings` of its
+    configuration."""
+    made = getattr(transformers, kind)
+    with torch.device("meta"):
+        return made(made.config_class.from_dict(dict(settings))).to(dtype)
 
 
 def with_parts(family: PipelineSpec, parts: Mapping[str, Any], plain: Mapping[str, Any] | None = None) -> Any:

@@ -1,5 +1,6 @@
 """What an iteration of a large generator takes, from its configurations alone: its weights stay where they are."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -8,13 +9,19 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 
 from customized_grpo.config.policy import Quantization
 from customized_grpo.config.run import Config
 from customized_grpo.data import Sample, SubjectDataset
 from customized_grpo.errors import UserError, first_line
-from customized_grpo.factory.architectures import ARCHITECTURES, cached_folder, outline_known, with_parts
+from customized_grpo.factory.architectures import (
+    ARCHITECTURES,
+    cached_folder,
+    outline_encoder,
+    outline_known,
+    with_parts,
+)
 from customized_grpo.factory.config import check_shares
 from customized_grpo.factory.data import read_samples
 from customized_grpo.factory.pipelines import MODELS, PIPELINES, settings_of
@@ -33,7 +40,7 @@ from customized_grpo.policies.policy import PromptRow
 from customized_grpo.policies.quantization import restored_bytes, saved_bytes
 from customized_grpo.runtime.device import resolve_device, resolve_precision
 from customized_grpo.runtime.libraries import silence_libraries
-from customized_grpo.training.estimate import Estimate, ProfileTarget, estimate
+from customized_grpo.training.estimate import Estimate, LivePeak, ProfileTarget, estimate
 
 META = torch.device("meta")
 UNFUSED = "_native_math"
@@ -102,6 +109,8 @@ def estimate_pipeline(
         fused_tokens=0 if settings.attention_backend == UNFUSED else tokens,
     )
     estimated = estimate(config, subject, processes)
+    encoding, unread = _encoding_bytes(config, family, pipe, sizes[0])
+    estimated = replace(estimated, before={"encoding": encoding}, not_counted=(*estimated.not_counted, *unread))
     if blocks:
         estimated = replace(estimated, host=estimated.host | {"blocks that wait": blocks})
     if rows is None:
@@ -109,6 +118,27 @@ def estimate_pipeline(
     planned = [plan_row(family, each, settings.reference_side) for each in rows]
     encoded = bytes_of_rows(family, network.config, dtype, planned, guided=policy.guided)
     return replace(estimated, disk=estimated.disk | {"encoded prompts and references": float(encoded)})
+
+
+def _encoding_bytes(
+    config: Config, family: PipelineSpec, pipe: Any, size: tuple[int, int]
+) -> tuple[dict[str, float], list[str]]:
+    """Return what is on the device while prompts and a reference of `size` are encoded, and what is not known of it."""
+    encoders = {name: getattr(pipe, name) for name in family.text_encoders}
+    kind = config.policy.pipeline.text_encoder_quantization
+    found = {
+        f"weights of {name}": float(sum(p.nbytes for p in encoder.parameters())) - saved_bytes(encoder, kind)
+        for name, encoder in encoders.items()
+        if encoder is not None
+    }
+    unread = [f"weights of {name}, while it encodes" for name, encoder in encoders.items() if encoder is None]
+    pixels = torch.zeros(1, 3, *size, dtype=pipe.vae.dtype, device=META)
+    if isinstance(pipe.vae, AutoencoderKLQwenImage):
+        pixels = pixels.unsqueeze(2)  # a video of one picture
+    with torch.no_grad(), LivePeak() as live:
+        pipe.vae.encode(pixels)
+    weights = float(sum(p.nbytes for p in pipe.vae.parameters()))
+    return found | {"weights of vae": weights, "activations of a reference": float(live.peak)}, unread
 
 
 def _block_bytes(network: Any, quantization: Quantization) -> tuple[float, float]:
@@ -121,9 +151,10 @@ def _block_bytes(network: Any, quantization: Quantization) -> tuple[float, float
 
 
 def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
-    """Return the pipeline in `folder` with its transformer and VAE on the meta device and without its text encoders.
+    """Return the pipeline in `folder` with its transformer, VAE and text encoders on the meta device; without an
+    encoder whose configuration is not there.
 
-    Raises `UserError` where a configuration is missing or damaged.
+    Raises `UserError` where another configuration is missing, or one is damaged.
     """
     index, parts = read_index(folder), dict[str, Any]()
     plain = {name: value for name, value in index.items() if not name.startswith("_") and not isinstance(value, list)}
@@ -131,6 +162,9 @@ def outline(folder: Path, family: PipelineSpec, dtype: torch.dtype) -> Any:
         for name, kind in (("transformer", family.transformer), ("vae", getattr(diffusers, index["vae"][1]))):
             with META:
                 parts[name] = kind.from_config(kind.load_config(folder, subfolder=name)).to(dtype)
+        for name in family.text_encoders:
+            if (file := folder / name / "config.json").is_file():
+                parts[name] = outline_encoder(index[name][1], json.loads(file.read_text(encoding="utf-8")), dtype)
         parts["scheduler"] = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     except DAMAGED as error:
         raise UserError(f"policy.pipeline.model: {folder} could not be read: {first_line(error)}") from error
@@ -175,9 +209,10 @@ def _with_rewards(config: Config, estimated: Estimate) -> Estimate:
     device, loader = policy_device(config.policy), reward_loader(config)
     counted, unknown = score_bytes(config.scores, device, loader, config.policy.toybox.weights)
     unknown = [f"weights of {name}: not on this machine" for name in unknown]
-    others = ["activations of the rewards", "what an allocator adds"]
+    encoders = ["activations of the text encoders"] if estimated.before else []
+    others = ["activations of the rewards", *encoders, "what an allocator adds"]
     return replace(
         estimated,
-        memory=estimated.memory | {f"weights of {name}": size for name, size in counted.items()},
+        scores={f"weights of {name}": size for name, size in counted.items()},
         not_counted=(*estimated.not_counted, *unknown, *others),
     )

@@ -32,9 +32,13 @@ class Estimate:
     recomputed: float
     """FLOPs, of those of the update, that compute activations again."""
     memory: dict[str, float]
-    """What is there all the time, by what it holds."""
+    """What of the generator is there from the first iteration to the last, by what it holds."""
     phases: dict[str, dict[str, float]]
     """What comes on top of it in each phase. Phases follow one another, so their memory does not add up."""
+    before: dict[str, dict[str, float]] = field(default_factory=dict)
+    """What of the generator is there in each phase before the first iteration."""
+    scores: dict[str, float] = field(default_factory=dict)
+    """What rewards and metrics hold all the time."""
     host: dict[str, float] = field(default_factory=dict)
     """Bytes of the host's memory in the first process, by what they hold."""
     disk: dict[str, float] = field(default_factory=dict)
@@ -45,7 +49,10 @@ class Estimate:
     @property
     def peaks(self) -> dict[str, float]:
         """Bytes of memory that are there at once, by phase."""
-        return {phase: sum(self.memory.values()) + sum(top.values()) for phase, top in self.phases.items()}
+        scores, always = sum(self.scores.values()), sum(self.memory.values())
+        return {phase: scores + sum(held.values()) for phase, held in self.before.items()} | {
+            phase: scores + always + sum(top.values()) for phase, top in self.phases.items()
+        }
 
     @property
     def peak_bytes(self) -> float:
@@ -64,10 +71,10 @@ class Estimate:
             "trained": f"{_count(self.trainable)} ({self.trainable / self.parameters:.2%})",
             **{f"operations an iteration, {phase}": _scaled(value, "FLOP") for phase, value in self.flops.items()},
             "operations an iteration": _scaled(sum(self.flops.values()), "FLOP"),
-            **{f"memory, {what}": _scaled(value, "B", 1024) for what, value in self.memory.items()},
+            **{f"memory, {what}": _scaled(value, "B", 1024) for what, value in (self.memory | self.scores).items()},
             **{
                 f"memory in the {phase}, {what}": _scaled(value, "B", 1024)
-                for phase, top in self.phases.items()
+                for phase, top in (self.before | self.phases).items()
                 for what, value in top.items()
             },
             **{f"peak memory in the {phase}": _scaled(value, "B", 1024) for phase, value in self.peaks.items()},

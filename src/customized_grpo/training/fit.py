@@ -103,6 +103,8 @@ def _ladder(config: Config) -> Iterator[dict[str, Any]]:
         yield {"optimizer.kind": "adamw_8bit"}
     if of_pipeline and pipeline.quantization == "none" and find_spec("torchao") is not None:
         yield {"policy.pipeline.quantization": "int8"}
+    if of_pipeline and pipeline.text_encoder_quantization == "none" and find_spec("torchao") is not None:
+        yield {"policy.pipeline.text_encoder_quantization": "int8"}
     if of_pipeline and not pipeline.block_offload and pipeline.quantization != "nf4":
         against = {f"policy.pipeline.{name}": False for name in ("compile", "fsdp") if getattr(pipeline, name)}
         yield {"policy.pipeline.block_offload": True} | against
