@@ -217,7 +217,12 @@ def _config(options: argparse.Namespace) -> Config:
         "micro_batch": options.micro_batch,
     }  # fmt: skip
     rewards = {"prompt": {"kind": "clip_t", "schedule": "early"}, "identity": {"kind": "dino", "schedule": "late"}}
-    return Config.model_validate({"policy": policy, "rewards": rewards, "rollout": rollout, "optimizer": optimizer})
+    return Config.model_validate(
+        {
+            "policy": policy, "rewards": rewards, "rollout": rollout, "optimizer": optimizer,
+            "objective": {"old_log_probs": options.old_log_probs},
+        }
+    )  # fmt: skip
 
 
 def _options() -> argparse.Namespace:
@@ -240,6 +245,7 @@ def _options() -> argparse.Namespace:
     add("--keep_every", type=int, help="policy.pipeline.keep_every")
     add("--no_checkpointing", action="store_true", help="keep all activations")
     add("--compile", action="store_true", help="compile the repeated blocks")
+    add("--old_log_probs", default="rollout", help="objective.old_log_probs")
     add("--attention_backend", help="diffusers' attention backend")
     add("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

@@ -23,6 +23,7 @@ CALLS = {
     "flux1-rank-512": ["--rank", "512"],
     "flux1-rank-512-adamw-8bit": ["--rank", "512", "--optimizer", "adamw_8bit"],
     "flux1-compiled": ["--compile"],
+    "flux1-compiled-recomputed": ["--compile", "--old_log_probs", "recomputed"],
     "flux1-native-flash": ["--attention_backend", "_native_flash"],
     "flux1-native-cudnn": ["--attention_backend", "_native_cudnn"],
     "flux1-micro-batch-1": ["--micro_batch", "1"],

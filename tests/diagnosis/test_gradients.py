@@ -53,7 +53,7 @@ def clipped_gradient(trainer: Trainer[Any], rollout: Any, advantages: Tensor, it
     parameters = [parameter for _, parameter in trainer.policy.trainable_parameters()]
     for parameter in parameters:
         parameter.grad = None
-    targets = trainer.objective.targets(trainer.policy, rollout, advantages)
+    targets = trainer.objective.targets(trainer.policy, rollout, advantages, [items])
     trainer.objective.loss(trainer.policy, targets, items).loss.backward()
     return torch.cat([parameter.grad.flatten() for parameter in parameters])
 

@@ -93,7 +93,8 @@ def settings(tiny_models: dict[str, Path], picture: Callable[..., torch.Tensor],
         "threads": 1, "policy": policy, "data": {"path": str(data), "test": str(data)},
         "rewards": named({"prompt": "python:own.bright", "identity": "python:own.red"}),
         "rollout": {"num_steps": 3, "group_size": 3, "prompts_per_iteration": 3, "micro_batch": 4},
-        "optimizer": {"num_minibatches": 2, "micro_batch": 4}, "objective": {"kl_weight": 0.1},
+        "optimizer": {"num_minibatches": 2, "micro_batch": 4},
+        "objective": {"kl_weight": 0.1, "old_log_probs": "recomputed"},
         "evaluation": {"every": 1, "num_samples": 1, "num_test_samples": 3, "gallery": 1},
     }  # fmt: skip
     (tmp_path / "settings.json").write_text(json.dumps(tree))

@@ -25,7 +25,8 @@ def trained(generators: dict[str, Path], models: dict[str, Path], photographs: P
     """Trains an iteration; returns the trainer, its log, and the bytes of blocks on the device as each block ran."""
 
     def trained(kind: str, **changes: Any) -> tuple[Trainer[Any], dict[str, Any], list[int], list[int]]:
-        names = {f"policy.pipeline.{name}": value for name, value in changes.items()}
+        names: dict[str, Any] = {f"policy.pipeline.{name}": value for name, value in changes.items()}
+        names["objective.old_log_probs"] = "recomputed"  # forward passes whose backward passes do not follow
         config = Config.model_validate(tree(settings(kind, generators, models, tmp_path) | names))
         policy: Any = build_policy(config.policy, config.seed)
         trainer = Trainer(config, policy, build_rewards(config), SubjectDataset.open(photographs))

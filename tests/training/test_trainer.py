@@ -74,9 +74,9 @@ class Watched:
         found = self._objective.matters(advantages)
         return torch.ones_like(found) if self._everything else found
 
-    def targets(self, policy: Any, rollout: Any, advantages: Tensor) -> Any:
+    def targets(self, policy: Any, rollout: Any, advantages: Tensor, micro_batches: Any) -> Any:
         self.rollout, self.advantages = rollout, advantages
-        return self._objective.targets(policy, rollout, advantages)
+        return self._objective.targets(policy, rollout, advantages, micro_batches)
 
     def loss(self, policy: Any, targets: Any, items: Tensor) -> Loss:
         self.items += map(tuple, items.tolist())
@@ -423,3 +423,24 @@ def test_running_out_of_memory_names_the_command_that_says_what_fits(
     monkeypatch.setattr(trainer, "_backward", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory.")))
     with pytest.raises(TrainingError, match=r"optimizer\.micro_batch .* which settings fit: .* --gpu_memory 24$"):
         trainer.train_step()
+
+
+def test_recomputed_log_probs_make_the_first_ratios_1(
+    make_trainer: Callable[..., Trainer[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a pass without gradients rounds otherwise, as compiled code does; later updates have ratios beside 1."""
+    found = {}
+    for kind in ("rollout", "recomputed"):
+        trainer = make_trainer(
+            {"objective.old_log_probs": kind, "optimizer.num_minibatches": 2, "optimizer.learning_rate": 0.01}
+        )
+        plain = trainer.policy.velocity
+
+        def rounded(*args: Any, plain: Callable[..., Tensor] = plain) -> Tensor:
+            return plain(*args) * (1 if torch.is_grad_enabled() else 1.01)
+
+        monkeypatch.setattr(trainer.policy, "velocity", rounded)
+        found[kind] = trainer.train_step()
+    assert found["rollout"]["first_ratio/max"] > 1 + RATIO_TOLERANCE
+    assert found["recomputed"]["first_ratio/min"] == found["recomputed"]["first_ratio/max"] == 1
+    assert found["recomputed"]["ratio/min"] < found["recomputed"]["ratio/max"]

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Generic
 
 import torch
@@ -158,15 +159,17 @@ class Trainer(Generic[ConditionT]):
         low, high = (place * rollout.images.shape[1] for place in (self.local_prompts.start, self.local_prompts.stop))
         local = advantages.flatten(0, 1)[low:high]
         matters, passes = self.objective.matters(local), self.objective.num_passes(rollout.plan)
+        order = self._minibatch_order(*advantages.shape[:2])
+        minibatches = order.tensor_split(self.config.optimizer.num_minibatches)
+        own = [each[(each >= low) & (each < high)] - low for each in minibatches]
+        micro_batches = [list(self._micro_batches(rows, passes, matters)) for rows in own]
         with self.ranks.synchronized(), self.policy.lockstep(self.ranks), self._memory("preparing targets", UPDATING):
             on_progress(0.0)
-            targets = self.objective.targets(self.policy, rollout, local)
-        order = self._minibatch_order(*advantages.shape[:2])
+            targets = self.objective.targets(self.policy, rollout, local, [*chain.from_iterable(micro_batches)])
         parts: list[tuple[float, ...]] = []
         norms, losses = [], []
         done, total = 0, int(matters.sum()) * passes
-        for update, minibatch in enumerate(order.tensor_split(self.config.optimizer.num_minibatches)):
-            rows = minibatch[(minibatch >= low) & (minibatch < high)] - low
+        for update, minibatch in enumerate(minibatches):
             sizes: list[int] = []
             measured: list[Tensor] = []
             with (
@@ -174,7 +177,7 @@ class Trainer(Generic[ConditionT]):
                 self.policy.lockstep(self.ranks),
                 self._memory("computing gradients", UPDATING),
             ):
-                for items in self._micro_batches(rows, passes, matters):
+                for items in micro_batches[update]:
                     measured.append(self._backward(targets, items, len(items) / (len(minibatch) * passes)))
                     sizes.append(len(items))
                     done += len(items)

@@ -29,7 +29,7 @@ def iteration_warnings(metrics: Metrics, reasons: Sequence[str | None]) -> Itera
         yield (
             f"iteration {iteration}: the first-pass ratio is {off:.1e} away from 1 (more than "
             f"{RATIO_TOLERANCE:.0e}): rollout and update do not compute the same thing. Use policy.precision=fp32, "
-            "or equal rollout.micro_batch and optimizer.micro_batch"
+            "equal rollout.micro_batch and optimizer.micro_batch, or objective.old_log_probs=recomputed"
         )
     if (share := metrics["invalid_share"]) > 0:
         yield (

@@ -42,12 +42,27 @@ def log_prob_and_mean(trainer: Trainer[Any], rollout: Rollout[Any], place: int, 
     return found.log_prob[0], found.mean[0], found.std.flatten()
 
 
+def test_recomputed_log_probs_are_those_of_the_present_weights(make_trainer: MakeTrainer) -> None:
+    """Of the items of micro-batches to come; those of other items stay."""
+    trainer = make_trainer({"objective.old_log_probs": "recomputed"})
+    rollout = drawn(trainer)
+    advantages = torch.ones(8, len(rollout.plan.trained))
+    targets = trainer.objective.targets(trainer.policy, rollout, advantages, [ITEMS[:2], ITEMS[2:]])
+    places, rows = ITEMS.unbind(1)
+    changed = targets.rollout.log_probs != rollout.log_probs
+    assert changed[places, rows].all() and int(changed.sum()) == len(ITEMS)
+    for items in (ITEMS[:2], ITEMS[2:]):
+        loss = trainer.objective.loss(trainer.policy, targets, items)
+        assert loss.metrics[1] == loss.metrics[2] == 1
+    assert not targets.rollout.log_probs.requires_grad and trainer.objective.reference_forwards == 1
+
+
 @pytest.mark.parametrize("kl_weight", [0.0, 0.3])
 def test_the_loss_is_that_of_items_taken_one_by_one(make_trainer: MakeTrainer, kl_weight: float) -> None:
     trainer = make_trainer({"objective.kl_weight": kl_weight, "objective.clip_range": 0.01})
     rollout = drawn(trainer)
     advantages = torch.randn(8, len(rollout.plan.trained), generator=torch.Generator().manual_seed(1))
-    targets = trainer.objective.targets(trainer.policy, rollout, advantages)
+    targets = trainer.objective.targets(trainer.policy, rollout, advantages, [ITEMS])
     found = trainer.objective.loss(trainer.policy, targets, ITEMS)
     losses, ratios, kls = [], [], []
     with torch.no_grad():

@@ -6,7 +6,8 @@ Shape legend: b samples of this process in prompt-major order, S trained steps, 
 latent's shape.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,8 +40,9 @@ class Grpo:
 
     @property
     def reference_forwards(self) -> int:
-        """One under a KL penalty, with the base weights; else none."""
-        return int(self.config.objective.kl_weight > 0)
+        """One under a KL penalty, with the base weights, and one for old log-probs that are recomputed."""
+        objective = self.config.objective
+        return int(objective.kl_weight > 0) + int(objective.old_log_probs == "recomputed")
 
     def num_passes(self, plan: Plan) -> int:
         """Return the number of trained steps."""
@@ -53,8 +55,18 @@ class Grpo:
         """
         return (advantages != 0).any(-1) | (self.config.objective.kl_weight > 0)
 
-    def targets(self, policy: Policy[Any], rollout: Rollout[Any], advantages: Tensor) -> GrpoTargets:
+    def targets(
+        self, policy: Policy[Any], rollout: Rollout[Any], advantages: Tensor, micro_batches: Sequence[Tensor]
+    ) -> GrpoTargets:
         """Return the rollout, whose log-probs are the old ones, with the `advantages` [b, S] of its samples."""
+        if self.config.objective.old_log_probs == "recomputed":
+            log_probs = rollout.log_probs.clone()
+            for items in micro_batches:
+                steps, rows = items.unbind(1)
+                # With a gradient that nothing asks for: where code is compiled, another graph would run without.
+                present = step_transition(policy, rollout, self.config.rollout, steps, rows)
+                log_probs[steps, rows] = present.log_prob(rollout.next_states[steps, rows]).detach()
+            rollout = replace(rollout, log_probs=log_probs)
         return GrpoTargets(rollout, advantages.T.contiguous().to(policy.device))
 
     def loss(self, policy: Policy[Any], targets: GrpoTargets, items: Tensor) -> Loss:

@@ -4,7 +4,7 @@ Shape legend: b samples of this process in prompt-major order, S trained steps, 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -72,9 +72,11 @@ class Objective(Protocol):
         """Return which samples [b] change the gradient, by their `advantages` [b, S]; the others are left out."""
         ...
 
-    def targets(self, policy: Policy[Any], rollout: Rollout[Any], advantages: Tensor) -> Any:
+    def targets(
+        self, policy: Policy[Any], rollout: Rollout[Any], advantages: Tensor, micro_batches: Sequence[Tensor]
+    ) -> Any:
         """Return the targets that stay fixed for the iteration, from `advantages` [b, S] and the weights that drew
-        `rollout`."""
+        `rollout`. `micro_batches`: the items [M, 2] of each `loss` to come."""
         ...
 
     def loss(self, policy: Policy[Any], targets: Any, items: Tensor) -> Loss:
