@@ -10,7 +10,7 @@ MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare compare-leak compare-guard figures test test-all test-device test-quantization lint benchmark clean
+.PHONY: help setup demo compare compare-leak compare-guard figures test test-all test-device test-quantization test-trackers lint benchmark clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -56,6 +56,11 @@ test-quantization: $(INSTALLED) ## Install torchao and bitsandbytes apart, and r
 		tests/policies/test_quantization.py tests/policies/test_recipes.py tests/training/test_optimizer.py
 	SECOND_DEVICE=1 OMP_NUM_THREADS=1 PYTHONPATH=.venv/quantization $(BIN)/python -m pytest -n auto -m "quantization and not slow" \
 		tests/second_device
+
+# Apart from the others: trackio takes an older Pillow than the tested one.
+test-trackers: $(INSTALLED) ## Install wandb and trackio apart, and run the tests that need them
+	$(BIN)/pip install --quiet --upgrade --target .venv/trackers wandb==0.31.0 trackio==0.43.0
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/trackers $(BIN)/python -m pytest -n auto -m trackers tests/tracking/test_services.py
 
 lint: $(INSTALLED) ## Check style, formatting, types, imports between rooms, and plain English
 	$(BIN)/ruff check

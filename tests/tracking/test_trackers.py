@@ -1,8 +1,8 @@
 """Where measurements go: the same calls for JSON lines and for TensorBoard."""
 
-import builtins
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from customized_grpo.config.run import Config
 from customized_grpo.config.training import LogConfig
 from customized_grpo.data import load_image
 from customized_grpo.errors import UserError
@@ -125,22 +126,42 @@ def test_a_file_in_the_way_is_named_with_the_folder(tmp_path: Path) -> None:
 
 
 def test_trackers_are_those_of_the_configuration(tmp_path: Path) -> None:
-    def opened(config: LogConfig) -> list[type[Tracker]]:
-        return [type(open_tracker(tmp_path, 1)) for open_tracker in load_trackers(config)]
+    def opened(*report_to: str) -> list[type[Tracker]]:
+        config = Config.model_validate({"log": {"report_to": report_to}})
+        return [type(open_tracker(tmp_path, 1)) for open_tracker in load_trackers(config, print)]
 
-    assert opened(LogConfig()) == [JsonlTracker]
+    assert opened() == [JsonlTracker]
     assert not (tmp_path / "tensorboard").exists()
-    assert opened(LogConfig(tensorboard=True)) == [JsonlTracker, TensorBoardTracker]
+    assert opened("tensorboard") == [JsonlTracker, TensorBoardTracker]
 
 
-def test_a_missing_tensorboard_is_an_error_before_anything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
+def test_tensorboard_has_the_summary_of_a_run_as_a_table(tmp_path: Path) -> None:
+    tracker = tensorboard(tmp_path)
+    tracker.summarize({"iterations": 20.0, "evaluation/tuned/joint_success": 0.25})
+    tracker.close()
+    (text,) = events(tmp_path).Tensors("summary/text_summary")
+    assert "| evaluation/tuned/joint_success | 0.25 |" in text.tensor_proto.string_val[0].decode()
 
-    def missing(name: str, *arguments: Any, **settings: Any) -> Any:
-        if name == "torch.utils.tensorboard":
-            raise ImportError(name)
-        return imported(name, *arguments, **settings)
 
-    monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(UserError, match=r"log\.tensorboard needs TensorBoard: pip install"):
-        load_trackers(LogConfig(tensorboard=True))
+@pytest.mark.parametrize(
+    ("report_to", "module"), [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")]
+)
+def test_a_missing_library_is_an_error_before_anything_is_written(
+    report_to: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    config = Config.model_validate({"log": {"report_to": [report_to]}})
+    with pytest.raises(UserError, match=rf"^log\.report_to: {report_to} is not installed: pip install"):
+        load_trackers(config, print)
+
+
+@pytest.mark.parametrize(
+    ("log", "said"),
+    [
+        ({"report_to": ["wandb", "wandb"]}, "named twice"),
+        ({"report_to": ["tensorboard"], "project": "mine"}, "project: only for report_to wandb or trackio"),
+    ],
+)
+def test_settings_of_trackers_that_do_nothing_are_refused(log: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        LogConfig.model_validate(log)

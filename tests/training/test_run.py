@@ -163,7 +163,7 @@ def test_an_iteration_that_teaches_nothing_is_told(
 def test_tensorboard_events_are_written_when_asked(
     make_config: MakeConfig, run_training: RunTraining, tmp_path: Path
 ) -> None:
-    run_training(make_config({"iterations": 1, "log.tensorboard": True}))
+    run_training(make_config({"iterations": 1, "log.report_to": ["tensorboard"]}))
     events = list((tmp_path / "run" / "tensorboard").iterdir())
     assert len(events) == 1 and b"metrics/reward/prompt/mean" in events[0].read_bytes()
 

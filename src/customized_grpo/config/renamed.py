@@ -52,6 +52,7 @@ RENAMED = {
     "optimizer.updates_per_iteration": "optimizer.num_minibatches",
     "evaluation.pairs": "evaluation.num_samples",
     "evaluation.test_pairs": "evaluation.num_test_samples",
+    "log.tensorboard": "log.report_to (true is now [tensorboard])",
     "ranks": "distributed",
     "ranks.check_every": "distributed.check_weights_every",
     "ranks.silence": "distributed.heartbeat_timeout",

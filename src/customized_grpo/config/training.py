@@ -79,7 +79,23 @@ class DistributedConfig(Section):
 
 
 class LogConfig(Section):
-    """Where measurements go besides metrics.jsonl."""
+    """Where measurements and galleries go besides the folder of the run."""
 
-    tensorboard: bool = False
-    """Write TensorBoard events too (needs customized-grpo[tensorboard])."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers; each needs customized-grpo[NAME]. TensorBoard's events go to the run's folder; Weights & Biases (wandb)
+    and trackio find their keys and servers themselves (docs/guide.md)."""
+    project: str = Field("customized-grpo", min_length=1)
+    """Project at wandb and trackio; the run is called as its folder."""
+
+    @field_validator("report_to")
+    @classmethod
+    def _once(cls, report_to: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(report_to)) != len(report_to):
+            raise ValueError("a tracker is named twice; name it once")
+        return report_to
+
+    @model_validator(mode="after")
+    def _a_project_of_a_service(self) -> "LogConfig":
+        if self.differs_from_default("project") and not {"wandb", "trackio"} & set(self.report_to):
+            raise ValueError("project: only for report_to wandb or trackio; leave it out")
+        return self

@@ -122,6 +122,8 @@ def _interoperability(exif: bytes) -> str | None:
         found.load(exif)
     except SyntaxError:  # damaged data tell nothing
         return None
+    if ExifTags.IFD.Interop not in found.get_ifd(ExifTags.IFD.Exif):  # Pillow before 13 fails where there is none
+        return None
     return found.get_ifd(ExifTags.IFD.Interop).get(1)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,12 +24,16 @@ class Tracker(Protocol):
         """Add a row to the log `name`."""
         ...
 
-    def log_images(self, name: str, images: Tensor, step: int) -> None:
+    def log_images(self, name: str, images: Tensor, step: int, caption: str = "") -> None:
         """Add a grid of images [3, H, W], in [0, 1], to the pictures `name`."""
         ...
 
-    def close(self) -> None:
-        """Write what is still in memory; nothing is recorded afterwards."""
+    def summarize(self, figures: Mapping[str, float]) -> None:
+        """Add figures of the whole run, once it is done."""
+        ...
+
+    def close(self, *, failed: bool = False) -> None:
+        """Write what is still in memory; nothing is recorded afterwards. `failed`: something else ended the run."""
         ...
 
 
@@ -44,12 +49,15 @@ class JsonlTracker:
         with writing(self.folder), (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(clean) + "\n")
 
-    def log_images(self, name: str, images: Tensor, step: int) -> None:
+    def log_images(self, name: str, images: Tensor, step: int, caption: str = "") -> None:
         """Write the grid as a PNG file, which replaces an earlier one of this step."""
         with writing(self.folder):
             save_image(images, image_path(self.folder, name, step))
 
-    def close(self) -> None:
+    def summarize(self, figures: Mapping[str, float]) -> None:
+        """Do nothing: the run's folder has the evaluation they are from."""
+
+    def close(self, *, failed: bool = False) -> None:
         """Do nothing: each row and each image is on the disk already."""
 
 
@@ -72,12 +80,18 @@ class TensorBoardTracker:
                 if isinstance(value, int | float) and key != "iteration":
                     self._events.add_scalar(f"{name}/{key}", value, step)
 
-    def log_images(self, name: str, images: Tensor, step: int) -> None:
+    def log_images(self, name: str, images: Tensor, step: int, caption: str = "") -> None:
         """Add the grid under the tag `name`."""
         with writing(self.folder):
             self._events.add_image(name, images, step)
 
-    def close(self) -> None:
+    def summarize(self, figures: Mapping[str, float]) -> None:
+        """Add the figures as text, a table."""
+        rows = "".join(f"| {name} | {value:.6g} |\n" for name, value in figures.items())
+        with writing(self.folder):
+            self._events.add_text("summary", f"| | |\n|---|---|\n{rows}")
+
+    def close(self, *, failed: bool = False) -> None:
         """Write the events that are still in memory."""
         with writing(self.folder):
             self._events.close()
@@ -93,5 +107,7 @@ def load_summary_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("log.tensorboard needs TensorBoard: pip install 'customized-grpo[tensorboard]'") from error
+        raise UserError(
+            "log.report_to: tensorboard is not installed: pip install 'customized-grpo[tensorboard]'"
+        ) from error
     return SummaryWriter

@@ -14,7 +14,7 @@ from customized_grpo.distributed.termination import SignalHandler, Terminated
 from customized_grpo.errors import WeightsDivergedError
 from customized_grpo.evaluation.before_after import Side, write_evaluation
 from customized_grpo.evaluation.evaluator import Evaluation, Evaluator
-from customized_grpo.io.files import writing
+from customized_grpo.io.files import StorageError, writing
 from customized_grpo.io.jsonl import Metrics, read_rows
 from customized_grpo.policies.policy import Policy
 from customized_grpo.report import write_report
@@ -122,6 +122,9 @@ class TrainingLoop:
                 if self.ranks.is_main_process:
                     how = f"stopped by {self.termination.name}" if isinstance(error, Terminated) else "stopped"
                     self.saver.save_at_end(how)
+                    for tracker in self.trackers:
+                        with suppress(StorageError):  # the error that ended the run is the one to tell
+                            tracker.close(failed=not isinstance(error, Terminated))
             raise
 
     def _loop(self) -> None:
@@ -218,14 +221,19 @@ class TrainingLoop:
             if self.ranks.is_main_process:
                 with saving():
                     self.run.write_adapters(self.policy, self.average)
+        figures = {"iterations": float(self.trainer.iteration)}
+        if (best := self.validation.best()) is not None:
+            figures["best iteration"] = float(best)
         if self.test is not None:
-            self._compare_before_after(self.test)
+            figures |= self._compare_before_after(self.test)
         for tracker in self.trackers:
+            tracker.summarize(figures)
             tracker.close()
         with self.ranks.synchronized(), writing(self.run.path):
             return write_report(self.run.path) if self.ranks.is_main_process else None
 
-    def _compare_before_after(self, test: Evaluator) -> None:
+    def _compare_before_after(self, test: Evaluator) -> dict[str, float]:
+        """Evaluate on the test data; return the mean of each figure by `evaluation/<side>/<figure>`."""
         self.display.note("evaluating before and after on the test data ...")
         last, best = self.trainer.iteration, self.validation.best()
         adapters = {"tuned": Side(last, self._evaluated_weights)}
@@ -237,6 +245,11 @@ class TrainingLoop:
                 held_out=self.config.held_out, on_progress=self._poll,
             )  # fmt: skip
         self.display.comparison(results)
+        return {
+            f"evaluation/{side}/{name}": interval["mean"]
+            for side, result in results.items()
+            for name, interval in result["summary"].items()
+        }
 
     @contextmanager
     def _best_weights(self) -> Iterator[None]:
@@ -265,8 +278,10 @@ class TrainingLoop:
         gallery = draw_gallery(
             evaluation, self.validation.base_images, self.config.evaluation.gallery, self.policy.size
         )
+        prompts = [sample.prompt for sample in evaluation.samples[: self.config.evaluation.gallery]]
+        caption = f"references, images of the base, tuned images: {' | '.join(prompts)}"
         for tracker in self.trackers:
-            tracker.log_images(GALLERIES, gallery, self.trainer.iteration)
+            tracker.log_images(GALLERIES, gallery, self.trainer.iteration, caption)
 
     def _take_snapshot(self) -> None:
         if self.ranks.is_main_process:  # the one that writes checkpoints

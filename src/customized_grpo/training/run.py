@@ -103,7 +103,7 @@ def _training_loop(
     if ranks.world_size > 1:
         display.note(f"{ranks.world_size} processes share {config.rollout.prompts_per_iteration} groups an iteration")
     # Cheapest first: what is wrong is told before the next part is paid for.
-    trackers = load_trackers(config.log)
+    trackers = load_trackers(config, display.warn)
     check_optimizer(config.optimizer, policy_device(config.policy))
     datasets = {
         name: read_dataset(path, config)

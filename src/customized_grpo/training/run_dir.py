@@ -20,6 +20,7 @@ from customized_grpo.io.files import LOCK, UNFINISHED, check_folder, locked, wri
 from customized_grpo.io.jsonl import read_lines
 from customized_grpo.policies.policy import Policy
 from customized_grpo.tracking.console import Display
+from customized_grpo.tracking.services import RUN_IDS
 from customized_grpo.tracking.trackers import image_path
 from customized_grpo.training.checkpoint import list_checkpoints
 from customized_grpo.training.ema import EMA
@@ -46,6 +47,8 @@ WRITTEN = (
     "evaluation",
     GALLERIES,
     "tensorboard",
+    "wandb",
+    RUN_IDS,
     "config.yaml",
 )
 """What a run writes into its folder, and all that --overwrite deletes, in this order: a folder without a config.yaml is
