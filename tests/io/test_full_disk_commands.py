@@ -176,11 +176,11 @@ def test_events_of_tensorboard(
         def add_image(self, *arguments: object) -> None:
             raise OSError(28, os.strerror(28))
 
-        add_scalar = add_image
+        add_scalar = close = add_image
 
     monkeypatch.setattr("customized_grpo.tracking.registry.load_summary_writer", lambda: Full)
     with pytest.raises(StorageError, match=f"{tmp_path / 'run'}: no space to write"):
-        run_training(make_config({"log.tensorboard": True}))
+        run_training(make_config({"log.report_to": ["tensorboard"]}))
 
 
 def test_the_outermost_guard_names_its_folder(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_an_exported_checkpoint_is_what_a_finished_run_leaves(
     assert found["last"] == found["copy"] == finished and found["averaged"] == found["copy-ema"] == averaged
     assert found["first"] not in (finished, averaged)
     assert same(draw(tmp_path / "last"), draw(run)) and same(draw(tmp_path / "first"), draw(run, checkpoint=first))
-    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == [ADAPTER, "config.yaml"]
+    assert sorted(path.name for path in (tmp_path / "last").iterdir()) == ["README.md", ADAPTER, "config.yaml"]
 
 
 def test_an_export_is_evaluated_as_a_run(four: Path, tmp_path: Path, toybox_data: Path, display: Display) -> None:

@@ -42,7 +42,7 @@ def changed_settings(config: Section) -> str:
     return ", ".join(name for name, value in flatten(config.model_dump()).items() if value != defaults.get(name))
 
 
-def print_path(what: str, path: Path | None) -> None:
-    """Print the path of what was written; None, as in all processes but the main one, prints nothing."""
+def print_path(what: str, path: Path | str | None) -> None:
+    """Print the path or address of what was written; None, as in all processes but the main one, prints nothing."""
     if path is not None:
         print(f"{what}: {path}")

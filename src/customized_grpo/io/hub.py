@@ -1,13 +1,15 @@
 """Pipelines from a local folder or a hub id, checked before hours are spent."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+import httpx2
 import torch
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -21,6 +23,8 @@ from customized_grpo.io.files import downloading, is_left_behind
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
 """What libraries raise on files that are missing, damaged, or not what they are taken for."""
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+"""A repository: owner/name."""
 SHARDS = "*.safetensors.index.json"
 """Indices of weights in several files."""
 
@@ -88,6 +92,37 @@ def download_beside(name: str, beside: str, field: str) -> None:
     Raises `UserError`, naming the configuration `field`, if there is none.
     """
     _download_file(f"{name.rpartition('/')[0]}/{beside}", field)
+
+
+def check_upload(repository: str, field: str) -> None:
+    """Raise `UserError`, naming the option `field`, where the user cannot upload to `repository`, owner/name."""
+    if not HUB_ID.fullmatch(repository):
+        raise UserError(f"{field}: '{repository}' is no name on the hub; give owner/name")
+    if get_token() is None:
+        raise UserError(f"{field}: no token of the hub is known; log in with `hf auth login`, or set HF_TOKEN")
+    check_hub()
+    with _uploading(repository, field, "nothing was written"):
+        HfApi().whoami()
+
+
+def upload(folder: Path, repository: str, field: str, *, public: bool) -> str:
+    """Upload the files of `folder` to the model `repository` on the hub, made if it is not there; return its address.
+
+    A new one is private unless `public`. Raises `UserError`, naming the option `field`, where the hub refuses.
+    """
+    with _uploading(repository, field, f"{folder} is written"):
+        api = HfApi()
+        api.create_repo(repository, private=not public, exist_ok=True)
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, commit_message="An adapter and its card")
+        return str(commit.repo_url)
+
+
+@contextmanager
+def _uploading(repository: str, field: str, so_far: str) -> Iterator[None]:
+    try:
+        yield
+    except (HfHubHTTPError, OfflineModeIsEnabled, InvalidId, httpx2.HTTPError, OSError) as error:
+        raise UserError(f"{field}: {repository} could not be uploaded to ({first_line(error)}); {so_far}") from error
 
 
 def _download_file(name: str, field: str) -> Path:

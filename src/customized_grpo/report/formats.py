@@ -15,7 +15,8 @@ def power_of_ten(power: int) -> str:
 def percent(value: float) -> str:
     if not math.isfinite(value):
         return "\u2013"
-    return f"{100 * value:.2g}\u202f%" if 0 < value < 0.0005 else f"{100 * value:.1f}\u202f%"
+    # What is nearer to 0 is a rounding error of a bound at 0.
+    return f"{100 * value:.2g}\u202f%" if 1e-9 < value < 0.0005 else f"{100 * value:.1f}\u202f%"
 
 
 def points(value: float) -> str:
