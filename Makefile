@@ -10,7 +10,7 @@ MANIFESTS := $(SPLITS:%=$(DATA)/%/metadata.jsonl)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo compare compare-leak compare-guard figures test test-all test-device test-quantization test-trackers lint benchmark clean
+.PHONY: help setup demo compare compare-leak compare-guard figures test test-all test-device test-quantization test-trackers test-oldest lint benchmark clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | \
@@ -61,6 +61,11 @@ test-quantization: $(INSTALLED) ## Install torchao and bitsandbytes apart, and r
 test-trackers: $(INSTALLED) ## Install wandb and trackio apart, and run the tests that need them
 	$(BIN)/pip install --quiet --upgrade --target .venv/trackers wandb==0.31.0 trackio==0.43.0
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/trackers $(BIN)/python -m pytest -n auto -m trackers tests/tracking/test_services.py
+
+test-oldest: $(INSTALLED) ## Run the fast tests with the oldest versions of libraries that pyproject.toml allows
+	$(BIN)/pip install --quiet --upgrade --no-deps --target .venv/oldest -r oldest.txt \
+		annotated-types typing-extensions pydantic-core==2.27.0 pyparsing python-dateutil six contourpy cycler fonttools kiwisolver
+	OMP_NUM_THREADS=1 PYTHONPATH=.venv/oldest $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED) ## Check style, formatting, types, imports between rooms, and plain English
 	$(BIN)/ruff check

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 
 from customized_grpo.config.recipes import list_recipes
 from customized_grpo.toybox.weights import NAMES, QUALITY
+
+AS_TESTED = {"torch", "diffusers", "transformers", "huggingface-hub", "httpx2", "safetensors"}
+"""Tested in the versions of constraints.txt alone."""
 
 
 @pytest.fixture(scope="module")
@@ -54,3 +58,13 @@ def test_the_installed_wheel_finds_its_weights_and_recipes(wheel: Path, tmp_path
     assert done.returncode == 0, done.stderr
     package, recipes = done.stdout.splitlines()
     assert Path(package).is_relative_to(target) and recipes.split() == list(list_recipes())
+
+
+def test_the_oldest_versions_are_those_that_the_package_allows(repository: Path) -> None:
+    lines = (repository / "oldest.txt").read_text().splitlines()
+    oldest = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    allowed = dict(each.split(">=") for each in project["dependencies"])
+    assert oldest.keys() == allowed.keys() - AS_TESTED
+    for name, version in oldest.items():
+        assert f"{version}.".startswith(f"{allowed[name]}."), name

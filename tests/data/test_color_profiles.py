@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from photographs import YCBCR
 from PIL import ExifTags, Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -142,7 +143,7 @@ def test_transparency_stays_and_colours_are_converted(tmp_path: Path) -> None:
     torch.testing.assert_close(image, plain * alpha + 1 - alpha, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", ["P", "YCbCr"])
+@pytest.mark.parametrize("mode", ["P", YCBCR])
 def test_pixels_of_other_modes_have_the_profile_of_rgb(tmp_path: Path, mode: str) -> None:
     name = "a.png" if mode == "P" else "a.tiff"
     picture = Image.fromarray(noise()).convert(mode)

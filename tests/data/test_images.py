@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from photographs import YCBCR
 from PIL import Image
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def test_pixels_without_a_range_are_refused(tmp_path: Path) -> None:
         load_image(tmp_path / "a.tiff")
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK", YCBCR])
 def test_other_pixel_modes_become_rgb(tmp_path: Path, mode: str) -> None:
     name = tmp_path / ("a.tiff" if mode in ("CMYK", "YCbCr") else "a.png")
     Image.fromarray(pixels(4, 4)).convert(mode).save(name)
