@@ -139,10 +139,8 @@ def measure(
     device = policy.device
     trainer = Trainer(config, policy, {"prompt": Brightness(0), "identity": Brightness(1)}, dataset)
     cuda = device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     runs = [trainer.train_step() for _ in range(iterations)]
-    peak = torch.cuda.max_memory_allocated() if cuda else None
+    peak = max(run["peak_memory_gib"] for run in runs) if cuda else None
     flops, seconds = sum(expected.flops.values()) - expected.recomputed, runs[-1]["seconds/total"]
     gemm = _matmul_rate(device)
     single = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"micro_batch": 1})})
@@ -159,7 +157,7 @@ def measure(
         "operations per second, TFLOP": flops / seconds / 1e12,
         "matrix product of the same run, TFLOP per second": gemm / 1e12,
         "share of it (model-FLOPs utilisation), %": 100 * flops / seconds / gemm,
-        "peak memory, GiB": None if peak is None else peak / 2**30,
+        "peak memory, GiB": peak,
         "expected peak memory, GiB": expected.peak_bytes / 2**30,
         "first ratio - 1, equal micro-batches": _off(runs),
         "first ratio - 1, micro-batches of 1 in the update": _off([alone]),

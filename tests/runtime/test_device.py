@@ -13,7 +13,7 @@ from customized_grpo.distributed.env import local_rank, local_world
 from customized_grpo.errors import UserError
 from customized_grpo.factory.data import encode_ahead, read_dataset
 from customized_grpo.factory.policy import build_policy, resolve_policy_config
-from customized_grpo.runtime.device import configure, device_memory, resolve_device, resolve_precision
+from customized_grpo.runtime.device import configure, device_memory, peak_memory, resolve_device, resolve_precision
 
 LAUNCHED = (
     "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE",
@@ -143,3 +143,13 @@ def test_memory_is_told_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda device: (1, 24 * 2**30))
     assert device_memory(torch.device("cuda:0")) == 24 * 2**30
     assert device_memory(torch.device("cpu")) is None and device_memory(torch.device("mps")) is None
+
+
+def test_the_peak_of_a_gpu_is_that_since_the_last_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    reset = Mock()
+    monkeypatch.setattr(torch.accelerator, "max_memory_allocated", lambda device: 5)
+    monkeypatch.setattr(torch.accelerator, "reset_peak_memory_stats", reset)
+    assert peak_memory(torch.device("cpu")) is None
+    reset.assert_not_called()
+    assert peak_memory(torch.device("cuda:0")) == 5
+    reset.assert_called_once_with(torch.device("cuda:0"))

@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -74,7 +75,29 @@ def test_a_new_metric_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_iteration_shows_every_reward_by_name() -> None:
     text = io.StringIO()
     means = {f"reward/{name}/mean": value for name, value in (("prompt", 0.5), ("identity", 0.25), ("style", 1.0))}
-    rest = {"conflict_rate": 0.4, "silent_groups": 0.0, "grad_norm": 1.0, "seconds/total": 2.0}
+    rest = {
+        "conflict_rate": 0.4, "silent_groups": 0.0, "grad_norm": 1.0, "seconds/total": 2.0, "samples_per_second": 11.25,
+    }  # fmt: skip
     with Display(Console(file=text, width=200)).training(9, 0) as show:
-        show.iteration({"iteration": 1, "reward/prompt/std": 0.1, **means, **rest})
-    assert "iteration 1/9  prompt 0.500  identity 0.250  style 1.000  conflict 40%" in text.getvalue()
+        show.iteration({"iteration": 1, "reward/prompt/std": 0.1, **means, **rest}, None)
+        show.iteration({"iteration": 2, **means, **rest, "peak_memory_gib": 18.4}, 3725.0)
+    first, second = text.getvalue().splitlines()
+    assert first.startswith("iteration 1/9  prompt 0.500  identity 0.250  style 1.000  conflict 40%")
+    assert first.endswith("2.0 s  11.2 images/s")
+    assert second.endswith("2.0 s  11.2 images/s  18.4 GiB  1 h 2 min left")
+
+
+def test_a_terminal_shows_what_is_left_of_the_run_and_of_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("customized_grpo.tracking.console.time.monotonic", lambda: now[0])
+    text = io.StringIO()
+    figures = {
+        "iteration": 1, "silent_groups": 0.0, "grad_norm": 1.0, "seconds/total": 2.0, "samples_per_second": 11.25,
+    }  # fmt: skip
+    with Display(Console(file=text, width=200, force_terminal=True)).training(9, 0) as show:
+        show.iteration(figures, 150.0)
+        show.phase("rollout", 0.0)
+        now[0] += 60
+        show.phase("rollout", 0.25)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text.getvalue()).splitlines()[-1]
+    assert "rollout 25% 3 min 0 s left" in last and "11.2 images/s" in last and "2 min 30 s left" in last

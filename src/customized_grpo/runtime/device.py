@@ -90,6 +90,15 @@ def device_memory(device: torch.device) -> int | None:
     return torch.accelerator.get_memory_info(device)[1] if device.type in ("cuda", "xpu") else None
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Return the most bytes of a GPU that tensors held since the last call; None of what is no GPU."""
+    if device.type not in ("cuda", "xpu"):
+        return None
+    peak = torch.accelerator.max_memory_allocated(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    return peak
+
+
 def configure(threads: int | None) -> None:
     """Use `threads` CPU threads; if None all cores, shared among the processes of a run."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

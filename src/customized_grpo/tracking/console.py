@@ -1,6 +1,7 @@
 """Live progress on a terminal, plain lines elsewhere."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -27,6 +29,7 @@ from customized_grpo.tracking.metric_info import (
     metric_info,
     overview,
 )
+from customized_grpo.tracking.time_left import duration
 
 NOT_METRICS = ("iteration", "pairs", "intervals", "gains", "over_optimized")
 """Fields of a validation's row that are no metrics."""
@@ -37,13 +40,19 @@ class TrainingProgress:
 
     def __init__(self, console: Console, progress: Progress, task: TaskID) -> None:
         self._console, self._progress, self._task = console, progress, task
+        self._phase, self._began = "", 0.0
 
     def phase(self, name: str, share: float) -> None:
-        """Show which phase of the iteration runs and how far it is."""
-        self._progress.update(self._task, phase=f"{name} {share:4.0%}")
+        """Show which phase of the iteration runs, how far it is, and how long it will take still."""
+        now = time.monotonic()
+        if name != self._phase:
+            self._phase, self._began = name, now
+        left = f" {duration((now - self._began) * (1 - share) / share)} left" if 0 < share < 1 else ""
+        self._progress.update(self._task, phase=f"{name} {share:.0%}{left}")
 
-    def iteration(self, metrics: Mapping[str, Any]) -> None:
-        """Show an iteration's figures: on the bar of a terminal, else as a line."""
+    def iteration(self, metrics: Mapping[str, Any], left: float | None) -> None:
+        """Show an iteration's figures, and the seconds that are `left` of the run where that is known: on the bar of a
+        terminal, else as a line."""
         conflict, silent = metrics.get("conflict_rate"), metrics["silent_groups"]
         parts = [f"{name} {mean:.3f}" for name, mean in _reward_means(metrics)]
         if conflict is not None:
@@ -51,10 +60,16 @@ class TrainingProgress:
         figures = "  ".join(parts)
         if silent > 0:
             figures += f"  silent groups {silent:.0%}"
-        self._progress.update(self._task, completed=metrics["iteration"], figures=figures)
+        speed = f"{metrics['samples_per_second']:.3g} images/s"
+        if (peak := metrics.get("peak_memory_gib")) is not None:
+            speed += f"  {peak:.1f} GiB"
+        told = "" if left is None else f"  {duration(left)} left"
+        self._progress.update(
+            self._task, completed=metrics["iteration"], figures=f"{figures}  {speed}", left=told.strip()
+        )
         if not self._console.is_terminal:
             place = f"iteration {metrics['iteration']}/{self._progress.tasks[0].total:.0f}"
-            cost = f"grad {metrics['grad_norm']:.1e}  {metrics['seconds/total']:.1f} s"
+            cost = f"grad {metrics['grad_norm']:.1e}  {metrics['seconds/total']:.1f} s  {speed}{told}"
             self._console.print(f"{place}  {figures}  {cost}", highlight=False, soft_wrap=True)
 
 
@@ -98,15 +113,18 @@ class Display:
     @contextmanager
     def training(self, iterations: int, done: int) -> Iterator[TrainingProgress]:
         """Show a run of `iterations`; `done` of them are behind it."""
-        progress = self._bar(TextColumn("{task.fields[phase]:<13}"), TextColumn("{task.fields[figures]}"))
+        progress = self._bar(
+            TextColumn("{task.fields[phase]:<13}"), TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[left]}"),
+        )  # fmt: skip
         with progress:
-            task = progress.add_task("training", total=iterations, completed=done, phase="", figures="")
+            task = progress.add_task("training", total=iterations, completed=done, phase="", figures="", left="")
             yield TrainingProgress(self.console, progress, task)
 
     @contextmanager
     def stages(self) -> Iterator["StageProgress"]:
         """Show a sequence of named stages, each with its own bar."""
-        with self._bar(TextColumn("{task.fields[figures]}")) as progress:
+        with self._bar(TextColumn("{task.fields[figures]}"), TimeRemainingColumn()) as progress:
             yield StageProgress(self.console, progress)
 
     @contextmanager
@@ -166,10 +184,10 @@ class Display:
             table.add_row(name, value)
         self.console.print(table)
 
-    def _bar(self, *columns: TextColumn) -> Progress:
+    def _bar(self, *columns: ProgressColumn) -> Progress:
         return Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=14), MofNCompleteColumn(), *columns,
-            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+            console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
 
 

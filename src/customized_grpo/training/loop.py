@@ -1,5 +1,6 @@
 """A training run under way: iterations, validations, checkpoints."""
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from customized_grpo.report import write_report
 from customized_grpo.runtime.memory import COPYING, EVALUATING, explain_out_of_memory
 from customized_grpo.tracking.console import Display, TrainingProgress
 from customized_grpo.tracking.registry import OpenTracker
+from customized_grpo.tracking.time_left import TimeLeft
 from customized_grpo.tracking.trackers import Tracker
 from customized_grpo.training.checkpoint import State
 from customized_grpo.training.ema import EMA
@@ -37,6 +39,9 @@ from customized_grpo.training.warnings import (
     iteration_warnings,
     validation_warnings,
 )
+
+ITERATION, VALIDATION = "iteration", "validation"
+"""Parts of a run that are timed."""
 
 
 class TrainingLoop:
@@ -71,6 +76,11 @@ class TrainingLoop:
         self._clipping = ClippingWatch(config.optimizer.num_minibatches)
         self._told: set[str] = set()
         """Warnings that are given once a run."""
+        self._time = TimeLeft()
+        settings, sides = config.evaluation, 2 + (config.select is not None)  # the base, the best and the last
+        samples = 0 if test is None else sides * min(settings.num_test_samples, len(test.dataset))
+        self._final_share = samples / min(settings.num_samples, len(validation.dataset))
+        """How many validations the evaluation at the end is."""
 
     def start(self, fingerprint: dict[str, Any], *, resume: bool, resume_from: Path | None = None) -> None:
         """Begin the run's folder, or go back to its newest checkpoint, or to the checkpoint `resume_from`.
@@ -136,7 +146,10 @@ class TrainingLoop:
                 self._validate()
             over = self._is_over()
             while self.trainer.iteration < last and not over:
-                self._iterate(show)
+                began = time.monotonic()
+                metrics = self._iterate(show)
+                self._time.took(ITERATION, time.monotonic() - began)
+                show.iteration(metrics, self._time.left(self._parts_left()))
                 iteration = self.trainer.iteration
                 if self._validation_is_due() or iteration == last:
                     self._validate()
@@ -148,7 +161,13 @@ class TrainingLoop:
                 if due:
                     self._save()
 
-    def _iterate(self, show: TrainingProgress) -> None:
+    def _parts_left(self) -> dict[str, float]:
+        """Return how many iterations and validations are left, and what evaluations at the end are of validations."""
+        done, last, every = self.trainer.iteration, self.config.iterations, self.config.evaluation.every
+        validations = last // every - (done - 1) // every + (last % every != 0)  # the one after this iteration too
+        return {ITERATION: last - done, VALIDATION: validations + self._final_share}
+
+    def _iterate(self, show: TrainingProgress) -> Metrics:
         """Run one iteration; it counts once its line is in the log and its weights are in the snapshot."""
 
         def on_phase(phase: str, share: float) -> None:
@@ -165,7 +184,7 @@ class TrainingLoop:
         for warning in iteration_warnings(metrics, self.trainer.reasons):
             self.display.warn(warning)
         self._warn_once(self._clipping.see(metrics))
-        show.iteration(metrics)
+        return metrics
 
     def _warn_once(self, warnings: Iterable[tuple[str, str]]) -> None:
         """Show each of the `warnings`, by what they are about, the first time in a run."""
@@ -187,7 +206,7 @@ class TrainingLoop:
 
     def _validate(self) -> None:
         self.snapshot.wait()
-        iteration = self.trainer.iteration
+        iteration, began = self.trainer.iteration, time.monotonic()
         with explain_out_of_memory("evaluating the averaged weights", EVALUATING), self._evaluated_weights():
             evaluation, row = self.validation.evaluate(iteration, self._poll)
             with self.ranks.synchronized(), self.termination.critical_section():
@@ -196,6 +215,7 @@ class TrainingLoop:
                     self._log_gallery(evaluation)
                     self.validation.keep_if_best(row, self.policy)
                 self._log(EVALUATIONS, row)
+        self._time.took(VALIDATION, time.monotonic() - began)
         self.display.validation(row)
         if self.ranks.is_main_process and (told := self.validation.told()):
             self.display.note(told)

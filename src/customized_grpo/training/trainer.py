@@ -30,7 +30,7 @@ from customized_grpo.policies.policy import ConditionT, Policy
 from customized_grpo.randomness import generator
 from customized_grpo.rewards.reward import Reward
 from customized_grpo.rewards.scoring import GroupRewards, Scorer
-from customized_grpo.runtime.device import device_memory
+from customized_grpo.runtime.device import device_memory, peak_memory
 from customized_grpo.runtime.memory import DRAWING, SCORING, UPDATING, explain_out_of_memory
 from customized_grpo.tracking.timer import OnPhase, OnProgress, Timer
 from customized_grpo.training.advantages import compute_advantages, step_weights
@@ -105,7 +105,8 @@ class Trainer(Generic[ConditionT]):
         self.iteration += 1
         progress = {"iteration": self.iteration, "steps": list(plan.trained)}
         signal = self.scorer.metrics(rewards) | {"silent_groups": silent_groups(advantages)}
-        return progress | signal | updates | _cost(timer.seconds(), advantages[..., 0].numel(), forwards)
+        memory = {} if (peak := peak_memory(self.policy.device)) is None else {"peak_memory_gib": peak / 2**30}
+        return progress | signal | updates | _cost(timer.seconds(), advantages[..., 0].numel(), forwards) | memory
 
     @property
     def local_prompts(self) -> range:
