@@ -14,6 +14,7 @@ from customized_grpo.cli.commands.evaluate import EVALUATE
 from customized_grpo.cli.commands.export import EXPORT
 from customized_grpo.cli.commands.figures import FIGURES
 from customized_grpo.cli.commands.generate import GENERATE
+from customized_grpo.cli.commands.init import INIT
 from customized_grpo.cli.commands.prepare import PREPARE
 from customized_grpo.cli.commands.recipes import RECIPES
 from customized_grpo.cli.commands.report import REPORT
@@ -30,8 +31,8 @@ from customized_grpo.runtime.libraries import silence_imports
 from customized_grpo.runtime.memory import is_out_of_memory
 
 COMMANDS = (
-    TRAIN, EVALUATE, GENERATE, COMPARE, DIAGNOSE, FIGURES, PREPARE, SERVE_REWARD, EXPORT, CACHE, REPORT, RECIPES, ENV,
-    TOYBOX,
+    TRAIN, EVALUATE, GENERATE, COMPARE, DIAGNOSE, FIGURES, INIT, PREPARE, SERVE_REWARD, EXPORT, CACHE, REPORT, RECIPES,
+    ENV, TOYBOX,
 )  # fmt: skip
 """In the order of --help."""
 

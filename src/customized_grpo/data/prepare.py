@@ -66,9 +66,18 @@ def prepare(
     `max_bad` entries are unusable: then nothing is left behind.
     """
     _check(source, output, options)
-    output = None if output is None else output.absolute()  # a manifest's relative paths count from its folder
     name = recognise(source) if options.format == "auto" else options.format
     total, reading = _reading(name, source, options)
+    return write_entries(name, source, output, options, total, reading, on_progress)
+
+
+def write_entries(
+    name: str, source: Path, output: Path | None, options: Options, total: int, reading: Generator[EntryOrProblem],
+    on_progress: OnProgress = lambda done, of: None,
+) -> Outcome:  # fmt: skip
+    """Check the `total` entries of `reading`, which are of `source` in the layout `name`, and write them as `prepare`
+    does."""
+    output = None if output is None else output.absolute()  # a manifest's relative paths count from its folder
     segment = _segmenter() if options.segment and output is not None else None
     partial = None if output is None else output.with_name(f".{output.name}.partial")
     if partial is not None:
