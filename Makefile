@@ -64,7 +64,7 @@ test-trackers: $(INSTALLED) ## Install wandb and trackio apart, and run the test
 
 test-oldest: $(INSTALLED) ## Run the fast tests with the oldest versions of libraries that pyproject.toml allows
 	$(BIN)/pip install --quiet --upgrade --no-deps --target .venv/oldest -r oldest.txt \
-		annotated-types typing-extensions pydantic-core==2.27.0 pyparsing python-dateutil six contourpy cycler fonttools kiwisolver
+		annotated-types typing-extensions pydantic-core==2.33.0 typing-inspection pyparsing python-dateutil six contourpy cycler fonttools kiwisolver
 	OMP_NUM_THREADS=1 PYTHONPATH=.venv/oldest $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(INSTALLED) ## Check style, formatting, types, imports between rooms, and plain English

@@ -22,7 +22,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Refused:
         with pytest.raises(SystemExit) as caught:
             cli.main(list(map(str, arguments)))
         out, err = capsys.readouterr()
-        assert caught.value.code == status and out == ""
+        assert caught.value.code == status and out.strip() == ""
         assert err.startswith("customized-grpo: error: ") and err.count("error: ") == 1 and "Traceback" not in err
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
         return err

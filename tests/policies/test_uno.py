@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from photographs import OLD_PILLOW
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -109,6 +110,7 @@ def test_a_factor_for_each_projection_is_more_than_the_published_one() -> None:
     assert (ours, ours - shared) == (1_195_376_640, 956_301_312)
 
 
+@pytest.mark.skipif(OLD_PILLOW, reason="Pillow before 13 rounds some pixels otherwise")
 @pytest.mark.parametrize(("height", "width"), [(600, 400), (427, 640), (1000, 301), (300, 300), (200, 330)])
 @pytest.mark.parametrize(("count", "side"), [(1, 512), (2, 320)])
 def test_references_are_prepared_as_by_the_published_code(height: int, width: int, count: int, side: int) -> None:

@@ -8,11 +8,10 @@ import PIL
 import pytest
 from PIL import Image
 
+OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
 YCBCR = pytest.param(
     "YCbCr",
-    marks=pytest.mark.skipif(
-        int(PIL.__version__.split(".")[0]) < 13, reason="Pillow before 13 does not read a TIFF of its own in this mode"
-    ),
+    marks=pytest.mark.skipif(OLD_PILLOW, reason="Pillow before 13 does not read a TIFF of its own in this mode"),
 )
 
 
