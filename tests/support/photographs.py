@@ -11,7 +11,7 @@ from PIL import Image
 OLD_PILLOW = int(PIL.__version__.split(".")[0]) < 13
 YCBCR = pytest.param(
     "YCbCr",
-    marks=pytest.mark.skipif(OLD_PILLOW, reason="Pillow before 13 does not read a TIFF of its own in this mode"),
+    marks=pytest.mark.skipif(OLD_PILLOW, reason="Pillow before 13 does not read such a TIFF of its own"),
 )
 
 

@@ -23,7 +23,7 @@ SETTINGS = "settings.yaml"
 SMALL = "-24gb"
 """Ends the name of a recipe for one small GPU."""
 SMALL_GIB = 40.0
-"""GPUs below it get such a recipe, where there is one."""
+"""GPUs below it get such a recipe, if the generator has one."""
 OnProgress = Callable[[str, int, int], None]
 
 

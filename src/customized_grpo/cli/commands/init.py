@@ -62,7 +62,7 @@ def run(options: Namespace) -> None:
 
 
 def _ask(option: str, question: str) -> str:
-    """Ask on the terminal. Raises `UserError`, naming the option, where there is none."""
+    """Ask on the terminal. Raises `UserError`, naming the option, if no terminal is there."""
     if not sys.stdin.isatty():
         raise UserError(f"init: {option} is missing, and there is no terminal to ask on; give it")
     from rich.prompt import Prompt
