@@ -22,7 +22,10 @@ def documented(log: str) -> set[str]:
     return {key for cell in cells for key in re.findall(r"`([^`]+)`", cell)}
 
 
-def test_every_key_of_a_log_is_explained(make_config: Callable[..., Config], display: Display) -> None:
+def test_every_key_of_a_log_is_explained(
+    make_config: Callable[..., Config], display: Display, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("customized_grpo.training.trainer.peak_memory", lambda device: 1 << 30)  # as on a GPU
     config = make_config({"rewards.rough": {"kind": "texture", "role": "constraint", "at_most": 50.0}})
     train(config, display)
     for log, more in (("metrics.jsonl", set[str]()), ("evaluations.jsonl", documented("Held-out metrics"))):

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,19 @@ def test_weights_that_were_not_evaluated_say_so(evaluated: Path, tmp_path: Path)
     """The evaluation is of the average."""
     text = card_of(export(evaluated, tmp_path / "out")).text
     assert "These weights were not evaluated." in text and "## How good it is" not in text and "![" not in text
+
+
+def test_the_iterations_are_those_that_were_trained(evaluated: Path, tmp_path: Path) -> None:
+    """Not those that were asked for: patience may end a run."""
+    run = tmp_path / "run"
+    shutil.copytree(evaluated, run)
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["iterations"], settings["evaluation"]["patience"] = 9, 1
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    row = json.loads((run / "evaluations.jsonl").read_text().splitlines()[0])
+    rows = [row | {"iteration": number, "copied": number / 10} for number in range(3)]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "2 iterations; an average" in card_of(export(run, tmp_path / "out", ema=True)).text
 
 
 def test_a_checkpoint_has_the_figures_of_its_validation(evaluated: Path, tmp_path: Path) -> None:

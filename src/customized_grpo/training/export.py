@@ -11,10 +11,11 @@ from customized_grpo.config.run import Config, flatten
 from customized_grpo.errors import UserError
 from customized_grpo.factory.policy import save_adapter
 from customized_grpo.io.files import check_finite, check_folder, write_whole, writing
+from customized_grpo.io.jsonl import last_row
 from customized_grpo.policies.lora_files import read_tensors
 from customized_grpo.report.card import Exported, write_card
 from customized_grpo.training.checkpoint import MANIFEST, TENSORS, read_manifest, read_weights
-from customized_grpo.training.run_dir import CHECKPOINTS, best_iteration, finished_adapter, load_run_config
+from customized_grpo.training.run_dir import CHECKPOINTS, LOGS, best_iteration, finished_adapter, load_run_config
 
 
 def export(source: Path, out: Path, *, ema: bool = False, best: bool = False) -> Path:
@@ -51,6 +52,8 @@ def export(source: Path, out: Path, *, ema: bool = False, best: bool = False) ->
             read_tensors(path)
     settings = config.model_copy(update={"output": out}).model_dump(mode="json")
     iteration = best_iteration(run) if best else None
+    if iteration is None and not tensors and (last := last_row(run / LOGS[0])):
+        iteration = int(last["iteration"])  # a run may end before its last iteration
     what = Exported(
         config.iterations if iteration is None else iteration,
         averaged=ema or (best and config.ema.decay is not None and config.ema.evaluate),
