@@ -172,3 +172,12 @@ def test_settings_of_the_run_stand_in_the_call(tmp_path: Path) -> None:
         assert f"    {line},\n" in text
     assert "scheduler" not in text and "1024 * 1024" in text  # Kontext's own side, which it would not scale to
     assert "/models" not in text and 'from_pretrained("BASE_MODEL"' in text
+
+
+def test_an_adapter_below_it_is_named_without_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "uno.safetensors").touch()
+    for named, told in ((str(tmp_path / "uno.safetensors"), "uno.safetensors"), ("me/uno/lora.safetensors",) * 2):
+        config = settings("flux1-kontext", base_adapter=named)
+        text = write_card(tmp_path / "lion", tmp_path, LAST, config, "me/model").read_text()
+        assert f"merged into it**: {told}. Merge that first" in text
+    assert "merged" not in write_card(tmp_path / "lion", tmp_path, LAST, settings("uno"), "me/model").read_text()

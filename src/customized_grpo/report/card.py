@@ -43,11 +43,13 @@ def write_card(run_folder: Path, out: Path, what: Exported, config: Mapping[str,
     `config`: the run's. `base_model`: hub id or path of the model that the adapter belongs to, None for ToyBox. Raises
     `UserError` where a file of the run is broken.
     """
+    merged = config["policy"]["pipeline"]["base_adapter"]
     run = read_run(run_folder) if (run_folder / "metrics.jsonl").is_file() else None  # not beside an exported adapter
     side = None if run is None else _side(run, what)
     content = {
         "name": run_folder.resolve().name,
         "base_model": base_model if base_model and HUB_ID.fullmatch(base_model) else None,
+        "merged": merged if merged is None or not Path(merged).exists() else Path(merged).name,
         "what": what,
         "settings": flatten(dict(config)),
         "figures": [] if run is None else _final_figures(run, side) if side else _validation_figures(run, what),
