@@ -143,6 +143,16 @@ def test_a_broken_photograph_is_named_and_nothing_is_written(
     assert not list((tmp_path / "my").rglob("*.png")) and not (tmp_path / "my" / "settings.yaml").exists()
 
 
+def test_photographs_in_a_format_that_is_not_read_are_told(
+    init: Init, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `prepare` tells them: nothing is left out in silence."""
+    save(tmp_path / "photos", "a.png")
+    (tmp_path / "photos" / "b.cr2").write_bytes(b"raw")
+    init()
+    assert capsys.readouterr().out.count("left out: photos: b.cr2: ") == 1
+
+
 def test_a_folder_without_pictures_is_told(init: Init, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "photos").mkdir()
     with pytest.raises(SystemExit):

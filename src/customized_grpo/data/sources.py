@@ -48,7 +48,7 @@ def read_folders(source: Path) -> Iterator[EntryOrProblem]:
         except ValueError as error:
             yield Problem(folder.name, str(error))
             continue
-        yield from _of_subject(source, folder, [line.replace(PLACE, name) for line in lines if line])
+        yield from read_subject(source, folder, [line.replace(PLACE, name) for line in lines if line])
 
 
 def read_dreambench(source: Path) -> Iterator[EntryOrProblem]:
@@ -83,7 +83,7 @@ def read_dreambench(source: Path) -> Iterator[EntryOrProblem]:
         templates = living if kind in ("dog", "cat") else objects
         # The first place is DreamBooth's rare token, which a reference takes the place of.
         prompts = [" ".join(template.replace("{0}", "").replace("{1}", kind).split()) for template in templates]
-        yield from _of_subject(source, folder, prompts)
+        yield from read_subject(source, folder, prompts)
 
 
 def read_manifest(source: Path) -> Iterator[EntryOrProblem]:
@@ -148,7 +148,8 @@ def recognise(source: Path) -> str:
     )
 
 
-def _of_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[EntryOrProblem]:
+def read_subject(source: Path, folder: Path, prompts: Sequence[str]) -> Iterator[EntryOrProblem]:
+    """Read the pictures in a `folder` within `source` as one subject, with an entry for each of the `prompts`."""
     files = listed(folder)
     named = {path.stem: path for path in files if is_picture(path)}
     pictures = [path for path in files if is_picture(path) and not path.stem.endswith(MASK)]

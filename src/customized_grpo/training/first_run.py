@@ -1,23 +1,25 @@
 """`customized-grpo init`: from a folder of photographs to a run that fits one's GPU, and the command that starts it."""
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from customized_grpo.config.recipes import find_recipe, list_recipes
-from customized_grpo.config.run import Config, set_dotted
-from customized_grpo.data.entries import Entry, EntryOrProblem
-from customized_grpo.data.formats import is_picture
+from customized_grpo.config.run import Config
+from customized_grpo.data.entries import Entry, EntryOrProblem, Problem
+from customized_grpo.data.formats import is_picture, remedy
 from customized_grpo.data.prepare import Options, write_entries
 from customized_grpo.data.scenes import prompts
+from customized_grpo.data.sources import read_subject
 from customized_grpo.errors import UserError
 from customized_grpo.io.files import check_folder, listed, write_whole, writing
 from customized_grpo.training.dry_run import dry_run
-from customized_grpo.training.fit import Fit, fits, fitted
+from customized_grpo.training.fit import GIB, Fit, fits, fitted
 
 SETTINGS = "settings.yaml"
 SMALL = "-24gb"
@@ -41,13 +43,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Made:
-    """What was written: samples by split, and the settings, which are those of `recipe` but for `changes`; and what an
-    iteration takes."""
+    """What was written: samples by split, and the settings, which began as those of `recipe`; what of the photographs
+    was left out, and what an iteration takes."""
 
     samples: dict[str, int]
+    left_out: list[Problem]
     recipe: str
     settings: Path
-    changes: dict[str, Any]
     peak_gib: float
 
 
@@ -59,28 +61,35 @@ def make_first_run(asked: Asked, on_progress: OnProgress, on_try: Callable[[Fit]
     check_folder(asked.folder, "FOLDER")
     if asked.folder.exists() and any(asked.folder.iterdir()):
         raise UserError(f"FOLDER: {asked.folder} is not empty; name a new folder")
-    subjects = _subjects(asked.pictures)
+    photographs, problems = _photographs(asked.pictures)
     recipe = _recipe(asked.generator, asked.gpu_memory)
     splits = {split: asked.folder / "data" / split for split in prompts(asked.called)}
     changes: dict[str, Any] = {"output": str(asked.folder / "run")}
     changes |= {f"data.{'path' if split == 'train' else split}": str(path) for split, path in splits.items()}
-    if not asked.segment and not _masked(subjects):
+    if not asked.segment and not all(each.masks for each in photographs):
         changes["rewards.identity.dino.reference"] = "whole"
-    fit, peak = _fitting(recipe, changes, asked.gpu_memory, on_try)
-    changes |= fit
+    text = edited(find_recipe(recipe).read_text(encoding="utf-8"), changes)
+    fit = _fitting(recipe, Config.model_validate(yaml.safe_load(text)), asked.gpu_memory, on_try)
     options, samples = Options(segment=asked.segment), {}
+    left_out: list[Problem] = []
     for split, path in splits.items():
-        entries = [each for prompt in prompts(asked.called)[split] for each in _entries(subjects, prompt)]
+        entries: list[EntryOrProblem] = [
+            replace(each, prompt=prompt) for prompt in prompts(asked.called)[split] for each in photographs
+        ]
+        if split == "train":  # told once
+            entries = [*problems, *entries]
 
         def show(done: int, of: int, split: str = split) -> None:
             on_progress(f"preparing {split} data", done, of)
 
-        outcome = write_entries("folders", asked.pictures, path, options, len(entries), _yielded(entries), show)
+        reading = (each for each in entries)
+        outcome = write_entries("folders", asked.pictures, path, options, len(entries), reading, show)
         samples[split] = outcome.samples
+        left_out += outcome.problems
     settings = asked.folder / SETTINGS
     with writing(asked.folder):
-        write_whole(settings, edited(find_recipe(recipe).read_text(encoding="utf-8"), changes))
-    return Made(samples, recipe, settings, changes, peak)
+        write_whole(settings, edited(text, fit.changes))
+    return Made(samples, left_out, recipe, settings, fit.estimate.peak_bytes / GIB)
 
 
 def edited(text: str, changes: Mapping[str, Any]) -> str:
@@ -120,41 +129,35 @@ def _as_yaml(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True).removesuffix("\n").removesuffix("\n...").strip()
 
 
-def _subjects(pictures: Path) -> dict[str, list[tuple[Path, Path | None]]]:
-    """Return the pictures of each subject with their masks: of each folder in `pictures`, or of `pictures` itself."""
+def _photographs(pictures: Path) -> tuple[list[Entry], list[Problem]]:
+    """Return an entry without a prompt for each photograph, of each folder in `pictures` or of `pictures` itself; and
+    what is wrong with the others."""
     if not pictures.is_dir():
         raise UserError(f"--pictures: {pictures} is no folder")
     folders = [path for path in listed(pictures) if path.is_dir()] or [pictures]
-    found = {}
+    found: list[Entry] = []
+    problems: list[Problem] = []
     for folder in folders:
-        files = [path for path in listed(folder) if is_picture(path)]
-        masks = {path.stem.removesuffix("_mask"): path for path in files if path.stem.endswith("_mask")}
-        photographs = [path for path in files if not path.stem.endswith("_mask")]
-        if photographs:
-            found[folder.name] = [(path, masks.get(path.stem)) for path in photographs]
-    if not found:
+        if not any(is_picture(path) or remedy(path.suffix) for path in listed(folder)):
+            continue
+        for each in read_subject(pictures, folder, [""]):
+            if isinstance(each, Problem):
+                problems.append(each)
+            else:
+                found += _one_by_one(each)
+    if not found and not problems:
         raise UserError(
             f"--pictures: {pictures} holds no pictures; expected photographs of one subject, or a folder of them for "
             "each"
         )
-    return found
+    return found, problems
 
 
-def _masked(subjects: dict[str, list[tuple[Path, Path | None]]]) -> bool:
-    return all(mask is not None for pairs in subjects.values() for _, mask in pairs)
-
-
-def _entries(subjects: dict[str, list[tuple[Path, Path | None]]], prompt: str) -> list[Entry]:
-    """Return an entry of each picture with the prompt."""
-    return [
-        Entry(f"{subject}/{path.name}", prompt, (path,), (mask,) if mask else (), subject)
-        for subject, pairs in subjects.items()
-        for path, mask in pairs
-    ]
-
-
-def _yielded(entries: list[Entry]) -> Generator[EntryOrProblem]:
-    yield from entries
+def _one_by_one(entry: Entry) -> Iterator[Entry]:
+    """Yield an entry for each reference of `entry`."""
+    for path, mask in zip(entry.references, entry.masks or repeat(None), strict=False):
+        place = f"{entry.subject}/{path.name}"
+        yield replace(entry, place=place, references=(path,), masks=() if mask is None else (mask,))
 
 
 def _recipe(generator: str, gpu_memory: float) -> str:
@@ -167,22 +170,14 @@ def _recipe(generator: str, gpu_memory: float) -> str:
     return generator
 
 
-def _fitting(
-    recipe: str, changes: dict[str, Any], limit: float, on_try: Callable[[Fit], object]
-) -> tuple[dict[str, Any], float]:
-    """Return the changes that bring a run of `recipe` under `limit` GiB, none where it is, and the peak in GiB."""
-    tree = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
-    for name, value in changes.items():
-        set_dotted(tree, name, value)
-    config = Config.model_validate(tree)
-    found = dry_run(config)
-    on_try(Fit({}, found))
-    if fits(found, limit):
-        return {}, found.peak_bytes / 2**30
-    fit = fitted(config, limit, dry_run, on_try)
-    if fit is None:
+def _fitting(recipe: str, config: Config, limit: float, on_try: Callable[[Fit], object]) -> Fit:
+    """Return the changes that bring a run of `config` under `limit` GiB, none where it is."""
+    fit = Fit({}, dry_run(config))
+    on_try(fit)
+    found = fit if fits(fit.estimate, limit) else fitted(config, limit, dry_run, on_try)
+    if found is None:
         raise UserError(
             f"--gpu_memory: {limit:g} GiB are not enough for {recipe} with any setting that is tried; choose a smaller "
             "--generator (flux2-klein takes the least)"
         )
-    return fit.changes, fit.estimate.peak_bytes / 2**30
+    return found

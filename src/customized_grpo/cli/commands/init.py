@@ -54,6 +54,8 @@ def run(options: Namespace) -> None:
     asked = Asked(options.folder, pictures, called, options.generator, memory, options.segment)
     with display.stages() as stages:
         made = make_first_run(asked, stages.update, show)
+    for problem in made.left_out:
+        display.warn(f"left out: {problem.place}: {problem.text}")
     counts = ", ".join(f"{count} {split}" for split, count in made.samples.items())
     print(f"samples: {counts}, in {options.folder / 'data'}; read their prompts, and write your own")
     takes = f"an iteration takes {made.peak_gib:.1f} of {memory:g} GiB by the estimate"
